@@ -1,0 +1,135 @@
+/* engine.h: token ids in, token ids out, for many requests at once.
+ *
+ * The engine owns the model, the KV cache and the device, and one thread that runs plan -> launch -> collect -> commit.
+ * server/ is its only caller; it never sees tensors, and the engine never sees HTTP, JSON or text.
+ * Crossing points, and there are no others: engine_submit (a bounded queue), one single-producer single-consumer ring of
+ * tokens per choice, atomic cancel flags, and an eventfd signalled once per step in which some ring got something.
+ *
+ * A request: request_create fills the ids and sizes the rings; the caller sets `params`; engine_submit hands it over.
+ * Both sides hold it from then on; request_release drops the server's hold at any time (running: it is cancelled).
+ */
+#ifndef GPTD_ENGINE_ENGINE_H
+#define GPTD_ENGINE_ENGINE_H
+
+#include "kernels/error.h"
+#include "kernels/kernels.h" // struct logit_bias, struct token_logprob
+
+struct engine_options {
+    const char *model_dir;
+    const char *backend;            // "auto", "cpu"
+    bool dummy_weights;             // --load-format dummy
+    bool reference_attention;       // --attention reference
+    bool prefix_caching;            // reuse KV of equal prefixes across requests
+    int32_t n_threads;              // CPU worker threads; 0: all cores
+    int32_t max_model_len;          // tokens; 0: what the checkpoint allows
+    int32_t max_num_seqs;           // choices running at once
+    int32_t max_num_batched_tokens; // tokens a step
+    int32_t block_size;             // tokens per KV block: 16, 32 or 64
+    size_t kv_cache_memory_bytes;   // 0: what max_num_seqs * max_model_len needs, at most half of the memory left
+    int32_t max_queue_requests;     // waiting requests; more: ERR_BUSY
+    int64_t max_queue_tokens;       // prompt tokens of waiting requests; more: ERR_BUSY
+    int32_t max_logprobs;           // most top log-probabilities a request may ask for
+    double slow_client_timeout;     // seconds a full ring may stall its sequence before it is cancelled
+    uint64_t seed;                  // base of the seeds of requests without one
+};
+
+// Exact bytes, known before anything is allocated.
+struct engine_plan {
+    char architecture[64], dtype[8], device[128];
+    uint64_t n_parameters;
+    size_t weights_bytes, workspace_bytes, history_bytes, kv_cache_bytes, block_bytes, memory_bytes; // last: what there is
+    int32_t n_blocks, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
+    int64_t kv_tokens;              // tokens the cache holds
+    int32_t bos_token_id;           // -1: none
+};
+
+struct sampling_params {
+    int32_t n;                      // choices, 1..128
+    int32_t max_tokens, min_tokens; // per choice
+    float temperature, top_p, min_p;
+    int32_t top_k;                  // 0: off
+    float repetition_penalty, frequency_penalty, presence_penalty;
+    bool has_seed;
+    int64_t seed;
+    bool ignore_eos;
+    int32_t logprobs;               // -1: none; 0: of the chosen token; k: and the top k
+    int32_t prompt_logprobs;        // likewise, for every prompt token but the first
+    int32_t priority;               // lower runs first; equal: first come, first served
+    // Arrays are owned by the request from engine_submit on (malloc'd, freed by it); ids are checked by engine_submit.
+    int32_t *stop_token_ids; int32_t n_stop_token_ids;
+    struct logit_bias *logit_bias; int32_t n_logit_bias;
+    int32_t *allowed_token_ids; int32_t n_allowed_token_ids;
+    int32_t *bad_word_ids, *bad_word_offsets; int32_t n_bad_words; // sequence i: ids[offsets[i] .. offsets[i+1]]
+    uint64_t cache_salt;            // 0: none; part of the prefix hash
+};
+
+enum finish_reason {
+    FINISH_NONE,      // still running
+    FINISH_STOP,      // EOS or a stop token id (stop_token_id says which), or cancelled by choice_stop
+    FINISH_LENGTH,    // max_tokens or the context is full
+    FINISH_CANCELLED, // request_cancel
+    FINISH_SLOW,      // the reader let its ring stay full for too long
+    FINISH_ERROR,     // the model gave NaN, or the device failed: see request_error
+};
+
+struct token_out {
+    int32_t id;
+    float logprob;                    // 0 unless logprobs >= 0
+    int32_t n_top;
+    const struct token_logprob *top;  // [n_top] in the ring: valid until the next request_read of this choice
+};
+
+struct request_times { double submitted, scheduled, first_token, finished; }; // CLOCK_MONOTONIC seconds; 0: not yet
+
+struct engine;
+struct request;
+
+// Plans: reads the checkpoint's configuration, refuses what cannot be served or does not fit, with the sum.
+int engine_create(struct engine **out, const struct engine_options *options, struct error *e);
+const struct engine_plan *engine_plan_get(const struct engine *engine);
+// Loads the weights, allocates the cache, starts the engine's thread.
+int engine_start(struct engine *engine, struct error *e);
+// Refuses new requests from now on (ERR_SHUTDOWN); what runs goes on.
+void engine_drain(struct engine *engine);
+// Cancels what is left, ends the thread, frees everything. All requests stay readable until released.
+void engine_destroy(struct engine *engine);
+// Readable when a ring got something or a choice ended since the last read of it (an eventfd: read 8 bytes to reset).
+int engine_event_fd(const struct engine *engine);
+
+// prompt is copied. NULL: out of memory. *params (out) is set to OpenAI's defaults (n 1, max_tokens 16, temperature 1...).
+struct request *request_create(const int32_t *prompt, int32_t n_prompt);
+struct sampling_params *request_params(struct request *r);
+// Checks (ERR_INVALID: empty prompt, ids outside the vocabulary, prompt + max_tokens over the context, prompt that can
+// never fit the cache), then queues (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
+int engine_submit(struct engine *engine, struct request *r, struct error *e);
+void request_cancel(struct request *r);                // any thread
+void choice_stop(struct request *r, int32_t choice);   // any thread: no more tokens for this choice, FINISH_STOP
+void request_release(struct request *r);
+
+// Reads up to max tokens of a choice. One reader a choice. Returns how many.
+int32_t request_read(struct request *r, int32_t choice, struct token_out *out, int32_t max);
+int32_t request_available(const struct request *r, int32_t choice);  // tokens waiting in the ring
+// FINISH_NONE until the choice has ended *and* its ring has been read empty; stop_token_id (may be NULL) gets the id.
+enum finish_reason choice_finish(const struct request *r, int32_t choice, int32_t *stop_token_id);
+bool request_done(const struct request *r);            // every choice has ended (rings may still hold tokens)
+int32_t request_prompt_tokens(const struct request *r);
+const int32_t *request_prompt(const struct request *r);
+int32_t request_cached_tokens(const struct request *r); // prompt tokens taken from the prefix cache
+// Prompt log-probabilities, complete before the first token of choice 0 (or its end when max_tokens is 0). Entry i is of
+// prompt token i; entry 0 is empty (id of the token, n_top 0). NULL: not asked for.
+const struct token_out *request_prompt_logprobs(const struct request *r);
+struct request_times request_times_get(const struct request *r);
+const char *request_error(const struct request *r);     // for FINISH_ERROR; borrowed
+
+struct engine_stats {
+    int32_t n_running, n_waiting;       // sequences running, requests waiting
+    int64_t n_waiting_tokens;
+    int32_t n_blocks, n_free_blocks;    // free includes cached blocks that nobody uses
+    uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
+    uint64_t prompt_tokens, generation_tokens; // computed, sampled
+    double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
+    bool busy, failed;                  // has work; the device failed
+};
+void engine_stats_get(const struct engine *engine, struct engine_stats *out);
+
+#endif
