@@ -96,7 +96,7 @@ void engine_destroy(struct engine *engine);
 // Readable when a ring got something or a choice ended since the last read of it (an eventfd: read 8 bytes to reset).
 int engine_event_fd(const struct engine *engine);
 
-// prompt is copied. NULL: out of memory. *params (out) is set to OpenAI's defaults (n 1, max_tokens 16, temperature 1...).
+// prompt is copied, params get OpenAI's defaults (n 1, max_tokens 16, temperature 1, ...). NULL: out of memory.
 struct request *request_create(const int32_t *prompt, int32_t n_prompt);
 struct sampling_params *request_params(struct request *r);
 // Checks (ERR_INVALID: empty prompt, ids outside the vocabulary, prompt + max_tokens over the context, prompt that can
@@ -115,7 +115,7 @@ bool request_done(const struct request *r);            // every choice has ended
 int32_t request_prompt_tokens(const struct request *r);
 const int32_t *request_prompt(const struct request *r);
 int32_t request_cached_tokens(const struct request *r); // prompt tokens taken from the prefix cache
-// Prompt log-probabilities, complete before the first token of choice 0 (or its end when max_tokens is 0). Entry i is of
+// Prompt log-probabilities, complete before the first token of choice 0 (or its end if max_tokens is 0). Entry i is of
 // prompt token i; entry 0 is empty (id of the token, n_top 0). NULL: not asked for.
 const struct token_out *request_prompt_logprobs(const struct request *r);
 struct request_times request_times_get(const struct request *r);

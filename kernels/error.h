@@ -29,7 +29,7 @@ struct error {
 // Stores code and message (printf format) in e, which may be NULL. Returns code, so that `return error_set(...)` works.
 int error_set(struct error *e, enum err code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-// Puts "prefix: " (printf format) before e's message, code unchanged. Returns e->code. e may be NULL (returns ERR_INVALID).
+// Puts "prefix: " (printf format) before e's message, code unchanged. Returns e->code; ERR_INVALID if e is NULL.
 int error_prefix(struct error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 #ifdef __cplusplus

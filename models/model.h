@@ -46,7 +46,7 @@ struct model_info {
     int32_t intermediate_dim;     // MLP width
     int32_t max_model_len;        // effective: at most what the checkpoint allows
     int32_t bos_token_id;         // -1: none
-    int32_t eos_token_ids[MAX_EOS_IDS], n_eos_token_ids; // config.json and generation_config.json together
+    int32_t eos_token_ids[MAX_EOS_IDS], n_eos_token_ids; // of config.json and generation_config.json together
     int32_t n_kv_groups;
     struct kv_spec kv_groups[MAX_KV_GROUPS];
     int32_t max_dim;              // widest activation row, for device_options
@@ -61,7 +61,7 @@ struct batch {
     int32_t n_tokens, n_seqs, n_logits_rows;
     int32_t max_blocks;           // width of a block table row
     int32_t block_size;           // tokens
-    int32_t *tokens;              // [n_tokens]; -1: sampled by an earlier step, still on the device: take it from history
+    int32_t *tokens;              // [n_tokens]; -1: sampled by an earlier step: take it from history
     int32_t *positions;           // [n_tokens]
     int32_t *history_rows;        // [n_tokens]
     int32_t *slot_mapping[MAX_KV_GROUPS]; // [n_tokens]

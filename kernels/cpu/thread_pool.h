@@ -17,8 +17,8 @@ int thread_pool_create(struct thread_pool **out, int32_t n_threads, struct error
 void thread_pool_destroy(struct thread_pool *pool);
 int32_t thread_pool_size(const struct thread_pool *pool);
 
-// Calls work(arg, item, thread) once for each item of 0 .. n_items-1 and returns when all are done. Items are handed out
-// in ascending order to whichever thread is free; thread is 0 .. size-1 (scratch index). Results must not depend on it.
+// Calls work(arg, item, thread) once for each item of 0 .. n_items-1 and returns when all are done. Items are handed
+// out in ascending order to whichever thread is free; thread is 0 .. size-1 (scratch index). Results must not depend on it.
 void thread_pool_run(struct thread_pool *pool, int32_t n_items, void (*work)(void *arg, int32_t item, int32_t thread),
                      void *arg);
 

@@ -1,0 +1,55 @@
+#!/bin/sh
+# Installs what `make run` (setup.sh run) or `make check` (setup.sh check) needs and this machine lacks, by package name.
+# Debian 12 and Ubuntu 24.04. Says what it installs; uses sudo when not root. Does nothing when nothing is missing.
+set -eu
+cd "$(dirname "$0")/.."
+
+packages="gcc g++ libc6-dev make pkg-config curl libmicrohttpd-dev libcjson-dev libsentencepiece-dev"
+if [ "${1:-run}" = check ]; then
+    # Sanitizers and fuzzing need clang's runtime; the end-to-end tests are Python.
+    packages="$packages check clang libclang-rt-dev python3 python3-venv"
+fi
+
+missing=""
+if command -v dpkg-query >/dev/null 2>&1; then
+    for p in $packages; do
+        dpkg-query -W -f='${Status}\n' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
+    done
+else
+    for p in libmicrohttpd libcjson sentencepiece; do
+        pkg-config --exists $p 2>/dev/null || missing="$missing $p"
+    done
+    [ -z "$missing" ] && exit 0
+    echo "setup: this system has no apt. Install the equivalents of these Debian packages:$packages" >&2
+    exit 1
+fi
+
+if [ -n "$missing" ]; then
+    echo "setup: installing$missing"
+    as_root=""
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null 2>&1 || { echo "setup: not root and no sudo: install$missing yourself" >&2; exit 1; }
+        as_root=sudo
+    fi
+    log=$(mktemp)
+    if ! { $as_root apt-get update && $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y \
+           --no-install-recommends $missing; } >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        echo "setup: apt-get failed (above); missing:$missing" >&2
+        exit 1
+    fi
+    rm -f "$log"
+fi
+
+# The official OpenAI client, for the end-to-end tests, in a virtual environment of the build's own.
+if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai' 2>/dev/null; then
+    echo "setup: installing the openai Python package into build/venv"
+    mkdir -p build
+    for python in python3 /usr/bin/python3; do
+        "$python" -m venv build/venv && break
+    done
+    build/venv/bin/pip install --quiet --disable-pip-version-check openai || {
+        echo "setup: pip could not install openai: the tests with the official client will be skipped" >&2
+    }
+fi
