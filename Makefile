@@ -24,6 +24,9 @@ ifeq ($(SAN),address)
   SANFLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 else ifeq ($(SAN),thread)
   SANFLAGS := -fsanitize=thread -fno-omit-frame-pointer
+else ifeq ($(SAN),fuzzer)
+  SANFLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+  CFLAGS += -fsanitize=fuzzer-no-link
 endif
 CFLAGS += $(SANFLAGS)
 CXXFLAGS += $(SANFLAGS)
@@ -86,6 +89,16 @@ $(BUILD)/obj/kernels/cpu/simd/%.$(1).o: kernels/cpu/simd/%.c
 endef
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
+# ---- serving ----
+
+# What a newcomer types: installs what is missing, builds, serves $(MODEL).
+run:
+	@./scripts/setup.sh run
+	@$(MAKE) --no-print-directory $(BUILD)/gptd
+	@printf '\nTry it from another terminal:\n\n  curl -N http://%s:%s/v1/completions -H "Content-Type: application/json" \\\n    -d %s\n\n' \
+	  '$(HOST)' '$(PORT)' "'"'{"model": "$(notdir $(patsubst %/,%,$(MODEL)))", "prompt": "Once upon a time", "max_tokens": 200, "stream": true}'"'"
+	@exec $(BUILD)/gptd --model $(MODEL) --host $(HOST) --port $(PORT)
+
 # ---- tests: one Check suite per tests/test_*.c; suites of the engine run on tests/fake_model.c ----
 
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
@@ -95,14 +108,66 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBS_GPTD) $(LIBS_SYSTEM) $(shell pkg-config --libs check)
 
-.PHONY: tests check-unit
+# Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
+.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e lint
+check:
+	@./scripts/setup.sh check
+	@$(MAKE) --no-print-directory check-all
+check-all:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory all check-unit
+	@$(MAKE) --no-print-directory check-asan
+	@$(MAKE) --no-print-directory check-tsan
+	@$(MAKE) --no-print-directory check-fuzz
+	@$(MAKE) --no-print-directory check-e2e
+
+lint:
+	@python3 scripts/lint.py
+
 tests: $(TESTS)
 check-unit: $(TESTS)
 	@set -e; for t in $(TESTS); do $$t; done
 
-bench: $(BUILD)/bench
+# Address and undefined-behaviour sanitizers over every suite and the running server.
+check-asan:
+	@$(MAKE) --no-print-directory BUILD=build/asan SAN=address all check-unit
+	@build/venv/bin/python tests/e2e/run.py --server build/asan/gptd --quick
+
+# Thread sanitizer over what has threads.
+THREADED_TESTS = $(filter %/test_engine %/test_engine_% %/test_thread_pool %/test_http %/test_server%,$(TESTS))
+check-tsan:
+	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread all check-threaded
+	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick
+.PHONY: check-threaded
+check-threaded: $(THREADED_TESTS)
+	@set -e; for t in $^; do $$t; done
+
+# Each fuzz target for FUZZ_SECONDS, with clang's libFuzzer.
+FUZZ_SECONDS ?= 15
+FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/tests/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+.PHONY: check-fuzz fuzz-targets
+check-fuzz:
+	@$(MAKE) --no-print-directory BUILD=build/fuzz SAN=fuzzer CC=clang CXX=clang++ fuzz-targets
+	@set -e; for f in build/fuzz/tests/fuzz/fuzz_*; do echo "== $$f"; mkdir -p build/fuzz/corpus/$$(basename $$f); \
+	  $$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
+	    -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$(basename $$f) \
+	    $$(ls -d tests/fuzz/corpus/$$(basename $$f) 2>/dev/null) 2>&1 | tail -n 8; done
+fuzz-targets: $(FUZZERS)
+$(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_GPTD)
+	@mkdir -p $(@D)
+	$(CXX) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(LIBS_SYSTEM)
+
+# The running server: raw sockets, curl, the official OpenAI client.
+check-e2e: $(BUILD)/gptd
+	@build/venv/bin/python tests/e2e/run.py --server $(BUILD)/gptd
+
+# ---- benchmarks ----
+
 .PHONY: bench
-$(BUILD)/tests/bench/%: $(BUILD)/obj/tests/bench/%.c.o $(LIBS_GPTD)
+bench: $(BUILD)/gptd $(BUILD)/tests/bench/bench_cpu $(BUILD)/tests/bench/bench_model
+	@python3 tests/bench/run.py --build $(BUILD)
+BENCH_OBJ := $(call objects,$(filter-out tests/bench/bench_%,$(wildcard tests/bench/*.c)))
+$(BUILD)/tests/bench/%: $(BUILD)/obj/tests/bench/%.c.o $(BENCH_OBJ) $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
 
