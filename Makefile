@@ -3,6 +3,8 @@
 
 .DEFAULT_GOAL := all
 .SUFFIXES:
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DELETE_ON_ERROR:
 
 BUILD ?= build
