@@ -1,0 +1,65 @@
+/* server.h: the HTTP server: its life, from options to drained.
+ *
+ * Called by main.c alone. It borrows the engine and the tokenizer, which must outlive it, and owns its threads: HTTP
+ * (libmicrohttpd's pool), tokenizer workers, notifier, watchdog. Order of a life:
+ *
+ *   engine_create, server_create, server_start   requests get 503 and /ready says no, /health and /metrics answer
+ *   engine_start, server_open                    requests are taken
+ *   server_drain                                 on SIGTERM: /ready fails at once, the rest of the drain runs by itself
+ *   server_drained (poll it), server_stop, server_destroy, then engine_destroy
+ */
+#ifndef GPTD_SERVER_SERVER_H
+#define GPTD_SERVER_SERVER_H
+
+#include "engine/engine.h"
+#include "tokenizer/tokenizer.h"
+
+// Strings and arrays are borrowed and must outlive the server. Times are in seconds.
+struct server_options {
+    const char *host;                      // address to bind, numeric or a name: "127.0.0.1", "0.0.0.0", "::"
+    uint16_t port;                         // 0: any free one, see server_port
+    const char *const *api_keys;           // [n_api_keys]; none: no key is asked for
+    size_t n_api_keys;
+    const char *const *served_model_names; // [n_served_model_names], at least 1; the first stands in answers
+    size_t n_served_model_names;
+    const char *cors_origin;               // value of Access-Control-Allow-Origin; NULL: no CORS headers
+    int32_t http_threads;                  // event loops
+    int32_t tokenizer_threads;             // workers for bodies too long for an event loop
+    int32_t max_connections;               // more: 503
+    size_t max_body_bytes;                 // more: 413
+    int32_t max_prompts;                   // prompts in one request
+    int32_t max_choices;                   // prompts x best_of in one request
+    int64_t max_request_tokens;            // sum over choices of prompt + max_tokens; 0: 256 contexts
+    int32_t max_logprobs;                  // largest `logprobs` and `prompt_logprobs`; the engine's own
+    double header_timeout;                 // from the first byte (a new connection: from accept) to the end of the headers
+    double body_timeout;                   // from the end of the headers to the end of the body
+    double idle_timeout;                   // between requests of one connection
+    double request_timeout;                // from the end of the body to the last token; 0: none
+    double send_timeout;                   // from the last token to the last byte taken by the client
+    double keep_alive_interval;            // silence in a stream before a comment line is sent
+    double stall_timeout;                  // an engine with work that makes no step for so long is not healthy
+    double drain_delay;                    // how long a draining server goes on accepting
+};
+
+// The defaults: 127.0.0.1:8000, 2 event loops, no keys. served_model_names is left empty.
+void server_options_init(struct server_options *options);
+
+struct server;
+
+// Checks the options and binds the port. tokenizer may be NULL: token ids only.
+int server_create(struct server **out, const struct server_options *options, struct engine *engine,
+                  const struct tokenizer *tokenizer, struct error *e);
+// Starts the threads.
+int server_start(struct server *s, struct error *e);
+// Takes requests from now on. The engine has been started.
+int server_open(struct server *s, struct error *e);
+uint16_t server_port(const struct server *s);
+// Begins to drain and returns: not ready at once; after drain_delay no new connection, 503 on those that are kept alive.
+void server_drain(struct server *s);
+// True when a drain has nothing left to wait for. (Cheap: poll it between signals.)
+bool server_drained(const struct server *s);
+// Ends now: what still runs is cancelled and told so. Blocks until the threads have ended.
+void server_stop(struct server *s);
+void server_destroy(struct server *s);
+
+#endif
