@@ -93,6 +93,8 @@ int engine_start(struct engine *engine, struct error *e);
 void engine_drain(struct engine *engine);
 // Cancels what is left, ends the thread, frees everything. All requests stay readable until released.
 void engine_destroy(struct engine *engine);
+// The mapped weights file that the address lies in; NULL: in none. For a SIGBUS handler: the file was cut short.
+const char *engine_file_at(const void *address);
 // Readable when a ring got something or a choice ended since the last read of it (an eventfd: read 8 bytes to reset).
 int engine_event_fd(const struct engine *engine);
 

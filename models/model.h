@@ -94,6 +94,9 @@ int model_load(struct model *model, const struct kernels *kernels, struct device
 int model_forward(struct model *model, const struct batch *batch, const struct kv_cache *kv, struct tensor *logits,
                   struct error *e);
 
+// The path of the mapped weights file that the address lies in; NULL: in none. May be called from a signal handler.
+const char *model_file_at(const void *address);
+
 #ifdef __cplusplus
 }
 #endif
