@@ -30,7 +30,7 @@ struct device {
     char description[128];
     char *scratch;             // [n_threads, scratch_per_thread] bytes, 64-byte aligned
     size_t scratch_per_thread;
-    void *linear_scratch;      // converted activations of one product, sized for max_tokens * max_dim
+    void *linear_scratch;      // activations and packed weights of one product
     size_t linear_scratch_bytes;
 };
 
@@ -42,6 +42,7 @@ static inline void *device_scratch(struct device *device, int32_t thread)
 // Each op's scratch need per thread, in bytes; device_create takes the largest.
 size_t attention_scratch_bytes(const struct device_options *o);
 size_t sample_scratch_bytes(const struct device_options *o);
+size_t linear_scratch_bytes(const struct device *d); // all threads together; pool and ISA are chosen before
 
 // The ops of the table, one file each.
 int cpu_history_write(struct device *d, struct history history, int32_t row, int32_t position, const int32_t *tokens,

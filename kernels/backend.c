@@ -1,0 +1,13 @@
+#include "kernels/kernels.h"
+
+#include <string.h>
+
+int kernels_open(const struct kernels **out, const char *backend, struct error *e)
+{
+    *out = NULL;
+    if (strcmp(backend, "cpu") && strcmp(backend, "auto"))
+        return error_set(e, ERR_UNSUPPORTED, "backend \"%.32s\": this build has \"cpu\" (and \"auto\", which chooses it)",
+                         backend);
+    *out = kernels_cpu();
+    return 0;
+}

@@ -1,0 +1,141 @@
+#include "kernels/cpu/simd/linear.h"
+
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/simd/dot.h"
+
+#if defined(__AVX512F__)
+enum { TILE_X = 6 }; // 24 sums, 6 rows of x and one of w: 31 of 32 registers
+#elif defined(__AVX2__)
+enum { TILE_X = 3 }; // 12 sums, 3 rows of x and one of w: all 16 registers
+#else
+enum { TILE_X = 2 };
+#endif
+
+#ifdef __AVX512BF16__
+enum { BF16_PRODUCTS = 1 };
+INLINE vec fma_bf16(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+#else
+enum { BF16_PRODUCTS = 0 };
+INLINE vec fma_bf16(vec a, vec b, vec c) { return vec_fma(a, b, c); }
+#endif
+
+// Columns of w in one vector, and bytes of memory they take.
+INLINE size_t step_cols(enum dtype dtype) { return BF16_PRODUCTS && dtype == DTYPE_BF16 ? 2 * LANES : LANES; }
+INLINE size_t step_bytes(enum dtype dtype) { return step_cols(dtype) * (dtype == DTYPE_F32 ? 4 : 2); }
+
+INLINE vec load_w(enum dtype dtype, const char *p)
+{
+    if (dtype == DTYPE_F16) return vec_load_f16(p);
+    if (dtype == DTYPE_BF16 && !BF16_PRODUCTS) return vec_load_bf16(p);
+    return vec_load(p);
+}
+
+INLINE void add_step(enum dtype dtype, int n_x, vec sum[TILE_X][TILE_W], const char *const x[TILE_X],
+                     const char *const w[TILE_W], size_t x_offset, size_t w_offset)
+{
+    vec row[TILE_X];
+#pragma GCC unroll 8
+    for (int i = 0; i < n_x; i++) row[i] = vec_load(x[i] + x_offset);
+#pragma GCC unroll 8
+    for (int j = 0; j < TILE_W; j++) {
+        vec column = load_w(dtype, w[j] + w_offset);
+#pragma GCC unroll 8
+        for (int i = 0; i < n_x; i++)
+            sum[i][j] = dtype == DTYPE_BF16 ? fma_bf16(column, row[i], sum[i][j]) : vec_fma(column, row[i], sum[i][j]);
+    }
+}
+
+INLINE void store_row(const struct linear_tile *t, int i, vec4 sums)
+{
+    float *out = t->out + (size_t)i * t->out_stride;
+    vec4 bias, old = {0};
+    memcpy(&bias, t->bias, sizeof bias);
+    sums += bias;
+    size_t bytes = (size_t)t->n_w * sizeof *out;
+    if (t->n_w == TILE_W) bytes = sizeof sums;
+    if (t->accumulate) {
+        memcpy(&old, out, bytes);
+        sums = old + sums;
+    }
+    memcpy(out, &sums, bytes);
+}
+
+INLINE void tile(const struct linear_tile *t, enum dtype dtype, int n_x)
+{
+    const char *x[TILE_X], *w[TILE_W];
+    vec sum[TILE_X][TILE_W];
+#pragma GCC unroll 8
+    for (int i = 0; i < n_x; i++) x[i] = (const char *)t->x + (size_t)i * t->x_stride;
+#pragma GCC unroll 8
+    for (int j = 0; j < TILE_W; j++) // rows that are not there repeat the last one
+        w[j] = (const char *)t->w + (size_t)(j < t->n_w ? j : t->n_w - 1) * t->w_stride;
+#pragma GCC unroll 8
+    for (int i = 0; i < n_x; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_W; j++) sum[i][j] = vec_zero();
+
+    size_t n_steps = t->n_cols / step_cols(dtype), x_offset = 0, w_offset = 0;
+    for (size_t s = 0; s < n_steps; s++) {
+        add_step(dtype, n_x, sum, x, w, x_offset, w_offset);
+        x_offset += sizeof(vec);
+        w_offset += step_bytes(dtype);
+    }
+    size_t tail = t->n_cols % step_cols(dtype);
+    if (tail) {
+        char last[TILE_W][sizeof(vec)] = {0};
+        for (int j = 0; j < TILE_W; j++) {
+            memcpy(last[j], w[j] + w_offset, tail * (dtype == DTYPE_F32 ? 4 : 2));
+            w[j] = last[j];
+        }
+        add_step(dtype, n_x, sum, x, w, x_offset, 0);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < n_x; i++) store_row(t, i, vec_sum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+}
+
+INLINE void tile_any(const struct linear_tile *t, enum dtype dtype)
+{
+    switch (t->n_x) {
+    case 1: tile(t, dtype, 1); break;
+    case 2: tile(t, dtype, 2); break;
+#if defined(__AVX2__)
+    case 3: tile(t, dtype, 3); break;
+#endif
+#if defined(__AVX512F__)
+    case 4: tile(t, dtype, 4); break;
+    case 5: tile(t, dtype, 5); break;
+    case 6: tile(t, dtype, 6); break;
+#endif
+    }
+}
+
+static void tile_f32(const struct linear_tile *t) { tile_any(t, DTYPE_F32); }
+static void tile_f16(const struct linear_tile *t) { tile_any(t, DTYPE_F16); }
+static void tile_bf16(const struct linear_tile *t) { tile_any(t, DTYPE_BF16); }
+
+static void round_bf16(uint16_t *to, const float *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++) to[i] = f32_to_bf16(from[i]);
+}
+
+static void widen(float *to, const void *from, enum dtype dtype, size_t n)
+{
+    const char *p = from;
+    size_t size = dtype == DTYPE_F32 ? 4 : 2, i = 0;
+    for (; i + LANES <= n; i += LANES) vec_store(to + i, load_w(dtype, p + i * size));
+    if (i == n) return;
+    char last[sizeof(vec)] = {0};
+    float wide[LANES];
+    memcpy(last, p + i * size, (n - i) * size);
+    vec_store(wide, load_w(dtype, last));
+    memcpy(to + i, wide, (n - i) * sizeof *wide);
+}
+
+const struct simd_linear SIMD_NAME(simd_linear) = {
+    .tile_x = TILE_X,
+    .bf16_products = BF16_PRODUCTS,
+    .step = {[DTYPE_F32] = LANES, [DTYPE_F16] = LANES, [DTYPE_BF16] = BF16_PRODUCTS ? 2 * LANES : LANES},
+    .tile = {[DTYPE_F32] = tile_f32, [DTYPE_F16] = tile_f16, [DTYPE_BF16] = tile_bf16},
+    .round_bf16 = round_bf16,
+    .widen = widen,
+};

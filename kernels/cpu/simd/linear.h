@@ -1,0 +1,45 @@
+/* simd/linear.h: the inner loops of matrix products, one table per instruction set.
+ *
+ * Called by kernels/cpu/linear.c. A product is made of dot products along K (columns), the dimension in which both x
+ * and w are contiguous: each output element has one vector of partial sums, lane l summing the columns l, l + lanes,
+ * l + 2 lanes ... in ascending order, and one fixed tree that adds the lanes up. That order is the same whatever the
+ * number of rows, which row of a tile it is, and whether the weights were read in place or packed.
+ */
+#ifndef GPTD_KERNELS_CPU_SIMD_LINEAR_H
+#define GPTD_KERNELS_CPU_SIMD_LINEAR_H
+
+#include "kernels/kernels.h"
+
+enum { TILE_W = 4, MAX_TILE_X = 8 };
+
+// out[n_x, TILE_W] = x[n_x, n_cols] w[TILE_W, n_cols]^T + bias, added to out if accumulate. w has n_w <= TILE_W rows:
+// only that many columns of out are written.
+struct linear_tile {
+    const void *x;      // [n_x, n_cols], rows x_stride bytes apart, F32 or BF16, zeros up to a whole vector
+    size_t x_stride;
+    const void *w;      // [n_w, n_cols], rows w_stride bytes apart, at any address
+    size_t w_stride;
+    size_t n_cols;
+    int32_t n_x, n_w;
+    const float *bias;  // [TILE_W]
+    float *out;         // [n_x, n_w], rows out_stride floats apart
+    size_t out_stride;
+    bool accumulate;
+};
+
+struct simd_linear {
+    int32_t tile_x;     // most rows of x in one tile, <= MAX_TILE_X
+    bool bf16_products; // BF16 weights are multiplied with activations rounded to BF16; else both are widened to F32
+    size_t step[3];     // by dtype of the weights: columns in one vector; x rows are padded with zeros to a multiple
+
+    // One tile, by dtype of the weights in memory. n_x is 1 .. tile_x. Prefetches the next TILE_W rows of w.
+    void (*tile[3])(const struct linear_tile *t);
+    // to[n] = from[n] rounded to BF16 (nearest even).
+    void (*round_bf16)(uint16_t *to, const float *from, size_t n);
+    // to[n] = from[n] of dtype, exactly.
+    void (*widen)(float *to, const void *from, enum dtype dtype, size_t n);
+};
+
+extern const struct simd_linear simd_linear_generic, simd_linear_avx2, simd_linear_avx512, simd_linear_avx512bf16;
+
+#endif
