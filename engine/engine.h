@@ -25,7 +25,8 @@ struct engine_options {
     int32_t max_num_seqs;           // choices running at once
     int32_t max_num_batched_tokens; // tokens a step
     int32_t block_size;             // tokens per KV block: 16, 32 or 64
-    size_t kv_cache_memory_bytes;   // 0: what max_num_seqs * max_model_len needs, at most half of the memory left
+    size_t kv_cache_memory_bytes;   // 0: what max_num_seqs sequences of max_model_len need, at most half of the memory
+                                    // that weights, workspace, history and scratch leave; rounded down to whole blocks
     int32_t max_queue_requests;     // waiting requests; more: ERR_BUSY
     int64_t max_queue_tokens;       // prompt tokens of waiting requests; more: ERR_BUSY
     int32_t max_logprobs;           // most top log-probabilities a request may ask for
@@ -37,7 +38,10 @@ struct engine_options {
 struct engine_plan {
     char architecture[64], dtype[8], device[128];
     uint64_t n_parameters;
-    size_t weights_bytes, workspace_bytes, history_bytes, kv_cache_bytes, block_bytes, memory_bytes; // last: what there is
+    size_t weights_bytes, workspace_bytes, history_bytes, kv_cache_bytes;
+    size_t scratch_bytes;           // the device's own and the engine's tables
+    size_t block_bytes;             // of one block over all layers
+    size_t memory_bytes;            // what the device has
     int32_t n_blocks, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
     int64_t kv_tokens;              // tokens the cache holds
     int32_t bos_token_id;           // -1: none
@@ -55,7 +59,7 @@ struct sampling_params {
     int32_t logprobs;               // -1: none; 0: of the chosen token; k: and the top k
     int32_t prompt_logprobs;        // likewise, for every prompt token but the first
     int32_t priority;               // lower runs first; equal: first come, first served
-    // Arrays are owned by the request from engine_submit on (malloc'd, freed by it); ids are checked by engine_submit.
+    // Arrays are malloc'd by the caller and freed with the request; ids are checked by engine_submit.
     int32_t *stop_token_ids; int32_t n_stop_token_ids;
     struct logit_bias *logit_bias; int32_t n_logit_bias;
     int32_t *allowed_token_ids; int32_t n_allowed_token_ids;
@@ -65,7 +69,7 @@ struct sampling_params {
 
 enum finish_reason {
     FINISH_NONE,      // still running
-    FINISH_STOP,      // EOS or a stop token id (stop_token_id says which), or cancelled by choice_stop
+    FINISH_STOP,      // EOS or a stop token id (the last token in the ring, and stop_token_id), or choice_stop
     FINISH_LENGTH,    // max_tokens or the context is full
     FINISH_CANCELLED, // request_cancel
     FINISH_SLOW,      // the reader let its ring stay full for too long
@@ -111,7 +115,8 @@ void request_release(struct request *r);
 // Reads up to max tokens of a choice. One reader a choice. Returns how many.
 int32_t request_read(struct request *r, int32_t choice, struct token_out *out, int32_t max);
 int32_t request_available(const struct request *r, int32_t choice);  // tokens waiting in the ring
-// FINISH_NONE until the choice has ended *and* its ring has been read empty; stop_token_id (may be NULL) gets the id.
+// FINISH_NONE until the choice has ended *and* its ring has been read empty; stop_token_id (may be NULL) gets the id
+// of the EOS or stop token that ended it (also the last token read), -1 if none did.
 enum finish_reason choice_finish(const struct request *r, int32_t choice, int32_t *stop_token_id);
 bool request_done(const struct request *r);            // every choice has ended (rings may still hold tokens)
 int32_t request_prompt_tokens(const struct request *r);
@@ -130,6 +135,7 @@ struct engine_stats {
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // computed, sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
+    double host_seconds, step_seconds;  // of all steps: time outside the backend and the model; whole time
     bool busy, failed;                  // has work; the device failed
 };
 void engine_stats_get(const struct engine *engine, struct engine_stats *out);

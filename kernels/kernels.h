@@ -242,6 +242,7 @@ struct sample_params {
 // Every op returns 0 or ERR_INVALID (shapes that do not fit: a bug) or ERR_DEVICE.
 struct kernels {
     const char *name; // "cpu", "cuda"
+    bool asynchronous; // ops return before they are done: the engine then plans a step ahead of what it has read
 
     int (*device_create)(struct device **out, const struct device_options *options, struct error *e);
     void (*device_destroy)(struct device *device);
