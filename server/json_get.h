@@ -17,13 +17,13 @@ enum { JSON_MAX_VALUES = 65536 }; // that cJSON may get from one body: about 6 M
 
 struct json_error {
     struct error error; // ERR_INVALID: a field is wrong; ERR_FORMAT: not JSON as we take it; ERR_NOMEM
-    char param[64];     // the field at fault ("stop", "stream_options.include_usage"); "": none
+    char param[64];     // the field at fault; "": none
 };
 
 struct json_body {
     struct json_scan scan; // borrows the text: for json_body_int64
     cJSON *root;           // an object
-    bool has_ids;          // the member named to json_body_init was a list, but not of strings: it is in ids, null in root
+    bool has_ids;          // the member named to json_body_init was a list, but not of strings: it is in ids, 0 in root
     struct json_ids ids;
 };
 
@@ -46,7 +46,7 @@ int json_check_known(const cJSON *object, const char *const *known, size_t n_kno
 int json_get_bool(const cJSON *object, const char *name, bool *out, struct json_error *e);
 // Integers may be written 16, 16.0 or 1.6e1. min..max inclusive.
 int json_get_int32(const cJSON *object, const char *name, int32_t min, int32_t max, int32_t *out, struct json_error *e);
-// A top-level integer of a body, exact over all of int64. *present: whether it was there.
+// A top-level integer of a body, exact over all of int64. *present: whether it was there and not null.
 int json_body_int64(const struct json_body *body, const char *name, bool *present, int64_t *out, struct json_error *e);
 // min..max inclusive; always finite.
 int json_get_float(const cJSON *object, const char *name, float min, float max, float *out, struct json_error *e);

@@ -23,18 +23,18 @@ enum {
     JSON_MAX_NUMBER = 63,     // characters of a number: what cJSON's buffer holds
 };
 
-// A member of the top-level object: raw spans, bytes from the start of the text.
+// A member of the top-level object: raw spans of the text.
 struct json_member {
-    size_t key, key_length;     // between the quotes, escapes as written
-    size_t value, value_length;
-    size_t n_values;            // values in it, itself included
+    const char *key;   // [key_length] bytes between the quotes, escapes as written
+    const char *value; // [value_length] bytes
+    size_t key_length, value_length;
+    size_t n_values;   // values in the value, itself included
 };
 
 struct json_scan {
-    const char *text; // borrowed
-    size_t length;
-    struct json_member *members; // [n_members], in no particular order
+    struct json_member *members; // [n_members], in no particular order; they point into the text
     size_t n_members;
+    size_t n_values; // in the whole text
 };
 
 // Scans text (need not be NUL-terminated). ERR_FORMAT: not as above, with the byte offset; ERR_NOMEM. On success *scan
@@ -45,21 +45,21 @@ void json_scan_deinit(struct json_scan *scan);
 // The top-level member called name (escapes in keys are understood); NULL: absent.
 const struct json_member *json_scan_find(const struct json_scan *scan, const char *name);
 
-// The member's value as an exact integer: -9007199254740993 stays what it is. 1.0 and 1e3 count as integers.
-// Returns false if it is not an integer or does not fit.
-bool json_scan_int64(const struct json_scan *scan, const struct json_member *m, int64_t *out);
+// The member's value as an exact integer: -9007199254740993 stays what it is; 1.0 and 1e3 are integers too, up to 2^53.
+// False: it is no integer, or does not fit.
+bool json_member_int64(const struct json_member *m, int64_t *out);
 
-// Lists of token ids: [1,2,3] (one list, nested false) or [[1,2],[3]] (n_lists lists, nested true).
+// Lists of token ids: [1,2,3] (one list, nested false) or [[1,2],[]] (n_lists lists, nested true).
 struct json_ids {
-    int32_t *ids;     // [offsets[n_lists]], malloc'd
-    size_t *offsets;  // [n_lists + 1], malloc'd: list i is ids[offsets[i] .. offsets[i+1]]
-    size_t n_lists;   // 0: the value was [] (nested false and true look alike)
+    int32_t *ids;    // [offsets[n_lists]], malloc'd
+    size_t *offsets; // [n_lists + 1], malloc'd: list i is ids[offsets[i] .. offsets[i + 1]]
+    size_t n_lists;
     bool nested;
 };
 
-// The member's value as lists of ids, each 0..INT32_MAX and written as a plain integer; lists may be empty.
-// ERR_FORMAT: it is something else, and the message says what was found; ERR_NOMEM. json_ids_deinit frees.
-int json_scan_ids(const struct json_scan *scan, const struct json_member *m, struct json_ids *out, struct error *e);
+// The member's value as lists of ids, each 0..INT32_MAX and written as a plain integer. ERR_INVALID: it is something
+// else, and the message says what was found; ERR_NOMEM. json_ids_deinit frees; on failure there is nothing to free.
+int json_member_ids(const struct json_member *m, struct json_ids *out, struct error *e);
 void json_ids_deinit(struct json_ids *ids);
 
 #endif

@@ -25,11 +25,13 @@ static inline size_t utf8_stream_bound(size_t n) { return 3 * (n + 4); }
 
 // Appends bytes; writes whole, valid UTF-8 to out (utf8_stream_bound(n) bytes must fit). Returns bytes written.
 size_t utf8_stream_push(struct utf8_stream *s, const char *bytes, size_t n, char *out);
-// Ends the stream: what is held becomes U+FFFD. out takes up to 9 bytes. Returns bytes written.
+// Ends the stream: what is held becomes one U+FFFD. Returns bytes written, at most 3.
 size_t utf8_stream_finish(struct utf8_stream *s, char *out);
 
 // True if text is well-formed UTF-8 (no surrogates, no overlong forms, at most U+10FFFF).
 int utf8_valid(const char *text, size_t n);
+// Length of the longest well-formed beginning of text: n if all of it is.
+size_t utf8_valid_prefix(const char *text, size_t n);
 // Number of code points in valid UTF-8.
 size_t utf8_length(const char *text, size_t n);
 
