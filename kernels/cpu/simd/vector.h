@@ -1,0 +1,39 @@
+/* vector.h: the inner loops of everything that goes element by element: conversions, norms, activations, sampling.
+ *
+ * One table per instruction set. Rows are whole: reductions add in an order that depends on n alone.
+ */
+#ifndef GPTD_KERNELS_CPU_SIMD_VECTOR_H
+#define GPTD_KERNELS_CPU_SIMD_VECTOR_H
+
+#include "kernels/kernels.h"
+
+struct simd_vector {
+    void (*load)(float *out, const void *x, enum dtype dtype, size_t n);  // any weight or cache type to F32
+    void (*store)(void *out, enum dtype dtype, const float *x, size_t n); // and back, to nearest even, NaN kept
+    void (*add)(float *x, const float *y, size_t n);                      // x += y
+    float (*sum)(const float *x, size_t n);
+    float (*sum_squares)(const float *x, float shift, size_t n); // of x - shift
+    // out = (x - shift) * scale * weight + bias; bias NULL: none. weight, bias [n] of their types.
+    void (*normalize)(float *out, const float *x, float shift, float scale, const struct tensor *weight,
+                      const struct tensor *bias, size_t n);
+    void (*activate)(float *out, const float *gate, const float *up, enum activation kind, size_t n); // up NULL: none
+    void (*rotate)(float *low, float *high, const float *cos, const float *sin, size_t n); // pairs (low[i], high[i])
+
+    // Sampling. `highest` is -infinity when no element is finite or above; NaN and +infinity set *broken.
+    float (*highest)(const float *x, size_t n, bool *broken);
+    size_t (*find)(const float *x, float value, size_t n);         // first i with x[i] == value; n when there is none
+    size_t (*find_above)(const float *x, float bound, size_t from, size_t n); // first i >= from with x[i] > bound; or n
+    size_t (*count_above)(const float *x, float value, size_t n);  // elements > value
+    double (*sum_exp)(const float *x, float shift, size_t n);      // of e^(x - shift)
+    void (*exps)(float *out, const float *x, size_t n);            // e^x
+    void (*scale)(float *x, float shift, float divisor, size_t n); // x = (x - shift) / divisor
+    // argmax of x[id] + g(id), the Gumbel noise of struct sample_row; -infinity never wins; ties to the lower id
+    int32_t (*gumbel_argmax)(const float *x, size_t n, uint64_t seed, int32_t position, int32_t choice);
+};
+
+extern const struct simd_vector simd_vector_generic;
+#ifdef __x86_64__
+extern const struct simd_vector simd_vector_avx2, simd_vector_avx512, simd_vector_avx512bf16;
+#endif
+
+#endif
