@@ -1,0 +1,218 @@
+/* main.c: from options to exit status. Everything else is someone else's; the signals are handled here.
+ *
+ * SIGTERM and SIGINT are blocked in every thread and waited for by one, so that they interrupt no system call and work
+ * for PID 1 as well: while loading they end the process, once serving the first one drains and the second one ends it.
+ */
+#include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "server/log.h"
+#include "server/options.h"
+#include "server/plan.h"
+#include "server/server.h"
+#include "tokenizer/tokenizer.h"
+
+// What scripts and orchestrators see; --help documents it.
+enum exit_status { EXIT_DONE, EXIT_OPTIONS, EXIT_MODEL, EXIT_DEVICE, EXIT_NETWORK, EXIT_FILE_CUT };
+
+extern char **environ;
+
+static sem_t stop_requested; // posted by the first signal
+static atomic_bool serving;
+static bool log_is_json; // for the SIGBUS handler, which cannot use the log
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- signals --------------------------------------------------------------------------------------------------------
+
+static void stop_signals(sigset_t *set) {
+    sigemptyset(set);
+    sigaddset(set, SIGTERM);
+    sigaddset(set, SIGINT);
+}
+
+static void *signals_run(void *unused) {
+    (void)unused;
+    sigset_t set;
+    int signal;
+    stop_signals(&set);
+    for (bool stopping = false;; stopping = true) {
+        sigwait(&set, &signal);
+        if (stopping || !atomic_load(&serving)) _exit(128 + signal);
+        sem_post(&stop_requested);
+    }
+}
+
+static void say(const char *text) {
+    if (write(STDERR_FILENO, text, strlen(text)) < 0) return; // nothing else can be done about it here
+}
+
+// A weights file that became shorter than its map: its pages are gone, and with them the model.
+static void on_sigbus(int signal, siginfo_t *info, void *context) {
+    (void)context;
+    const char *path = engine_file_at(info->si_addr);
+    if (!path) return; // not ours: SA_RESETHAND lets the same fault end the process as it would have
+    say(log_is_json ? "{\"level\":\"error\",\"message\":\"" : "gptd: ");
+    say(path);
+    say(" was cut short while it was in use");
+    say(log_is_json ? "\"}\n" : "\n");
+    _exit(signal == SIGBUS ? EXIT_FILE_CUT : 128 + signal);
+}
+
+static int signals_init(void) {
+    sigset_t set;
+    pthread_t thread;
+    struct sigaction bus = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESETHAND};
+    stop_signals(&set);
+    sem_init(&stop_requested, 0, 0);
+    signal(SIGPIPE, SIG_IGN);
+    sigaction(SIGBUS, &bus, NULL);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    return pthread_create(&thread, NULL, signals_run, NULL) || pthread_detach(thread);
+}
+
+// ---- one run --------------------------------------------------------------------------------------------------------
+
+// Room for the connections and the few files beside them; fewer connections where the system does not allow it.
+static void raise_file_limit(struct server_options *o) {
+    enum { OTHER_FILES = 64 };
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return;
+    rlim_t wanted = (rlim_t)o->max_connections + OTHER_FILES;
+    if (limit.rlim_cur >= wanted) return;
+    limit.rlim_cur = limit.rlim_max < wanted ? limit.rlim_max : wanted;
+    if (setrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur >= wanted) return;
+    int32_t room = limit.rlim_cur > 2 * OTHER_FILES ? (int32_t)limit.rlim_cur - OTHER_FILES : OTHER_FILES;
+    log_message(LOG_LEVEL_WARNING, "--max-connections: %d instead of %d: this process may open %llu files", room,
+                o->max_connections, (unsigned long long)limit.rlim_cur);
+    o->max_connections = room;
+}
+
+static void log_plan(const struct engine_plan *p, const struct options *o) {
+    char weights[32], kv[32], total[32];
+    log_message(LOG_LEVEL_INFO, "gptd " GPTD_VERSION ": %s: %s, %.1f M parameters, %s, context %d, on %s",
+                o->engine.model_dir, p->architecture, (double)p->n_parameters / 1e6, p->dtype, p->max_model_len, p->device);
+    log_message(LOG_LEVEL_INFO, "memory: weights %s, KV cache %s (%d blocks of %d tokens), %s in all",
+                plan_bytes(p->weights_bytes, weights), plan_bytes(p->kv_cache_bytes, kv), p->n_blocks, p->block_size,
+                plan_bytes(plan_total(p), total));
+}
+
+static void log_ready(const struct options *o, const struct server *server, double started) {
+    bool ipv6 = strchr(o->server.host, ':');
+    log_message(LOG_LEVEL_INFO, "ready after %.0f ms: model \"%s\" at http://%s%s%s:%u", 1e3 * (now() - started),
+                o->server.served_model_names[0], ipv6 ? "[" : "", o->server.host, ipv6 ? "]" : "", server_port(server));
+}
+
+// Waits for a signal, then for the drain it starts. True unless the device failed.
+static bool run_until_stopped(const struct options *o, struct engine *engine, struct server *server) {
+    struct engine_stats stats;
+    struct timespec wake;
+    do {
+        engine_stats_get(engine, &stats);
+        if (stats.failed) return false;
+        clock_gettime(CLOCK_MONOTONIC, &wake);
+        wake.tv_sec += 1;
+    } while (sem_clockwait(&stop_requested, CLOCK_MONOTONIC, &wake));
+
+    log_message(LOG_LEVEL_INFO, "draining: what runs is finished; a second signal ends at once");
+    double deadline = o->drain_timeout > 0 ? now() + o->server.drain_delay + o->drain_timeout : 0;
+    for (server_drain(server); !server_drained(server) && !stats.failed; engine_stats_get(engine, &stats)) {
+        if (deadline > 0 && now() >= deadline) {
+            log_message(LOG_LEVEL_WARNING, "--drain-timeout is over: cancelling what still runs");
+            break;
+        }
+        usleep(10000);
+    }
+    return !stats.failed;
+}
+
+static enum exit_status serve(const struct options *o, struct engine *engine, const struct tokenizer *tokenizer,
+                              double started) {
+    struct error e;
+    struct server *server = NULL;
+    enum exit_status status = EXIT_NETWORK;
+    if (server_create(&server, &o->server, engine, tokenizer, &e)) goto fail;
+    if (server_start(server, &e)) goto fail;
+    status = EXIT_MODEL;
+    if (engine_start(engine, &e)) goto fail;
+    atomic_store(&serving, true);
+    if (server_open(server, &e)) goto fail;
+    log_ready(o, server, started);
+    status = run_until_stopped(o, engine, server) ? EXIT_DONE : EXIT_DEVICE;
+    if (status == EXIT_DEVICE) log_message(LOG_LEVEL_ERROR, "the device failed: ending");
+    server_stop(server);
+    server_destroy(server);
+    log_message(LOG_LEVEL_INFO, "ended");
+    return status;
+fail:
+    log_message(LOG_LEVEL_ERROR, "%s", e.message);
+    if (server) server_stop(server);
+    server_destroy(server);
+    return status;
+}
+
+// Plans, and serves what was planned.
+static enum exit_status run(struct options *o, double started) {
+    struct error e;
+    struct engine *engine = NULL;
+    struct tokenizer *tokenizer = NULL;
+    enum exit_status status = EXIT_MODEL;
+    if (engine_create(&engine, &o->engine, &e)) goto fail;
+    const struct engine_plan *plan = engine_plan_get(engine);
+    if (o->dry_run) {
+        plan_print(plan, log_is_json, stdout);
+        engine_destroy(engine);
+        return EXIT_DONE;
+    }
+    log_plan(plan, o);
+    if (tokenizer_create(&tokenizer, o->engine.model_dir, e.message, sizeof(e.message)) < 0) goto fail;
+    if (!tokenizer) log_message(LOG_LEVEL_WARNING, "no tokenizer.model: prompts and answers are token ids");
+    raise_file_limit(&o->server);
+    status = serve(o, engine, tokenizer, started);
+    tokenizer_destroy(tokenizer);
+    engine_destroy(engine);
+    return status;
+fail:
+    log_message(LOG_LEVEL_ERROR, "%s", e.message);
+    engine_destroy(engine);
+    return status;
+}
+
+int main(int argc, char **argv) {
+    double started = now();
+    struct options options;
+    struct error e;
+    if (options_init(&options, argc, argv, environ, &e)) {
+        fprintf(stderr, "gptd: %s\nTry --help.\n", e.message);
+        return EXIT_OPTIONS;
+    }
+    if (options.help || options.version) {
+        if (options.help)
+            options_help(stdout);
+        else
+            puts("gptd " GPTD_VERSION);
+        options_deinit(&options);
+        return EXIT_DONE;
+    }
+    log_is_json = options.log_format == LOG_FORMAT_JSON;
+    log_init(STDERR_FILENO, options.log_format, options.log_level);
+    if (signals_init()) {
+        fputs("gptd: cannot start a thread\n", stderr);
+        return EXIT_OPTIONS;
+    }
+    enum exit_status status = run(&options, started);
+    options_deinit(&options);
+    return (int)status;
+}
