@@ -1,7 +1,5 @@
-#include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/simd/linear.h"
 
@@ -71,10 +69,11 @@ static void prepare_x_row(void *arg, int32_t row, int32_t thread)
     memset(to + used, 0, pass->x_stride - used);
 }
 
-static void load_bias(float bias[TILE_W], const struct tensor *from, size_t first, int32_t n)
+static void load_bias(const struct pass *pass, float bias[TILE_W], const struct tensor *from, size_t first, size_t n)
 {
-    for (int32_t j = 0; j < TILE_W; j++)
-        bias[j] = from->data && j < n ? element_get(from->data, from->dtype, first + (size_t)j) : 0;
+    memset(bias, 0, TILE_W * sizeof *bias);
+    if (from->data)
+        pass->simd->widen(bias, (const char *)from->data + first * dtype_size(from->dtype), from->dtype, n);
 }
 
 // All rows of x times rows first .. first + n of a part, which lie at w, w_stride apart, as dtype.
@@ -94,7 +93,7 @@ static void multiply(const struct pass *pass, int32_t part, size_t first, size_t
     for (size_t j = 0; j < n; j += TILE_W) {
         t.w = w + j * w_stride;
         t.n_w = n - j < TILE_W ? (int32_t)(n - j) : TILE_W;
-        load_bias(bias, &weight->part[part].bias, first + j, t.n_w);
+        load_bias(pass, bias, &weight->part[part].bias, first + j, (size_t)t.n_w);
         for (int32_t i = 0; i < pass->n_x; i += t.n_x) {
             t.n_x = pass->n_x - i < pass->simd->tile_x ? pass->n_x - i : pass->simd->tile_x;
             t.x = pass->x + (size_t)i * pass->x_stride;

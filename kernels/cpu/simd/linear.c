@@ -23,11 +23,17 @@ INLINE vec fma_bf16(vec a, vec b, vec c) { return vec_fma(a, b, c); }
 INLINE size_t step_cols(enum dtype dtype) { return BF16_PRODUCTS && dtype == DTYPE_BF16 ? 2 * LANES : LANES; }
 INLINE size_t step_bytes(enum dtype dtype) { return step_cols(dtype) * (dtype == DTYPE_F32 ? 4 : 2); }
 
-INLINE vec load_w(enum dtype dtype, const char *p)
+INLINE vec load_wide(enum dtype dtype, const char *p)
 {
     if (dtype == DTYPE_F16) return vec_load_f16(p);
-    if (dtype == DTYPE_BF16 && !BF16_PRODUCTS) return vec_load_bf16(p);
+    if (dtype == DTYPE_BF16) return vec_load_bf16(p);
     return vec_load(p);
+}
+
+// One vector of w as it enters the products.
+INLINE vec load_w(enum dtype dtype, const char *p)
+{
+    return BF16_PRODUCTS && dtype == DTYPE_BF16 ? vec_load(p) : load_wide(dtype, p);
 }
 
 INLINE void add_step(enum dtype dtype, int n_x, vec sum[TILE_X][TILE_W], const char *const x[TILE_X],
@@ -122,12 +128,12 @@ static void widen(float *to, const void *from, enum dtype dtype, size_t n)
 {
     const char *p = from;
     size_t size = dtype == DTYPE_F32 ? 4 : 2, i = 0;
-    for (; i + LANES <= n; i += LANES) vec_store(to + i, load_w(dtype, p + i * size));
+    for (; i + LANES <= n; i += LANES) vec_store(to + i, load_wide(dtype, p + i * size));
     if (i == n) return;
     char last[sizeof(vec)] = {0};
     float wide[LANES];
     memcpy(last, p + i * size, (n - i) * size);
-    vec_store(wide, load_w(dtype, last));
+    vec_store(wide, load_wide(dtype, last));
     memcpy(to + i, wide, (n - i) * sizeof *wide);
 }
 
