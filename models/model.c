@@ -1,0 +1,114 @@
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "models/model_impl.h"
+
+static int options_check(const struct model_options *o, struct error *e)
+{
+    if (o->max_num_batched_tokens < 1) return error_set(e, ERR_INVALID, "max_num_batched_tokens: %d is not at least 1", o->max_num_batched_tokens);
+    if (o->max_logits_rows < 1) return error_set(e, ERR_INVALID, "max_logits_rows: %d is not at least 1", o->max_logits_rows);
+    if (o->max_model_len < 0) return error_set(e, ERR_INVALID, "max_model_len: %d is negative", o->max_model_len);
+    if (o->tp_size != 1 || o->tp_rank != 0) {
+        return error_set(e, ERR_UNSUPPORTED, "tensor parallelism of %d (rank %d)", o->tp_size, o->tp_rank);
+    }
+    return 0;
+}
+
+static int32_t max_dim(const struct model_config *c)
+{
+    int32_t qkv = (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
+    int32_t mlp = c->family->gated ? 2 * c->intermediate_dim : c->intermediate_dim;
+    int32_t widest = qkv > mlp ? qkv : mlp;
+    return widest > c->hidden_dim ? widest : c->hidden_dim;
+}
+
+static void info_fill(struct model *m)
+{
+    const struct model_config *c = &m->config;
+    enum dtype dtype = m->weights.layers[0].qkv.part[0].dtype;
+    m->info = (struct model_info){
+        .dtype = dtype, .vocab_size = c->vocab_size, .n_layers = c->n_layers, .hidden_dim = c->hidden_dim,
+        .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim,
+        .intermediate_dim = c->intermediate_dim, .max_model_len = c->max_model_len, .bos_token_id = c->bos_token_id,
+        .n_eos_token_ids = c->n_eos_token_ids, .n_kv_groups = 1, .max_dim = max_dim(c),
+        .n_parameters = m->weights.n_parameters, .weights_bytes = m->weights.mapped_bytes + m->weights.arena_bytes,
+        .workspace_bytes = m->workspace.size,
+    };
+    snprintf(m->info.architecture, sizeof m->info.architecture, "%s", c->family->architecture);
+    memcpy(m->info.eos_token_ids, c->eos_token_ids, sizeof m->info.eos_token_ids);
+    m->info.kv_groups[0] = (struct kv_spec){
+        .n_layers = c->n_layers, .window = c->window, .n_kv_heads = c->n_kv_heads, .k_dim = c->head_dim,
+        .v_dim = c->head_dim, .dtype = dtype,
+    };
+}
+
+static int plan(struct model *m, struct error *e)
+{
+    const struct model_options *o = &m->options;
+    int rc = options_check(o, e);
+    if (!rc) rc = config_read(&m->config, o->dir, e);
+    if (rc) return rc;
+    if (o->max_model_len > m->config.max_model_len) {
+        return error_set(e, ERR_INVALID, "max_model_len: %d is more than the %d that the checkpoint allows",
+                         o->max_model_len, m->config.max_model_len);
+    }
+    if (o->max_model_len) m->config.max_model_len = o->max_model_len;
+    bool dummy = o->load_format == LOAD_DUMMY;
+    if (!dummy) rc = checkpoint_open(&m->checkpoint, o->dir, e);
+    if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, e);
+    if (rc) return rc;
+    m->workspace.max_tokens = o->max_num_batched_tokens;
+    m->workspace.max_logits_rows = o->max_logits_rows;
+    workspace_layout(&m->workspace, &m->config); // for F32, the widest that activations can be
+    info_fill(m);
+    return 0;
+}
+
+int model_create(struct model **out, const struct model_options *options, struct error *e)
+{
+    *out = NULL;
+    struct model *m = calloc(1, sizeof *m);
+    if (!m) return error_set(e, ERR_NOMEM, "out of memory");
+    m->options = *options;
+    int rc = plan(m, e);
+    m->options.dir = NULL; // the caller's, and not read again
+    if (rc) model_destroy(m);
+    else *out = m;
+    return rc;
+}
+
+void model_destroy(struct model *m)
+{
+    if (!m) return;
+    if (m->workspace.memory) m->kernels->free(m->device, m->workspace.memory);
+    weights_free(&m->weights, m->kernels, m->device);
+    checkpoint_close(&m->checkpoint);
+    free(m);
+}
+
+const struct model_info *model_info_get(const struct model *m) { return &m->info; }
+
+static int workspace_create(struct model *m, struct error *e)
+{
+    struct workspace *w = &m->workspace;
+    w->dtype = m->kernels->activation_dtype(m->device, m->info.dtype);
+    workspace_layout(w, &m->config);
+    m->info.workspace_bytes = w->size;
+    w->memory = m->kernels->alloc(m->device, w->size);
+    if (!w->memory) return error_set(e, ERR_NOMEM, "no memory for %zu bytes of workspace", w->size);
+    workspace_layout(w, &m->config);
+    if (m->config.family->positions != POSITIONS_ROPE) return 0;
+    float inv_freq[256];
+    rope_inv_freq(&m->config.rope, m->config.max_model_len, inv_freq);
+    return m->kernels->copy_in(m->device, w->inv_freq, inv_freq, (size_t)m->config.rope.dim / 2 * sizeof *inv_freq, e);
+}
+
+int model_load(struct model *m, const struct kernels *kernels, struct device *device, struct error *e)
+{
+    m->kernels = kernels, m->device = device;
+    bool dummy = m->options.load_format == LOAD_DUMMY;
+    int rc = weights_load(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, m->options.seed, kernels, device, e);
+    return rc ? rc : workspace_create(m, e);
+}

@@ -1,0 +1,299 @@
+#include "models/weights.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "models/dummy.h"
+
+enum { MAX_NAME = 256, NO_LAYER = -1, ALIGNMENT = 64, COPY_ROWS = 32 };
+
+// What a walk carries. The first failure is kept; later steps do nothing.
+struct walk {
+    struct weights *weights;
+    const struct model_config *config;
+    const struct checkpoint *checkpoint; // NULL: dummy weights
+    const struct kernels *kernels;       // NULL: planning
+    struct device *device;
+    struct dummy *dummy;                 // when loading dummy weights
+    const char *root;                    // before the names in this checkpoint
+    uint64_t n_tensors;                  // met so far
+    int status;
+    struct error *error;
+};
+
+enum fill { FILL_NORMAL, FILL_ONE, FILL_ZERO }; // dummy values
+
+// ---- one tensor -----------------------------------------------------------------------------------------------------
+
+static void name_make(const struct walk *k, char name[MAX_NAME], int32_t layer, const char *stem, const char *suffix)
+{
+    if (layer == NO_LAYER) snprintf(name, MAX_NAME, "%s%s%s", k->root, stem, suffix);
+    else snprintf(name, MAX_NAME, "%s%s%d.%s%s", k->root, k->config->family->layers, layer, stem, suffix);
+}
+
+// Takes the next `bytes` of the arena: their address, or NULL while planning.
+static void *arena_take(struct walk *k, size_t bytes)
+{
+    struct weights *w = k->weights;
+    char *at = w->arena ? (char *)w->arena + w->arena_bytes : NULL;
+    w->arena_bytes += (bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1);
+    return at;
+}
+
+// [n_cols, n_rows] -> n rows of [n_rows, n_cols] from `first` on. Called with a constant size, which inlines.
+static inline void transpose_rows(char *out, const char *in, size_t n_rows, size_t n_cols, size_t first, size_t n,
+                                  size_t size)
+{
+    for (size_t c = 0; c < n_cols; c++) {
+        const char *from = in + (c * n_rows + first) * size;
+        for (size_t r = 0; r < n; r++) memcpy(out + (r * n_cols + c) * size, from + r * size, size);
+    }
+}
+
+// Stores a tensor's transpose, [shape[0], shape[1]], at t->data: a few rows at a time, through host memory.
+static int copy_transposed(struct walk *k, const struct tensor *t, const char *from)
+{
+    size_t n_rows = t->shape[0], n_cols = t->shape[1], size = dtype_size(t->dtype);
+    char *rows = malloc(COPY_ROWS * n_cols * size);
+    if (!rows) return error_set(k->error, ERR_NOMEM, "out of memory for %d rows", COPY_ROWS);
+    int rc = 0;
+    for (size_t first = 0; first < n_rows && !rc; first += COPY_ROWS) {
+        size_t n = n_rows - first < COPY_ROWS ? n_rows - first : COPY_ROWS;
+        if (size == 4) transpose_rows(rows, from, n_rows, n_cols, first, n, 4);
+        else transpose_rows(rows, from, n_rows, n_cols, first, n, 2);
+        rc = k->kernels->copy_in(k->device, (char *)t->data + first * n_cols * size, rows, n * n_cols * size, k->error);
+    }
+    free(rows);
+    return rc;
+}
+
+// The whole pages of what has been copied need not stay in memory.
+static void drop_pages(const void *data, size_t size)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + size) & ~(page - 1);
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+static int bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tensor *found, bool transposed)
+{
+    found->used = true;
+    if (!transposed && (uintptr_t)found->data % dtype_size(t->dtype) == 0) {
+        k->weights->mapped_bytes += found->size;
+        t->data = (void *)found->data;
+        if (k->kernels) t->data = (void *)k->kernels->weight_place(k->device, found->data, found->size);
+        return t->data ? 0 : error_set(k->error, ERR_NOMEM, "no memory for %zu bytes", found->size);
+    }
+    t->data = arena_take(k, found->size);
+    if (!t->data) return 0;
+    int rc = transposed ? copy_transposed(k, t, found->data)
+                        : k->kernels->copy_in(k->device, t->data, found->data, found->size, k->error);
+    drop_pages(found->data, found->size);
+    return rc;
+}
+
+static int bind_dummy(struct walk *k, struct tensor *t, enum fill fill)
+{
+    size_t n = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1);
+    t->dtype = k->config->dtype;
+    t->data = arena_take(k, n * dtype_size(t->dtype));
+    if (!t->data) return 0;
+    if (fill == FILL_NORMAL) {
+        return dummy_fill_normal(k->dummy, k->n_tensors, k->kernels, k->device, t->data, n, k->error);
+    }
+    return dummy_fill_value(k->dummy, fill == FILL_ONE, k->kernels, k->device, t->data, n, k->error);
+}
+
+static int shape_check(const struct walk *k, const struct tensor *t, const struct safetensors_tensor *found,
+                       bool transposed)
+{
+    if (found->dtype < 0) return error_set(k->error, ERR_UNSUPPORTED, "%s is none of F32, F16, BF16", found->type);
+    size_t first = t->shape[transposed], second = t->n_dims == 2 ? t->shape[!transposed] : 1;
+    if (found->n_dims == t->n_dims && found->shape[0] == first && (t->n_dims == 1 || found->shape[1] == second)) return 0;
+    if (t->n_dims == 1) return error_set(k->error, ERR_FORMAT, "its shape is not [%zu], as config.json has it", first);
+    return error_set(k->error, ERR_FORMAT, "its shape is not [%zu, %zu], as config.json has it", first, second);
+}
+
+// The tensor `name`, [n_rows, n_cols] or, with n_cols 0, [n_rows].
+static struct tensor tensor_bind(struct walk *k, const char *name, size_t n_rows, size_t n_cols, bool transposed,
+                                 enum fill fill)
+{
+    struct tensor t = {.n_dims = n_cols ? 2 : 1, .shape = {n_rows, n_cols}};
+    if (k->status) return t;
+    if (!k->checkpoint) {
+        k->status = bind_dummy(k, &t, fill);
+    } else {
+        struct safetensors_tensor *found = checkpoint_find(k->checkpoint, name);
+        k->status = found ? shape_check(k, &t, found, transposed) : error_set(k->error, ERR_FORMAT, "missing");
+        t.dtype = k->status ? DTYPE_F32 : (enum dtype)found->dtype;
+        if (!k->status) k->status = bind_mapped(k, &t, found, transposed);
+    }
+    if (k->status) error_prefix(k->error, "%s", name);
+    k->weights->n_parameters += n_rows * (n_cols ? n_cols : 1);
+    k->n_tensors++;
+    return t;
+}
+
+// ---- groups of tensors ----------------------------------------------------------------------------------------------
+
+static struct norm_weights norm_bind(struct walk *k, int32_t layer, const char *stem)
+{
+    char name[MAX_NAME];
+    size_t dim = (size_t)k->config->hidden_dim;
+    struct norm_weights norm = {0};
+    name_make(k, name, layer, stem, ".weight");
+    norm.weight = tensor_bind(k, name, dim, 0, false, FILL_ONE);
+    name_make(k, name, layer, stem, ".bias");
+    if (k->config->family->norm_bias) norm.bias = tensor_bind(k, name, dim, 0, false, FILL_ZERO);
+    return norm;
+}
+
+// One matrix of up to n row blocks. stems[1] NULL: the checkpoint holds them fused, in one tensor.
+static struct weight linear_bind(struct walk *k, int32_t layer, const char *const *stems, const size_t *n_rows, int32_t n,
+                                 size_t n_cols, bool bias)
+{
+    bool transposed = k->config->family->transposed;
+    char name[MAX_NAME];
+    struct weight w = {.n_cols = n_cols};
+    size_t total = 0;
+    for (int32_t i = 0; i < n; i++) total += n_rows[i];
+    w.n_parts = n > 1 && stems[1] ? n : 1;
+    for (int32_t i = 0; i < w.n_parts; i++) {
+        struct weight_part *part = &w.part[i];
+        part->n_rows = w.n_parts == 1 ? total : n_rows[i];
+        name_make(k, name, layer, stems[i], ".weight");
+        struct tensor t = tensor_bind(k, name, part->n_rows, n_cols, transposed, FILL_NORMAL);
+        part->data = t.data, part->dtype = t.dtype;
+        name_make(k, name, layer, stems[i], ".bias");
+        if (bias) part->bias = tensor_bind(k, name, part->n_rows, 0, false, FILL_ZERO);
+    }
+    return w;
+}
+
+static void layer_bind(struct walk *k, int32_t i)
+{
+    const struct model_config *c = k->config;
+    const struct family *f = c->family;
+    struct layer_weights *layer = &k->weights->layers[i];
+    size_t hidden = (size_t)c->hidden_dim, inter = (size_t)c->intermediate_dim;
+    size_t q_rows = (size_t)c->n_heads * (size_t)c->head_dim, kv_rows = (size_t)c->n_kv_heads * (size_t)c->head_dim;
+    layer->norm1 = norm_bind(k, i, f->norm1);
+    layer->qkv = linear_bind(k, i, f->qkv, (size_t[]){q_rows, kv_rows, kv_rows}, 3, hidden, c->qkv_bias);
+    layer->attn_out = linear_bind(k, i, &f->attn_out, &hidden, 1, q_rows, c->attn_out_bias);
+    layer->norm2 = norm_bind(k, i, f->norm2);
+    layer->mlp_in = linear_bind(k, i, f->mlp_in, (size_t[]){inter, inter}, f->gated ? 2 : 1, hidden, c->mlp_bias);
+    layer->mlp_out = linear_bind(k, i, &f->mlp_out, &hidden, 1, inter, c->mlp_bias);
+}
+
+// The token embedding and the output layer. When they are tied, the checkpoint may hold either name, or both.
+static void embeddings_bind(struct walk *k)
+{
+    const struct model_config *c = k->config;
+    const struct family *f = c->family;
+    struct weights *w = k->weights;
+    size_t vocab = (size_t)c->vocab_size, hidden = (size_t)c->hidden_dim;
+    char embed_name[MAX_NAME], head_name[MAX_NAME];
+    name_make(k, embed_name, NO_LAYER, f->token_embed, ".weight");
+    snprintf(head_name, MAX_NAME, "%s.weight", f->lm_head);
+    struct safetensors_tensor *head = k->checkpoint ? checkpoint_find(k->checkpoint, head_name) : NULL;
+    bool only_head = c->tied && head && !checkpoint_find(k->checkpoint, embed_name);
+    w->token_embed = tensor_bind(k, only_head ? head_name : embed_name, vocab, hidden, false, FILL_NORMAL);
+    struct tensor t = w->token_embed;
+    if (!c->tied) t = tensor_bind(k, head_name, vocab, hidden, false, FILL_NORMAL);
+    else if (head) head->used = true;
+    w->lm_head = (struct weight){.n_parts = 1, .n_cols = hidden};
+    w->lm_head.part[0] = (struct weight_part){.data = t.data, .dtype = t.dtype, .n_rows = vocab};
+}
+
+// ---- the walk -------------------------------------------------------------------------------------------------------
+
+// A checkpoint of the bare model leaves the root away as a whole.
+static const char *root_find(const struct model_config *config, const struct checkpoint *checkpoint)
+{
+    char name[MAX_NAME];
+    snprintf(name, sizeof name, "%s.weight", config->family->token_embed);
+    return checkpoint && checkpoint_find(checkpoint, name) ? "" : config->family->root;
+}
+
+static bool ends_with(const char *s, const char *end)
+{
+    size_t n = strlen(s), m = strlen(end);
+    return n >= m && strcmp(s + n - m, end) == 0;
+}
+
+// A tensor that the configured model has no place for means that the two do not belong together.
+static int unused_refuse(const struct walk *k)
+{
+    const struct family *f = k->config->family;
+    for (size_t i = 0; i < k->checkpoint->n_tensors; i++) {
+        const struct safetensors_tensor *t = k->checkpoint->tensors[i];
+        bool known = t->used;
+        for (size_t j = 0; j < sizeof f->ignored / sizeof *f->ignored && f->ignored[j]; j++) {
+            known = known || ends_with(t->name, f->ignored[j]);
+        }
+        if (known) continue;
+        return error_set(k->error, ERR_FORMAT, "%.200s: no place for it in the %s that config.json describes", t->name,
+                         f->architecture);
+    }
+    return 0;
+}
+
+static int walk(struct walk *k)
+{
+    struct weights *w = k->weights;
+    const struct model_config *c = k->config;
+    w->n_parameters = 0, w->mapped_bytes = 0, w->arena_bytes = 0;
+    k->root = root_find(c, k->checkpoint);
+    embeddings_bind(k);
+    if (c->family->positions == POSITIONS_LEARNED) {
+        char name[MAX_NAME];
+        name_make(k, name, NO_LAYER, c->family->pos_embed, ".weight");
+        w->pos_embed = tensor_bind(k, name, (size_t)c->max_positions, (size_t)c->hidden_dim, false, FILL_NORMAL);
+    }
+    for (int32_t i = 0; i < c->n_layers; i++) layer_bind(k, i);
+    w->final_norm = norm_bind(k, NO_LAYER, c->family->final_norm);
+    if (!k->status && k->checkpoint) k->status = unused_refuse(k);
+    return k->status;
+}
+
+int weights_plan(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
+                 struct error *e)
+{
+    memset(w, 0, sizeof *w);
+    w->layers = calloc((size_t)config->n_layers, sizeof *w->layers);
+    if (!w->layers) return error_set(e, ERR_NOMEM, "out of memory for %d layers", config->n_layers);
+    struct walk k = {.weights = w, .config = config, .checkpoint = checkpoint, .error = e};
+    int rc = walk(&k);
+    if (rc) weights_free(w, NULL, NULL);
+    return rc;
+}
+
+int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint, uint64_t seed,
+                 const struct kernels *kernels, struct device *device, struct error *e)
+{
+    struct walk k = {.weights = w, .config = config, .checkpoint = checkpoint, .kernels = kernels, .device = device,
+                     .error = e};
+    int rc = checkpoint ? checkpoint_populate(checkpoint, e) : 0;
+    if (rc) return rc;
+    if (w->arena_bytes) {
+        w->arena = kernels->alloc(device, w->arena_bytes);
+        if (!w->arena) return error_set(e, ERR_NOMEM, "no memory for %zu bytes of weights", w->arena_bytes);
+    }
+    if (!checkpoint) {
+        k.dummy = dummy_create(config->dtype, seed);
+        if (!k.dummy) return error_set(e, ERR_NOMEM, "out of memory");
+    }
+    rc = walk(&k);
+    dummy_destroy(k.dummy);
+    return rc;
+}
+
+void weights_free(struct weights *w, const struct kernels *kernels, struct device *device)
+{
+    if (w->arena) kernels->free(device, w->arena);
+    free(w->layers);
+    memset(w, 0, sizeof *w);
+}
