@@ -166,7 +166,7 @@ check-e2e: $(BUILD)/gptd
 # ---- benchmarks ----
 
 .PHONY: bench
-bench: $(BUILD)/gptd $(BUILD)/tests/bench/bench_cpu $(BUILD)/tests/bench/bench_model
+bench: $(BUILD)/gptd $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/bench/bench_*.c))
 	@python3 tests/bench/run.py --build $(BUILD)
 BENCH_OBJ := $(call objects,$(filter-out tests/bench/bench_%,$(wildcard tests/bench/*.c)))
 $(BUILD)/tests/bench/%: $(BUILD)/obj/tests/bench/%.c.o $(BENCH_OBJ) $(LIBS_GPTD)

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""`make bench`: every figure the README quotes, measured now on this machine.
+
+Runs the kernel and model benchmarks, then the server with the demo checkpoint: start-up, idle CPU, memory, concurrent
+streams. Prints a table and writes all of it as JSON to build/bench.json. No assertion depends on time.
+"""
+import argparse
+import http.client
+import json
+import os
+import pathlib
+import signal
+import socket
+import statistics
+import subprocess
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """gptd on a free port; `startup` is the time from exec to the first 200 of /ready, in seconds."""
+
+    def __init__(self, binary, model, *flags):
+        self.port = free_port()
+        command = [binary, "--model", model, "--port", str(self.port), "--log-level", "warning", *flags]
+        begin = time.monotonic()
+        self.process = subprocess.Popen(command)
+        while not self.ready():
+            if self.process.poll() is not None or time.monotonic() - begin > 60:
+                raise SystemExit(f"the server did not start: {' '.join(command)}")
+            time.sleep(0.001)
+        self.startup = time.monotonic() - begin
+
+    def ready(self):
+        try:
+            return self.get("/ready")[0] == 200
+        except OSError:
+            return False
+
+    def get(self, path):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+        connection.close()
+        return response.status, body
+
+    def cpu_seconds(self):
+        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def rss(self):
+        for line in pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        self.process.send_signal(signal.SIGTERM)  # the second one does not wait for the drain
+        self.process.wait(30)
+
+
+def stream(port, body, times):
+    """One streamed completion. Appends (time to first token, total, number of chunks) in seconds to times."""
+    begin = time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    first, chunks = None, 0
+    for line in response:
+        if line.startswith(b"data: {"):
+            first = first or time.monotonic() - begin
+            chunks += 1
+    connection.close()
+    times.append((first, time.monotonic() - begin, chunks))
+
+
+def concurrent_streams(server, n, max_tokens):
+    times = []
+    body = {"model": "demo", "max_tokens": max_tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    threads = [threading.Thread(target=stream, args=(server.port, {**body, "prompt": f"Once upon a time number {i}"},
+                                                     times)) for i in range(n)]
+    begin = time.monotonic()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return times, time.monotonic() - begin
+
+
+def percentile(values, p):
+    return sorted(values)[min(len(values) - 1, int(p / 100 * len(values)))]
+
+
+def bench_server(binary, model, results):
+    starts = []
+    for _ in range(11):
+        server = Server(binary, model)
+        starts.append(server.startup)
+        server.stop()
+    results["startup_seconds"] = statistics.median(starts)
+    print(f"exec to ready                      {statistics.median(starts) * 1e3:9.0f} ms (median of 11; "
+          f"worst {max(starts) * 1e3:.0f})")
+
+    server = Server(binary, model)
+    plan = json.loads(subprocess.run([binary, "--model", model, "--dry-run", "--log-format", "json"], check=True,
+                                     capture_output=True, text=True).stdout.strip().splitlines()[-1])
+    before = server.cpu_seconds()
+    time.sleep(5)
+    results["idle_cpu_share"] = (server.cpu_seconds() - before) / 5
+    print(f"idle CPU                           {results['idle_cpu_share'] * 100:9.1f} % of a core")
+    for n in (1, 64, 500):
+        times, wall = concurrent_streams(server, n, 64)
+        failed = sum(1 for t in times if t[0] is None)
+        tokens = 64 * (n - failed)
+        first = [t[0] for t in times if t[0] is not None]
+        results[f"streams_{n}"] = {"tokens_per_second": tokens / wall, "failed": failed,
+                                   "ttft_p50": percentile(first, 50), "ttft_p99": percentile(first, 99)}
+        print(f"{n:4} streams of 64 tokens            {tokens / wall:9.0f} tok/s, first token p50 "
+              f"{percentile(first, 50) * 1e3:.0f} ms, p99 {percentile(first, 99) * 1e3:.0f} ms, {failed} failed")
+    planned = plan["weights_bytes"] + plan["kv_cache_bytes"]
+    results["rss_bytes"], results["planned_bytes"] = server.rss(), planned
+    print(f"resident memory                    {server.rss() / 2**20:9.0f} MiB (weights + KV {planned / 2**20:.0f} MiB)")
+    server.stop()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--build", default="build")
+    parser.add_argument("--model", default="models/demo")
+    parser.add_argument("--out", default="build/bench.json")
+    parser.add_argument("--server-only", action="store_true")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    results = {"date": time.strftime("%Y-%m-%d"), "cpu": next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"),
+        "cores": os.cpu_count(),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()}
+    print(f"{results['cpu']}, {results['cores']} cores, commit {results['commit']}, {results['date']}\n")
+    for name in [] if arguments.server_only else ["bench_cpu", "bench_attention", "bench_model", "bench_engine"]:
+        rows = f"{arguments.build}/{name}.json"
+        print(f"-- {name}", flush=True)
+        subprocess.run([f"{arguments.build}/tests/bench/{name}", "--json", rows], check=True)
+        results[name] = [json.loads(line) for line in open(rows)]
+        print()
+    print("-- server, models/demo")
+    bench_server(f"{arguments.build}/gptd", arguments.model, results)
+    pathlib.Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nwritten to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
