@@ -9,6 +9,9 @@ SHELL := /bin/bash
 
 BUILD ?= build
 SAN ?=
+V ?=
+Q := $(if $(V),,@)
+say = $(if $(V),,@printf '  %-4s %s\n' '$(1)' '$(2)')
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= models/demo
@@ -64,7 +67,8 @@ LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd sentencepiece) -lcjson -ls
 all: $(BUILD)/gptd
 
 $(BUILD)/gptd: $(call objects,server/main.c) $(LIBS_GPTD)
-	$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
 
 $(BUILD)/libserver.a: $(call objects,$(SERVER_SRC) $(wildcard server/openapi.json))
 $(BUILD)/libengine.a: $(call objects,$(ENGINE_SRC))
@@ -73,21 +77,25 @@ $(BUILD)/libtokenizer.a: $(call objects,$(TOKENIZER_SRC))
 $(BUILD)/libkernels.a: $(call objects,$(KERNELS_SRC)) $(SIMD_OBJ)
 $(BUILD)/lib%.a:
 	@rm -f $@
-	ar rcs $@ $^
+	$(call say,AR,$@)
+	$(Q)ar rcs $@ $^
 
 $(BUILD)/obj/%.c.o: %.c VERSION
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CC,$<)
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
 $(BUILD)/obj/%.cc.o: %.cc
 	@mkdir -p $(@D)
-	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CXX,$<)
+	$(Q)$(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c -o $@ $<
 $(BUILD)/obj/%.json.o: %.json
 	@mkdir -p $(@D)
-	ld -r -b binary -z noexecstack -o $@ $<
+	$(Q)ld -r -b binary -z noexecstack -o $@ $<
 define isa_rule
 $(BUILD)/obj/kernels/cpu/simd/%.$(1).o: kernels/cpu/simd/%.c
 	@mkdir -p $$(@D)
-	$$(CC) $$(CPPFLAGS) $$(CFLAGS) -O3 $(ISA_FLAGS_$(1)) -DISA=$(1) -MMD -MP -c -o $$@ $$<
+	$$(call say,CC,$$<)
+	$$(Q)$$(CC) $$(CPPFLAGS) $$(CFLAGS) -O3 $(ISA_FLAGS_$(1)) -DISA=$(1) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
@@ -96,7 +104,7 @@ $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 # What a newcomer types: installs what is missing, builds, serves $(MODEL).
 run:
 	@./scripts/setup.sh run
-	@$(MAKE) --no-print-directory $(BUILD)/gptd
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/gptd
 	@printf '\nTry it from another terminal:\n\n  curl -N http://%s:%s/v1/completions -H "Content-Type: application/json" \\\n    -d %s\n\n' \
 	  '$(HOST)' '$(PORT)' "'"'{"model": "$(notdir $(patsubst %/,%,$(MODEL)))", "prompt": "Once upon a time", "max_tokens": 200, "stream": true}'"'"
 	@exec $(BUILD)/gptd --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -108,7 +116,8 @@ FAKE_MODEL_TESTS := $(filter $(BUILD)/tests/test_engine% $(BUILD)/tests/test_sch
 $(FAKE_MODEL_TESTS): $(call objects,tests/fake_model.c)
 $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	@mkdir -p $(@D)
-	$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBS_GPTD) $(LIBS_SYSTEM) $(shell pkg-config --libs check)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBS_GPTD) $(LIBS_SYSTEM) $(shell pkg-config --libs check)
 
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
 .PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e lint
@@ -117,7 +126,8 @@ check:
 	@$(MAKE) --no-print-directory check-all
 check-all:
 	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory all check-unit
+	@$(MAKE) --no-print-directory -j$$(nproc) all tests
+	@$(MAKE) --no-print-directory check-unit
 	@$(MAKE) --no-print-directory check-asan
 	@$(MAKE) --no-print-directory check-tsan
 	@$(MAKE) --no-print-directory check-fuzz
@@ -132,13 +142,15 @@ check-unit: $(TESTS)
 
 # Address and undefined-behaviour sanitizers over every suite and the running server.
 check-asan:
-	@$(MAKE) --no-print-directory BUILD=build/asan SAN=address all check-unit
+	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/asan SAN=address all tests
+	@$(MAKE) --no-print-directory BUILD=build/asan SAN=address check-unit
 	@build/venv/bin/python tests/e2e/run.py --server build/asan/gptd --quick
 
 # Thread sanitizer over what has threads.
 THREADED_TESTS = $(filter %/test_engine %/test_engine_% %/test_thread_pool %/test_http %/test_server%,$(TESTS))
 check-tsan:
-	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread all check-threaded
+	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all tests
+	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded
 	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick
 .PHONY: check-threaded
 check-threaded: $(THREADED_TESTS)
@@ -149,7 +161,7 @@ FUZZ_SECONDS ?= 15
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/tests/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 .PHONY: check-fuzz fuzz-targets
 check-fuzz:
-	@$(MAKE) --no-print-directory BUILD=build/fuzz SAN=fuzzer CC=clang CXX=clang++ fuzz-targets
+	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/fuzz SAN=fuzzer CC=clang CXX=clang++ fuzz-targets
 	@set -e; for f in build/fuzz/tests/fuzz/fuzz_*; do echo "== $$f"; mkdir -p build/fuzz/corpus/$$(basename $$f); \
 	  $$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
 	    -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$(basename $$f) \
@@ -157,7 +169,8 @@ check-fuzz:
 fuzz-targets: $(FUZZERS)
 $(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_GPTD)
 	@mkdir -p $(@D)
-	$(CXX) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(LIBS_SYSTEM)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(LIBS_SYSTEM)
 
 # The running server: raw sockets, curl, the official OpenAI client.
 check-e2e: $(BUILD)/gptd
@@ -171,7 +184,8 @@ bench: $(BUILD)/gptd $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/benc
 BENCH_OBJ := $(call objects,$(filter-out tests/bench/bench_%,$(wildcard tests/bench/*.c)))
 $(BUILD)/tests/bench/%: $(BUILD)/obj/tests/bench/%.c.o $(BENCH_OBJ) $(LIBS_GPTD)
 	@mkdir -p $(@D)
-	$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
 
 clean:
 	rm -rf build
