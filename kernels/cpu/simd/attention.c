@@ -106,11 +106,6 @@ static float softmax(float *scores, int32_t n_cols, int32_t first, int32_t end, 
     return factor;
 }
 
-static void scale(float *out, const float *x, float factor, size_t n)
-{
-    for (size_t i = 0; i < n; i++) out[i] = x[i] * factor;
-}
-
 static void unpack(float *out, size_t ld, const void *x, enum dtype dtype, size_t n_rows, size_t n_cols)
 {
     for (size_t r = 0; r < n_rows; r++) {
@@ -121,4 +116,4 @@ static void unpack(float *out, size_t ld, const void *x, enum dtype dtype, size_
     }
 }
 
-const struct simd_attention SIMD_NAME(simd_attention) = {product, softmax, scale, unpack};
+const struct simd_attention SIMD_NAME(simd_attention) = {product, softmax, unpack};

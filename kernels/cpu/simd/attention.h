@@ -39,7 +39,6 @@ struct simd_attention {
     // whatever stood there. Returns what the row's acc has to be multiplied with.
     float (*softmax)(float *scores, int32_t n_cols, int32_t first, int32_t end, struct score_params params,
                      struct softmax_state *state);
-    void (*scale)(float *out, const float *x, float factor, size_t n); // out = x * factor
     // x [n_rows, n_cols] of dtype, contiguous, to F32 rows of ld elements, ld - n_cols zeros at the end of each
     void (*unpack)(float *out, size_t ld, const void *x, enum dtype dtype, size_t n_rows, size_t n_cols);
 };

@@ -45,9 +45,14 @@ static void store(void *out, enum dtype dtype, const float *x, size_t n)
         for (size_t i = 0; i < n; i++) half[i] = f32_to_f16(x[i]);
 }
 
-static void add(float *x, const float *y, size_t n)
+static void add(float *x, const void *y, enum dtype dtype, size_t n)
 {
-    for (size_t i = 0; i < n; i++) x[i] += y[i];
+    FOR_VECTORS(i, lanes, n) put(x + i, get(x + i, lanes) + get_any(y, dtype, i, lanes), lanes);
+}
+
+static void scale(float *x, float factor, size_t n)
+{
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
 }
 
 static float sum(const float *x, size_t n)
@@ -191,11 +196,13 @@ static size_t find_above(const float *x, float bound, size_t from, size_t n)
     return i;
 }
 
-static size_t count_above(const float *x, float value, size_t n)
+static size_t rank(const float *x, size_t id, size_t n)
 {
-    int32_t count = 0;
-    for (size_t i = 0; i < n; i++) count += x[i] > value;
-    return (size_t)count;
+    float value = x[id];
+    int32_t before = 0;
+    for (size_t i = 0; i < id; i++) before += x[i] >= value;
+    for (size_t i = id; i < n; i++) before += x[i] > value;
+    return (size_t)before + 1;
 }
 
 static double sum_exp(const float *x, float shift, size_t n)
@@ -220,9 +227,9 @@ static void exps(float *out, const float *x, size_t n)
     FOR_VECTORS(i, lanes, n) put(out + i, vec_exp(get(x + i, lanes)), lanes);
 }
 
-static void scale(float *x, float shift, float divisor, size_t n)
+static void temper(float *out, const float *x, float shift, float divisor, size_t n)
 {
-    for (size_t i = 0; i < n; i++) x[i] = (x[i] - shift) / divisor;
+    for (size_t i = 0; i < n; i++) out[i] = (x[i] - shift) / divisor;
 }
 
 // Words of the ids first_id .. first_id + 4 * VEC_LANES - 1, in order of the ids; first_id divides by 4.
@@ -293,7 +300,7 @@ static int32_t gumbel_argmax(const float *x, size_t n, uint64_t seed, int32_t po
 }
 
 const struct simd_vector SIMD_NAME(simd_vector) = {
-    .load = load, .store = store, .add = add, .sum = sum, .sum_squares = sum_squares, .normalize = normalize,
+    .load = load, .store = store, .add = add, .scale = scale, .sum = sum, .sum_squares = sum_squares, .normalize = normalize,
     .activate = activate, .rotate = rotate, .highest = highest, .find = find, .find_above = find_above,
-    .count_above = count_above, .sum_exp = sum_exp, .exps = exps, .scale = scale, .gumbel_argmax = gumbel_argmax,
+    .rank = rank, .sum_exp = sum_exp, .exps = exps, .temper = temper, .gumbel_argmax = gumbel_argmax,
 };

@@ -10,7 +10,8 @@
 struct simd_vector {
     void (*load)(float *out, const void *x, enum dtype dtype, size_t n);  // any weight or cache type to F32
     void (*store)(void *out, enum dtype dtype, const float *x, size_t n); // and back, to nearest even, NaN kept
-    void (*add)(float *x, const float *y, size_t n);                      // x += y
+    void (*add)(float *x, const void *y, enum dtype dtype, size_t n);     // x += y
+    void (*scale)(float *x, float factor, size_t n);                      // x *= factor
     float (*sum)(const float *x, size_t n);
     float (*sum_squares)(const float *x, float shift, size_t n); // of x - shift
     // out = (x - shift) * scale * weight + bias; bias NULL: none. weight, bias [n] of their types.
@@ -23,10 +24,10 @@ struct simd_vector {
     float (*highest)(const float *x, size_t n, bool *broken);
     size_t (*find)(const float *x, float value, size_t n);         // first i with x[i] == value; n when there is none
     size_t (*find_above)(const float *x, float bound, size_t from, size_t n); // first i >= from with x[i] > bound; or n
-    size_t (*count_above)(const float *x, float value, size_t n);  // elements > value
+    size_t (*rank)(const float *x, size_t id, size_t n); // of x[id], 1 = highest; ties by lower id
     double (*sum_exp)(const float *x, float shift, size_t n);      // of e^(x - shift)
     void (*exps)(float *out, const float *x, size_t n);            // e^x
-    void (*scale)(float *x, float shift, float divisor, size_t n); // x = (x - shift) / divisor
+    void (*temper)(float *out, const float *x, float shift, float divisor, size_t n); // out = (x - shift) / divisor
     // argmax of x[id] + g(id), the Gumbel noise of struct sample_row; -infinity never wins; ties to the lower id
     int32_t (*gumbel_argmax)(const float *x, size_t n, uint64_t seed, int32_t position, int32_t choice);
 };
