@@ -1,0 +1,656 @@
+#include "server/http.h"
+
+#include "server/http_check.h"
+
+#include <microhttpd.h>
+
+#include <errno.h>
+#include <math.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    CONNECTIONS_TO_REFUSE = 64, // beyond max_connections: they get a 503; beyond that they are closed unheard
+    DESCRIPTORS_FOR_OTHERS = 64,
+    BODIES_AT_ONCE = 16, // total of bodies in memory, in units of max_body_bytes
+    STREAM_BLOCK = 4096,
+};
+
+struct http {
+    const struct server_options *options;
+    const struct route *routes; // [n_routes]
+    size_t n_routes;
+    struct server *server;
+    struct metrics *metrics;
+    struct notifier *notifier;
+    struct watchdog *watchdog;
+    struct MHD_Daemon *daemon;
+    int listen_fd;
+    uint16_t port;
+    int32_t max_connections;
+    atomic_int n_connections, n_active;
+    atomic_size_t body_bytes; // in memory, of all exchanges
+    atomic_bool quiesced;
+};
+
+// A client's connection: libmicrohttpd's socket_context.
+struct connection {
+    struct watch watch;
+    struct MHD_Connection *mhd;
+    struct exchange *exchange; // valid while watch.phase is WATCH_RUNNING
+    bool refused;              // one too many
+    bool timed_out;            // answered 408 by the watchdog
+};
+
+// ---- answers ----
+
+void exchange_header(struct exchange *x, const char *name, const char *value)
+{
+    if (x->n_headers == EXCHANGE_MAX_HEADERS) return;
+    x->headers[x->n_headers].name = name;
+    snprintf(x->headers[x->n_headers++].value, sizeof x->headers[0].value, "%s", value);
+}
+
+static void add_headers(struct exchange *x, struct MHD_Response *response, const char *content_type)
+{
+    char milliseconds[32];
+    double elapsed = x->received > 0 ? watchdog_now() - x->received : 0;
+    snprintf(milliseconds, sizeof milliseconds, "%.0f", 1e3 * elapsed);
+    if (content_type) MHD_add_response_header(response, "Content-Type", content_type);
+    MHD_add_response_header(response, "x-request-id", x->id);
+    MHD_add_response_header(response, "openai-processing-ms", milliseconds);
+    if (x->http->options->cors_origin)
+        MHD_add_response_header(response, "Access-Control-Allow-Origin", x->http->options->cors_origin);
+    for (int32_t i = 0; i < x->n_headers; i++)
+        MHD_add_response_header(response, x->headers[i].name, x->headers[i].value);
+    bool close = atomic_load(&x->http->quiesced) || (x->refused && !x->discard);
+    if (close) MHD_add_response_header(response, "Connection", "close");
+}
+
+// Takes response (NULL: there was no memory for it).
+static enum exchange_next queue_response(struct exchange *x, int32_t status, const char *content_type,
+                                         struct MHD_Response *response)
+{
+    if (!response) return EXCHANGE_ABORT;
+    add_headers(x, response, content_type);
+    watchdog_set(x->http->watchdog, &x->connection->watch, WATCH_SENDING,
+                 watchdog_now() + x->http->options->send_timeout);
+    x->status = status;
+    x->queued = MHD_queue_response(x->connection->mhd, (unsigned)status, response) == MHD_YES;
+    MHD_destroy_response(response);
+    return EXCHANGE_GO;
+}
+
+enum exchange_next exchange_reply(struct exchange *x, int32_t status, const char *content_type,
+                                  struct text_buffer *body)
+{
+    static char no_memory[] = "{\"error\":{\"message\":\"out of memory\",\"type\":\"service_unavailable_error\","
+                              "\"param\":null,\"code\":null}}";
+    struct MHD_Response *response;
+    if (body->failed) {
+        text_deinit(body);
+        exchange_header(x, "Retry-After", "1");
+        http_error_set(&x->error, 503, NULL, NULL, "out of memory");
+        response = MHD_create_response_from_buffer(strlen(no_memory), no_memory, MHD_RESPMEM_PERSISTENT);
+        return queue_response(x, 503, "application/json", response);
+    }
+    response = MHD_create_response_from_buffer(body->length, body->data, MHD_RESPMEM_MUST_FREE);
+    if (response)
+        *body = (struct text_buffer){0};
+    else
+        text_deinit(body);
+    return queue_response(x, status, content_type, response);
+}
+
+enum exchange_next exchange_reply_json(struct exchange *x, struct text_buffer *body)
+{
+    return exchange_reply(x, 200, "application/json", body);
+}
+
+enum exchange_next exchange_reply_error(struct exchange *x, const struct http_error *e)
+{
+    struct text_buffer body = {0};
+    http_error_write(&body, e);
+    if (e->retry_after) {
+        char seconds[16];
+        snprintf(seconds, sizeof seconds, "%d", e->retry_after);
+        exchange_header(x, "Retry-After", seconds);
+    }
+    if (e->status == 401) exchange_header(x, "WWW-Authenticate", "Bearer");
+    if (e != &x->error) x->error = *e;
+    return exchange_reply(x, e->status, "application/json", &body);
+}
+
+// ---- waiting ----
+
+static struct exchange *exchange_of(const struct waiter *w)
+{
+    return (struct exchange *)((char *)(uintptr_t)w - offsetof(struct exchange, waiter));
+}
+
+static void suspend(struct waiter *w) { MHD_suspend_connection(exchange_of(w)->connection->mhd); }
+static void resume(struct waiter *w) { MHD_resume_connection(exchange_of(w)->connection->mhd); }
+
+static bool is_ready(const struct waiter *w)
+{
+    const struct exchange *x = exchange_of(w);
+    return x->route->ready(x);
+}
+
+// False: there is something to do after all.
+static bool exchange_sleep(struct exchange *x)
+{
+    watchdog_set(x->http->watchdog, &x->connection->watch, WATCH_RUNNING, x->deadline);
+    return notifier_wait(x->http->notifier, &x->waiter);
+}
+
+void exchange_wake(struct exchange *x) { notifier_wake(x->http->notifier, &x->waiter); }
+
+// The answer is complete before libmicrohttpd could send it: nothing of its own is in flight in these phases.
+static void answer_timeout(int fd)
+{
+    static const char body[] = "{\"error\":{\"message\":\"the request did not arrive in time\","
+                               "\"type\":\"invalid_request_error\",\"param\":null,\"code\":null}}";
+    char text[512];
+    int n = snprintf(text, sizeof text,
+                     "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n"
+                     "Connection: close\r\n\r\n%s",
+                     sizeof body - 1, body);
+    (void)!send(fd, text, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void on_watch(struct watch *w, enum watch_event what)
+{
+    struct connection *c = (struct connection *)w; // its first member
+    if (w->phase == WATCH_RUNNING) {
+        if (what == WATCH_GONE) atomic_store(&c->exchange->gone, true);
+        exchange_wake(c->exchange);
+        return;
+    }
+    if (w->phase == WATCH_HEADERS || w->phase == WATCH_BODY) {
+        c->timed_out = true;
+        answer_timeout(w->fd);
+    }
+    shutdown(w->fd, SHUT_RDWR); // libmicrohttpd sees the end and closes
+}
+
+// ---- streams ----
+
+// Copies what is left of x->out. Returns the number of bytes.
+static size_t send_out(struct exchange *x, char *buffer, size_t max)
+{
+    size_t n = x->out.length - x->n_sent;
+    if (n > max) n = max;
+    memcpy(buffer, x->out.data + x->n_sent, n);
+    x->n_sent += n;
+    watchdog_set(x->http->watchdog, &x->connection->watch, WATCH_SENDING,
+                 watchdog_now() + x->http->options->send_timeout);
+    return n;
+}
+
+static ssize_t on_stream(void *cls, uint64_t position, char *buffer, size_t max)
+{
+    (void)position;
+    struct exchange *x = cls;
+    for (;;) {
+        if (x->n_sent < x->out.length) return (ssize_t)send_out(x, buffer, max);
+        if (x->end) return MHD_CONTENT_READER_END_OF_STREAM;
+        text_clear(&x->out);
+        x->n_sent = 0;
+        enum exchange_next next = x->route->stream(x);
+        if (x->out.failed || next == EXCHANGE_ABORT) return MHD_CONTENT_READER_END_WITH_ERROR;
+        x->end = next == EXCHANGE_END;
+        if (next == EXCHANGE_WAIT && x->out.length == 0 && exchange_sleep(x)) return 0;
+    }
+}
+
+enum exchange_next exchange_reply_stream(struct exchange *x)
+{
+    exchange_header(x, "Cache-Control", "no-cache");
+    exchange_header(x, "X-Accel-Buffering", "no");
+    return queue_response(x, 200, "text/event-stream; charset=utf-8",
+                          MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, STREAM_BLOCK, on_stream, x, NULL));
+}
+
+// ---- admission: everything that can be said before the body ----
+
+static enum MHD_Result collect_header(void *cls, enum MHD_ValueKind kind, const char *key, size_t key_size,
+                                      const char *value, size_t value_size)
+{
+    (void)kind;
+    struct http_headers *h = cls;
+    if (h->n == HTTP_MAX_HEADERS) {
+        h->overflow = true;
+        return MHD_NO;
+    }
+    h->list[h->n++] = (struct http_header){key, value ? value : "", key_size, value ? value_size : 0};
+    return MHD_YES;
+}
+
+static void set_id(struct exchange *x, const struct http_headers *h)
+{
+    const struct http_header *given = http_header_find(h, "x-request-id");
+    bool usable = given && given->value_length > 0 && given->value_length <= REQUEST_ID_MAX;
+    for (size_t i = 0; usable && i < given->value_length; i++)
+        usable = given->value[i] >= 0x20 && given->value[i] < 0x7f;
+    if (usable) {
+        memcpy(x->id, given->value, given->value_length);
+        return;
+    }
+    uint64_t random[2] = {0};
+    (void)!getrandom(random, sizeof random, 0);
+    snprintf(x->id, sizeof x->id, "req-%016lx%016lx", (unsigned long)random[0], (unsigned long)random[1]);
+}
+
+static bool path_matches(const struct route *r, const char *path)
+{
+    size_t n = strlen(r->path);
+    return r->path[n - 1] == '/' ? !strncmp(path, r->path, n) && path[n] : !strcmp(path, r->path);
+}
+
+static int check_route(struct exchange *x, const char *method)
+{
+    const struct http *h = x->http;
+    for (size_t i = 0; i < h->n_routes && !x->route; i++)
+        if (path_matches(&h->routes[i], x->path)) x->route = &h->routes[i];
+    if (!x->route) return http_error_set(&x->error, 404, NULL, NULL, "there is nothing at this path");
+    if (!strcmp(strcmp(method, "HEAD") ? method : "GET", x->route->method)) return 0;
+    exchange_header(x, "Allow", !strcmp(x->route->method, "GET") ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
+    if (strcmp(method, "OPTIONS"))
+        return http_error_set(&x->error, 405, NULL, NULL, "%s is not allowed here", method);
+    return http_error_set(&x->error, 204, NULL, NULL, "options");
+}
+
+// In time that depends on the length of what was given alone.
+static bool same_key(const char *key, const char *given, size_t n)
+{
+    size_t length = strlen(key);
+    unsigned char difference = length != n;
+    for (size_t i = 0; i < n; i++) difference |= (unsigned char)(given[i] ^ key[i < length ? i : 0]);
+    return !difference;
+}
+
+static int check_key(struct exchange *x, const struct http_headers *headers)
+{
+    const struct server_options *o = x->http->options;
+    if (x->route->open || o->n_api_keys == 0) return 0;
+    const struct http_header *h = http_header_find(headers, "Authorization");
+    static const char scheme[] = "Bearer ";
+    size_t skip = sizeof scheme - 1;
+    if (!h || h->value_length < skip || strncasecmp(h->value, scheme, skip))
+        return http_error_set(&x->error, 401, "invalid_api_key", NULL,
+                              "no API key: send it as `Authorization: Bearer KEY`");
+    for (size_t i = 0; i < o->n_api_keys; i++)
+        if (same_key(o->api_keys[i], h->value + skip, h->value_length - skip)) x->api_key = o->api_keys[i];
+    return x->api_key ? 0 : http_error_set(&x->error, 401, "invalid_api_key", NULL, "the API key is not valid");
+}
+
+static bool is_json(const struct http_header *h)
+{
+    static const char json[] = "application/json";
+    size_t n = sizeof json - 1;
+    return h && h->value_length >= n && !strncasecmp(h->value, json, n) &&
+           (h->value_length == n || strchr("; \t", h->value[n]));
+}
+
+static int check_body(struct exchange *x, const struct http_headers *headers, const struct http_framing *framing)
+{
+    size_t max = x->http->options->max_body_bytes;
+    if (framing->has_length && framing->length > max)
+        return http_error_set(&x->error, 413, NULL, NULL, "a body of %zu bytes; the most is %zu", framing->length, max);
+    if (!strcmp(x->route->method, "GET")) return 0;
+    if (!framing->has_length && !framing->chunked)
+        return http_error_set(&x->error, 411, NULL, NULL, "a Content-Length is needed");
+    if (!is_json(http_header_find(headers, "Content-Type")))
+        return http_error_set(&x->error, 415, NULL, NULL, "the Content-Type must be application/json");
+    return 0;
+}
+
+static int check_room(struct exchange *x)
+{
+    return x->connection->refused ? http_error_set(&x->error, 503, NULL, NULL, "too many connections") : 0;
+}
+
+static int check_quiesced(struct exchange *x)
+{
+    if (!atomic_load(&x->http->quiesced) || x->route->open) return 0;
+    return http_error_set(&x->error, 503, NULL, NULL, "the server is shutting down");
+}
+
+// Everything that can be wrong before the body. A doubtful framing is answered at once and ends the connection. Other
+// refusals wait for the body, which is thrown away, so that the client reads its answer and not a reset connection;
+// unless it asked first (Expect), or has far more to send than we would ever take.
+static void admit(struct exchange *x, const char *method, const char *version)
+{
+    struct http_headers headers = {0};
+    struct http_framing framing;
+    MHD_get_connection_values_n(x->connection->mhd, MHD_HEADER_KIND, collect_header, &headers);
+    set_id(x, &headers);
+    if (http_check(&headers, version, &framing, &x->error) || check_room(x)) {
+        x->refused = true;
+        return;
+    }
+    x->refused = check_route(x, method) || check_quiesced(x) || check_key(x, &headers) ||
+                 check_body(x, &headers, &framing);
+    x->discard = x->refused && !http_header_find(&headers, "Expect") &&
+                 framing.length / 2 <= x->http->options->max_body_bytes;
+}
+
+static enum exchange_next reply_refusal(struct exchange *x)
+{
+    if (x->error.status != 204) return exchange_reply_error(x, &x->error);
+    if (x->http->options->cors_origin) {
+        exchange_header(x, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
+        exchange_header(x, "Access-Control-Allow-Headers", "Authorization, Content-Type, x-request-id");
+        exchange_header(x, "Access-Control-Max-Age", "86400");
+    }
+    x->error.status = 0;
+    return exchange_reply(x, 204, NULL, &(struct text_buffer){0});
+}
+
+// ---- libmicrohttpd's callbacks ----
+
+static const char *constant_method(const char *method)
+{
+    static const char *const known[] = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(known[i], method)) return known[i];
+    return "other";
+}
+
+static struct connection *connection_of(struct MHD_Connection *mhd)
+{
+    return MHD_get_connection_info(mhd, MHD_CONNECTION_INFO_SOCKET_CONTEXT)->socket_context;
+}
+
+static struct exchange *exchange_begin(struct http *h, struct MHD_Connection *mhd, const char *path,
+                                       const char *method, const char *version)
+{
+    struct connection *c = connection_of(mhd);
+    struct exchange *x = c ? calloc(1, sizeof *x) : NULL;
+    if (!x) return NULL;
+    x->http = h;
+    x->server = h->server;
+    x->connection = c;
+    c->exchange = x;
+    x->path = path;
+    x->waiter.ready = is_ready;
+    x->deadline = INFINITY;
+    x->log = (struct log_request){.method = constant_method(method), .path = path, .prompt_tokens = -1,
+                                  .cached_tokens = -1, .completion_tokens = -1, .queue = -1, .ttft = -1, .total = -1};
+    atomic_fetch_add(&h->n_active, 1);
+    watchdog_set(h->watchdog, &x->connection->watch, WATCH_BODY, watchdog_now() + h->options->body_timeout);
+    admit(x, method, version);
+    return x;
+}
+
+static void refuse_body(struct exchange *x, int32_t status, const char *message)
+{
+    x->refused = x->discard = true;
+    text_deinit(&x->body);
+    http_error_set(&x->error, status, NULL, NULL, "%s", message);
+}
+
+// Returns false when so much comes that the connection had better end.
+static bool take_body(struct exchange *x, const char *data, size_t n)
+{
+    size_t max = x->http->options->max_body_bytes;
+    x->n_received += n;
+    if (x->discard) return x->n_received / 2 <= max;
+    if (x->n_received > max) {
+        refuse_body(x, 413, "the body is too long");
+        return true;
+    }
+    x->n_counted += n;
+    size_t total = atomic_fetch_add(&x->http->body_bytes, n) + n;
+    if (total > BODIES_AT_ONCE * max || !text_reserve(&x->body, n + 1)) {
+        refuse_body(x, 503, "too many long requests at once");
+        return true;
+    }
+    text_append(&x->body, data, n);
+    x->body.data[x->body.length] = '\0';
+    return true;
+}
+
+static enum MHD_Result exchange_run(struct exchange *x)
+{
+    for (;;) {
+        enum exchange_next next = x->refused ? reply_refusal(x) : x->route->handle(x);
+        if (next != EXCHANGE_WAIT) return next == EXCHANGE_GO && x->queued ? MHD_YES : MHD_NO;
+        if (exchange_sleep(x)) return MHD_YES;
+    }
+}
+
+static enum MHD_Result on_request(void *cls, struct MHD_Connection *mhd, const char *path, const char *method,
+                                  const char *version, const char *data, size_t *n, void **context)
+{
+    struct exchange *x = *context;
+    if (!x) {
+        *context = x = exchange_begin(cls, mhd, path, method, version);
+        if (!x) return MHD_NO;
+        return x->refused && !x->discard ? exchange_run(x) : MHD_YES;
+    }
+    if (*n) {
+        bool more = take_body(x, data, *n);
+        *n = 0;
+        return more ? MHD_YES : MHD_NO;
+    }
+    if (x->received == 0) x->received = watchdog_now();
+    return exchange_run(x);
+}
+
+static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, enum MHD_RequestTerminationCode how)
+{
+    struct http *h = cls;
+    struct connection *c = connection_of(mhd);
+    struct exchange *x = *context;
+    *context = NULL;
+    if (c) watchdog_set(h->watchdog, &c->watch, WATCH_IDLE, watchdog_now() + h->options->idle_timeout);
+    if (!x) return;
+    if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) atomic_store(&x->gone, true);
+    if (c->timed_out && !x->status) {
+        x->status = 408;
+        http_error_set(&x->error, 408, NULL, NULL, "the request did not arrive in time");
+    }
+    x->log.id = x->id;
+    x->log.status = x->status;
+    if (x->route && x->state) x->route->done(x);
+    if (x->log.total < 0 && x->received > 0) x->log.total = watchdog_now() - x->received;
+    if (x->error.status) x->log.error = x->error.message;
+    log_request(&x->log);
+    metrics_http(h->metrics, x->log.method, x->route ? x->route->path : "other", x->status);
+    atomic_fetch_sub(&h->body_bytes, x->n_counted);
+    text_deinit(&x->body);
+    text_deinit(&x->out);
+    free(x);
+    atomic_fetch_sub(&h->n_active, 1);
+}
+
+static void on_connection(void *cls, struct MHD_Connection *mhd, void **context, enum MHD_ConnectionNotificationCode what)
+{
+    struct http *h = cls;
+    struct connection *c = *context;
+    if (what == MHD_CONNECTION_NOTIFY_CLOSED) {
+        atomic_fetch_sub(&h->n_connections, 1);
+        if (c) watchdog_remove(h->watchdog, &c->watch);
+        free(c);
+        *context = NULL;
+        return;
+    }
+    int32_t n = atomic_fetch_add(&h->n_connections, 1) + 1;
+    *context = c = calloc(1, sizeof *c);
+    if (!c) return;
+    c->mhd = mhd;
+    c->refused = n > h->max_connections;
+    c->watch.fd = MHD_get_connection_info(mhd, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
+    c->watch.phase = WATCH_HEADERS;
+    c->watch.deadline = watchdog_now() + h->options->header_timeout;
+    watchdog_add(h->watchdog, &c->watch);
+}
+
+// The request line has come: the time for the headers begins.
+static void *on_request_line(void *cls, const char *uri, struct MHD_Connection *mhd)
+{
+    (void)uri;
+    struct http *h = cls;
+    struct connection *c = connection_of(mhd);
+    if (c && c->watch.phase == WATCH_IDLE) // set by this thread alone
+        watchdog_set(h->watchdog, &c->watch, WATCH_HEADERS, watchdog_now() + h->options->header_timeout);
+    return NULL;
+}
+
+static enum MHD_Result on_accept(void *cls, const struct sockaddr *address, socklen_t length)
+{
+    (void)address;
+    (void)length;
+    struct http *h = cls;
+    return atomic_load(&h->n_connections) < h->max_connections + CONNECTIONS_TO_REFUSE ? MHD_YES : MHD_NO;
+}
+
+static void on_log(void *cls, const char *format, va_list args)
+{
+    (void)cls;
+    char line[512];
+    vsnprintf(line, sizeof line, format, args);
+    line[strcspn(line, "\r\n")] = '\0';
+    log_message(LOG_LEVEL_DEBUG, "libmicrohttpd: %s", line);
+}
+
+// ---- life ----
+
+static int listen_on(int *out, const struct addrinfo *a)
+{
+    int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -1;
+    int one = 1, zero = 0;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (a->ai_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero); // "::" takes IPv4 too
+    if (bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, SOMAXCONN)) {
+        int failed = errno;
+        close(fd);
+        errno = failed;
+        return -1;
+    }
+    *out = fd;
+    return 0;
+}
+
+static int bind_port(struct http *h, struct error *e)
+{
+    const struct server_options *o = h->options;
+    char port[8];
+    snprintf(port, sizeof port, "%u", o->port);
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV}, *list;
+    int failed = getaddrinfo(o->host, port, &hints, &list);
+    if (failed) return error_set(e, ERR_INVALID, "host %s: %s", o->host, gai_strerror(failed));
+    failed = -1;
+    for (struct addrinfo *a = list; a && failed; a = a->ai_next) failed = listen_on(&h->listen_fd, a);
+    freeaddrinfo(list);
+    if (failed) return error_set(e, ERR_IO, "cannot listen on %s port %s: %s", o->host, port, strerror(errno));
+    struct sockaddr_storage bound;
+    socklen_t length = sizeof bound;
+    getsockname(h->listen_fd, (struct sockaddr *)&bound, &length);
+    h->port = ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
+                                                : ((struct sockaddr_in *)&bound)->sin_port);
+    return 0;
+}
+
+// Every connection takes a descriptor: takes as many as the process may have.
+static void limit_connections(struct http *h)
+{
+    struct rlimit limit;
+    h->max_connections = h->options->max_connections;
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return;
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
+    rlim_t needed = (rlim_t)h->max_connections + CONNECTIONS_TO_REFUSE + DESCRIPTORS_FOR_OTHERS;
+    if (limit.rlim_cur == RLIM_INFINITY || limit.rlim_cur >= needed) return;
+    int64_t possible = (int64_t)limit.rlim_cur - CONNECTIONS_TO_REFUSE - DESCRIPTORS_FOR_OTHERS;
+    h->max_connections = possible > 1 ? (int32_t)possible : 1;
+    log_message(LOG_LEVEL_WARNING, "the limit of open files, %lu, leaves room for %d connections",
+                (unsigned long)limit.rlim_cur, h->max_connections);
+}
+
+int http_create(struct http **out, const struct server_options *options, const struct route *routes, size_t n_routes,
+                struct server *server, struct metrics *metrics, struct error *e)
+{
+    struct http *h = calloc(1, sizeof *h);
+    if (!h) return error_set(e, ERR_NOMEM, "out of memory");
+    h->options = options;
+    h->routes = routes;
+    h->n_routes = n_routes;
+    h->server = server;
+    h->metrics = metrics;
+    h->listen_fd = -1;
+    limit_connections(h);
+    int failed = notifier_create(&h->notifier, suspend, resume, e);
+    if (!failed) failed = watchdog_create(&h->watchdog, on_watch, e);
+    if (!failed) failed = bind_port(h, e);
+    if (failed) {
+        http_destroy(h);
+        return failed;
+    }
+    *out = h;
+    return 0;
+}
+
+int http_start(struct http *h, struct error *e)
+{
+    int failed = watchdog_start(h->watchdog, e);
+    if (failed) return failed;
+    unsigned n_threads = (unsigned)h->options->http_threads;
+    // libmicrohttpd divides its limit among its threads, and one of them that is full stops accepting while clients
+    // hang. So its limit is out of reach for every one of them, and on_accept keeps ours.
+    unsigned limit = n_threads * (unsigned)(h->max_connections + 2 * CONNECTIONS_TO_REFUSE);
+    h->daemon = MHD_start_daemon(
+        MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0, on_accept, h, on_request, h,
+        MHD_OPTION_EXTERNAL_LOGGER, on_log, NULL, MHD_OPTION_LISTEN_SOCKET, h->listen_fd,
+        MHD_OPTION_THREAD_POOL_SIZE, n_threads > 1 ? n_threads : 0, MHD_OPTION_CONNECTION_LIMIT, limit,
+        MHD_OPTION_CONNECTION_TIMEOUT, 0u, MHD_OPTION_STRICT_FOR_CLIENT, 1, MHD_OPTION_SIGPIPE_HANDLED_BY_APP, 1,
+        MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection, h,
+        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h, MHD_OPTION_END);
+    return h->daemon ? 0 : error_set(e, ERR_IO, "cannot start the HTTP threads");
+}
+
+int http_notify_from(struct http *h, int event_fd, struct error *e)
+{
+    return notifier_start(h->notifier, event_fd, e);
+}
+
+uint16_t http_port(const struct http *h) { return h->port; }
+
+void http_quiesce(struct http *h)
+{
+    if (atomic_exchange(&h->quiesced, true) || !h->daemon) return;
+    MHD_quiesce_daemon(h->daemon);
+    shutdown(h->listen_fd, SHUT_RDWR); // closed in http_stop: a thread may be about to use it
+}
+
+int32_t http_n_active(const struct http *h) { return atomic_load(&h->n_active); }
+
+void http_wake_all(struct http *h) { notifier_close(h->notifier); }
+
+void http_stop(struct http *h)
+{
+    http_quiesce(h);
+    if (h->daemon) MHD_stop_daemon(h->daemon);
+    h->daemon = NULL;
+}
+
+void http_destroy(struct http *h)
+{
+    if (!h) return;
+    http_stop(h);
+    notifier_destroy(h->notifier);
+    watchdog_destroy(h->watchdog);
+    if (h->listen_fd >= 0) close(h->listen_fd);
+    free(h);
+}

@@ -1,0 +1,94 @@
+#include "server/http_check.h"
+
+#include <string.h>
+#include <strings.h>
+
+static bool name_is(const struct http_header *h, const char *name)
+{
+    return h->name_length == strlen(name) && !strncasecmp(h->name, name, h->name_length);
+}
+
+const struct http_header *http_header_find(const struct http_headers *h, const char *name)
+{
+    for (size_t i = 0; i < h->n; i++)
+        if (name_is(&h->list[i], name)) return &h->list[i];
+    return NULL;
+}
+
+bool http_header_is(const struct http_header *h, const char *text)
+{
+    return h->value_length == strlen(text) && !strncasecmp(h->value, text, h->value_length);
+}
+
+static size_t count(const struct http_headers *h, const char *name)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < h->n; i++) n += name_is(&h->list[i], name);
+    return n;
+}
+
+// A token of RFC 9110, 5.6.2. "Content-Length " with its space is none: the parser would take it for another header.
+static bool is_token(const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)s[i];
+        bool alphanumeric = (c >= '0' && c <= '9') || ((c | 0x20) >= 'a' && (c | 0x20) <= 'z');
+        if (!alphanumeric && (!c || !strchr("!#$%&'*+-.^_`|~", c))) return false;
+    }
+    return n > 0;
+}
+
+static bool has_control(const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)s[i];
+        if ((c < 0x20 && c != '\t') || c == 0x7f) return true;
+    }
+    return false;
+}
+
+static bool parse_length(const struct http_header *h, size_t *out)
+{
+    size_t value = 0;
+    for (size_t i = 0; i < h->value_length; i++) {
+        char c = h->value[i];
+        if (c < '0' || c > '9' || value > (SIZE_MAX - 9) / 10) return false;
+        value = value * 10 + (size_t)(c - '0');
+    }
+    *out = value;
+    return h->value_length > 0;
+}
+
+static int check_framing(const struct http_headers *h, bool is_11, struct http_framing *framing, struct http_error *e)
+{
+    const struct http_header *length = http_header_find(h, "Content-Length");
+    const struct http_header *encoding = http_header_find(h, "Transfer-Encoding");
+    *framing = (struct http_framing){.has_length = length, .chunked = encoding};
+    if (count(h, "Content-Length") > 1) return http_error_set(e, 400, NULL, NULL, "more than one Content-Length");
+    if (length && encoding)
+        return http_error_set(e, 400, NULL, NULL, "both Content-Length and Transfer-Encoding");
+    if (length && !parse_length(length, &framing->length))
+        return http_error_set(e, 400, NULL, NULL, "Content-Length is not a number");
+    if (encoding && (!is_11 || count(h, "Transfer-Encoding") > 1 || !http_header_is(encoding, "chunked")))
+        return http_error_set(e, 400, NULL, NULL, "a Transfer-Encoding other than one `chunked`");
+    return 0;
+}
+
+int http_check(const struct http_headers *h, const char *version, struct http_framing *framing, struct http_error *e)
+{
+    bool is_11 = !strcmp(version, "HTTP/1.1");
+    if (!is_11 && strcmp(version, "HTTP/1.0"))
+        return http_error_set(e, 505, NULL, NULL, "only HTTP/1.0 and HTTP/1.1 are spoken here");
+    if (h->overflow) return http_error_set(e, 431, NULL, NULL, "more than %d header lines", HTTP_MAX_HEADERS);
+    for (size_t i = 0; i < h->n; i++) {
+        const struct http_header *header = &h->list[i];
+        if (!is_token(header->name, header->name_length))
+            return http_error_set(e, 400, NULL, NULL, "a header's name holds a character that it must not");
+        if (has_control(header->value, header->value_length))
+            return http_error_set(e, 400, NULL, NULL, "a header's value holds a control character");
+    }
+    size_t n_hosts = count(h, "Host");
+    if (n_hosts > 1 || (is_11 && n_hosts == 0))
+        return http_error_set(e, 400, NULL, NULL, "%s Host header", n_hosts ? "more than one" : "no");
+    return check_framing(h, is_11, framing, e);
+}
