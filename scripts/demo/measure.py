@@ -1,0 +1,142 @@
+"""Measures the demo model: held-out sums, recall by depth and length, stories.
+
+    python scripts/demo/measure.py --url http://127.0.0.1:8000 --check
+    python scripts/demo/measure.py --local models/demo --json
+
+--check exits with 1 unless sums and recall are both right in at least 95 %.
+"""
+
+import argparse
+import json
+import re
+import sys
+
+import backends
+import stories
+import tasks
+
+BAR = 0.95
+DEPTHS = [i / 9 for i in range(10)]
+LENGTHS = [128, 512, 1024, 1536, 2040]
+ANSWER_TOKENS = 8  # of a recall: a space, four digits, the full stop, and room
+
+
+def share(right):
+    return sum(right) / len(right)
+
+
+def measure_sums(backend, count):
+    pairs = tasks.sum_prompts(count)
+    answers = backend.complete([prompt for prompt, _ in pairs], 6)
+    wrong = [f"{p}{got.split(chr(10))[0]}" for (p, want), (got, _) in zip(pairs, answers) if not tasks.check_sum(got, want)]
+    return {"count": len(pairs), "right": 1 - len(wrong) / len(pairs), "wrong": wrong[:10]}
+
+
+def measure_recall(backend, lengths, repeats):
+    """{"right": share, "by_length": {length: {"right", "tokens", "by_depth": [share per depth]}}}."""
+    cases = [(length, d, r) for length in lengths for d in range(len(DEPTHS)) for r in range(repeats)]
+
+    def build(case):
+        length, d, r = case
+        target = min(length, backend.max_model_len - ANSWER_TOKENS)
+        return tasks.recall_prompt(f"measure {length} {d} {r}", target, DEPTHS[d], backend.count_tokens,
+                                   n_keys=3 if length < 256 else 6)
+
+    prompts = backend.map(build, cases)
+    answers = backend.complete([prompt for prompt, _, _ in prompts], ANSWER_TOKENS)
+    right = [tasks.check_recall(got, want) for (_, want, _), (got, _) in zip(prompts, answers)]
+    by_length = {}
+    for length in lengths:
+        rows = [i for i, case in enumerate(cases) if case[0] == length]
+        by_length[length] = {
+            "right": share([right[i] for i in rows]),
+            "tokens": max(prompts[i][2] for i in rows),
+            "by_depth": [share([right[i] for i in rows if cases[i][1] == d]) for d in range(len(DEPTHS))],
+        }
+    return {"count": len(cases), "right": share(right), "by_length": by_length}
+
+
+def loops(text, longest=8):
+    """Whether a group of up to `longest` words follows itself three times at once."""
+    words = text.split()
+    for size in range(1, longest + 1):
+        for i in range(len(words) - 3 * size + 1):
+            if words[i:i + size] == words[i + size:i + 2 * size] == words[i + 2 * size:i + 3 * size]:
+                return True
+    return False
+
+
+def story_faults(text, reason, max_tokens, known):
+    """What is wrong with a story's continuation; an empty list is a story."""
+    faults = []
+    words = re.findall(r"[a-z]+", text.lower())
+    if any(not (c.isprintable() or c == "\n") for c in text):
+        faults.append("not printable")
+    if reason == "stop" and len(words) < 60:
+        faults.append(f"ends after {len(words)} words")
+    if reason not in ("stop", "length"):
+        faults.append(f"finish_reason {reason}")
+    if not words or sum(word in known for word in words) / len(words) < 0.98:
+        faults.append("words outside the grammar")
+    if loops(text):
+        faults.append("loops")
+    return faults
+
+
+STORY_PROMPTS = [
+    "Once upon a time", "Once upon a time, there was a brave fox named Ruby.", "Long ago, a kind bear named Tom",
+    "One day, a little girl named Mia went to the forest.", "There was once a shy owl named Theo who lived by the lake.",
+    "<|user|>\nTell me a story about a fox.<|end|>\n<|assistant|>\n",
+]
+
+
+def measure_stories(backend, max_tokens=400):
+    known = stories.vocabulary()
+    answers = backend.complete(STORY_PROMPTS, max_tokens)
+    faults = {prompt: found for prompt, (text, reason) in zip(STORY_PROMPTS, answers)
+              if (found := story_faults(text, reason, max_tokens, known))}
+    return {"count": len(STORY_PROMPTS), "right": 1 - len(faults) / len(STORY_PROMPTS), "faults": faults,
+            "ended": share([reason == "stop" for _, reason in answers]), "first": STORY_PROMPTS[0] + answers[0][0]}
+
+
+def table(result):
+    lines = [f"sums      {result['sums']['right']:7.1%} of {result['sums']['count']} held-out sums"]
+    if result["sums"]["wrong"]:
+        lines.append("          wrong: " + ", ".join(result["sums"]["wrong"]))
+    lines.append(f"recall    {result['recall']['right']:7.1%} of {result['recall']['count']} prompts")
+    for length, found in result["recall"]["by_length"].items():
+        depths = " ".join(f"{100 * v:3.0f}" for v in found["by_depth"])
+        lines.append(f"  {found['tokens']:5} tokens {found['right']:7.1%}   by depth: {depths}")
+    lines.append(f"stories   {result['stories']['right']:7.1%} of {result['stories']['count']}, "
+                 f"{result['stories']['ended']:.0%} ended by themselves")
+    for prompt, faults in result["stories"]["faults"].items():
+        lines.append(f"          {prompt!r}: {', '.join(faults)}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--url", help="base address of a running server")
+    where.add_argument("--local", metavar="FOLDER", help="measure with transformers instead")
+    parser.add_argument("--model", help="the model's name at the server (default: the first it lists)")
+    parser.add_argument("--dtype", default="bfloat16", help="of --local")
+    parser.add_argument("--threads", type=int, default=8, help="requests at once")
+    parser.add_argument("--sums", type=int, default=400)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the recall prompts")
+    parser.add_argument("--repeats", type=int, default=4, help="recall prompts per length and depth")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true", help="exit with 1 under the 95 %% bars")
+    run = parser.parse_args()
+    backend = backends.Http(run.url, run.model, run.threads) if run.url else backends.Local(run.local, run.dtype)
+    result = {"sums": measure_sums(backend, run.sums), "recall": measure_recall(backend, run.lengths, run.repeats),
+              "stories": measure_stories(backend)}
+    result["passed"] = (result["sums"]["right"] >= BAR and result["recall"]["right"] >= BAR
+                        and all(found["right"] >= BAR for found in result["recall"]["by_length"].values())
+                        and result["stories"]["right"] == 1)
+    print(json.dumps(result, indent=1) if run.json else table(result))
+    sys.exit(1 if run.check and not result["passed"] else 0)
+
+
+if __name__ == "__main__":
+    main()
