@@ -31,7 +31,7 @@ int json_error_set(struct json_error *e, const char *param, const char *format, 
 // never sees the list, and a getter that asks for the member anyway finds the wrong type, not an absent field.
 static int take_ids(struct json_body *body, char *text, const char *name, size_t *n_values, struct json_error *e)
 {
-    const struct json_member *m = json_scan_find(&body->scan, name);
+    struct json_member *m = json_scan_find(&body->scan, name);
     if (!m || m->value[0] != '[' || m->value[strspn(m->value, "[ \t\n\r")] == '"') return 0;
     struct error found;
     int err = json_member_ids(m, &body->ids, &found);
@@ -45,6 +45,7 @@ static int take_ids(struct json_body *body, char *text, const char *name, size_t
     char *value = text + (m->value - text);
     memset(value, ' ', m->value_length);
     value[0] = '0';
+    m->value_length = m->n_values = 1;
     return 0;
 }
 

@@ -332,7 +332,7 @@ void json_scan_deinit(struct json_scan *scan)
 
 // ---- raw values ----
 
-const struct json_member *json_scan_find(const struct json_scan *scan, const char *name)
+struct json_member *json_scan_find(const struct json_scan *scan, const char *name)
 {
     for (size_t i = 0; i < scan->n_members; i++)
         if (compare_keys(scan->members[i].key, scan->members[i].key_length, name, strlen(name)) == 0)

@@ -43,7 +43,7 @@ int json_scan_init(struct json_scan *scan, const char *text, size_t length, stru
 void json_scan_deinit(struct json_scan *scan);
 
 // The top-level member called name (escapes in keys are understood); NULL: absent.
-const struct json_member *json_scan_find(const struct json_scan *scan, const char *name);
+struct json_member *json_scan_find(const struct json_scan *scan, const char *name);
 
 // The member's value as an exact integer: -9007199254740993 stays what it is; 1.0 and 1e3 are integers too, up to 2^53.
 // False: it is no integer, or does not fit.
