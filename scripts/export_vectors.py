@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""Writes tests/vectors/: tiny random checkpoints of every family and option, with the logits that PyTorch gives.
+
+    scripts/export_vectors.py [--out tests/vectors] [case ...]
+
+Each case is a directory with a checkpoint as a user would have it, and expected.safetensors:
+    prompt     I32 [P]     token ids
+    generated  I32 [G]     the greedy continuation (G is 64, or 0 where the case is a single pass)
+    rows       I32 [R]     positions in prompt + generated
+    logits     F32 [R, V]  after the token at each of these positions, teacher-forced
+    metadata   max_model_len: the option to serve with, where the answer depends on it
+
+The reference is transformers, loading the very files (FlashGPT: the module below), in float32 with eager attention.
+Checkpoints in BF16 or F16 are computed in float32 on the rounded weights. Cases of one shape that differ in config.json
+alone share a weights file through a link. A prompt is drawn again until the least distance between the best and the second
+logit on the greedy path is at least MARGIN of the row's standard deviation, so that rounding cannot change a token, and the
+continuation has at least DISTINCT different tokens.
+"""
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import logging
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM
+
+MARGIN = 2e-3
+DISTINCT = 8
+N_GENERATED = 64
+
+
+class FlashGPT(nn.Module):
+    """A plain GPT of a PyTorch user: learned positions, pre-norm, exact GELU, tied output layer."""
+
+    class Attention(nn.Module):
+        def __init__(self, embed_dim, num_heads):
+            super().__init__()
+            self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
+            self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
+            self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+
+        def forward(self, x):
+            batch, length, dim = x.shape
+            q, k, v = self.qkv_proj(x).split(dim, dim=-1)
+            q, k, v = (t.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
+            scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+            mask = torch.ones(length, length, dtype=torch.bool).tril()
+            out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+            return self.out_proj(out.transpose(1, 2).reshape(batch, length, dim))
+
+    class Block(nn.Module):
+        def __init__(self, embed_dim, num_heads, mlp_ratio):
+            super().__init__()
+            inner = int(embed_dim * mlp_ratio)
+            self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+            self.attn = FlashGPT.Attention(embed_dim, num_heads)
+            self.mlp = nn.Sequential(nn.Linear(embed_dim, inner), nn.GELU(), nn.Dropout(0.1),
+                                     nn.Linear(inner, embed_dim), nn.Dropout(0.1))
+
+        def forward(self, x):
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self, vocab_size, max_seq_len, embed_dim, num_heads, num_layers, mlp_ratio):
+        super().__init__()
+        self.token_embed = nn.Embedding(vocab_size, embed_dim)
+        self.pos_embed = nn.Embedding(max_seq_len, embed_dim)
+        self.blocks = nn.ModuleList(FlashGPT.Block(embed_dim, num_heads, mlp_ratio) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.lm_head = nn.Linear(embed_dim, vocab_size, bias=False)
+        self.lm_head.weight = self.token_embed.weight
+
+    def forward(self, ids):
+        x = self.token_embed(ids) + self.pos_embed(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.norm(x))
+
+
+def randomize(model, seed):
+    """Weights that make every part matter: scores of spread about 2, norms and biases away from 1 and 0, embeddings small
+    enough that a tied model does not only repeat its last token."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() == 1:
+            p.data = noise * 0.2 + (1 if "weight" in name else 0)
+        elif "pos_embed" in name or "wpe" in name:
+            p.data = noise * 0.5
+        elif "embed" in name or "wte" in name or "lm_head" in name:
+            p.data = noise * 0.15
+        else:
+            p.data = noise * (1.2 / min(p.shape) ** 0.5)
+    return model
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def cast_weights(directory, choose):
+    """Rounds the tensors of a directory's files to the type that choose(name) answers."""
+    for path in directory.glob("*.safetensors"):
+        tensors = {name: t.to(choose(name)).contiguous() for name, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def flashgpt(directory, seed, names=("token_embed.weight",), dtype=torch.float32, **config):
+    model = randomize(FlashGPT(**config), seed)
+    tensors = {name: t.detach().clone().to(dtype) for name, t in model.state_dict().items()}
+    for tied in {"token_embed.weight", "lm_head.weight"} - set(names):
+        del tensors[tied]
+    save_file(tensors, directory / "model.safetensors")
+    write_json(directory / "config.json", {"architectures": ["FlashGPT"], **config})
+
+
+def hugging_face(model_class, config_class):
+    def make(directory, seed, edit=None, choose=None, shard=None, weights_of=None, base=False, **config):
+        model = randomize(model_class(config_class(bos_token_id=1, eos_token_id=2, **config)), seed)
+        part = model.base_model if base else model
+        part.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
+        if choose:
+            cast_weights(directory, choose)
+        if weights_of:
+            os.remove(directory / "model.safetensors")
+            os.symlink(f"../{weights_of}/model.safetensors", directory / "model.safetensors")
+        written = json.loads((directory / "config.json").read_text())
+        written["architectures"] = [model_class.__name__]
+        if edit:
+            edit(written)
+        write_json(directory / "config.json", written)
+    return make
+
+
+def old_rope(scaling):
+    """config.json as transformers before 5 wrote it."""
+    def edit(config):
+        theta = config.pop("rope_parameters")["rope_theta"]
+        config.update(rope_theta=theta, rope_scaling=scaling, torch_dtype=config.pop("dtype", "float32"))
+    return edit
+
+
+def all_to(dtype):
+    return lambda name: dtype
+
+
+def norms_float32(name):
+    return torch.float32 if "norm" in name else torch.bfloat16
+
+
+def old_gpt2(directory, seed, **config):
+    """As the first GPT-2 files: no "transformer." before the names, the causal mask and a constant beside the weights."""
+    gpt2(directory, seed, base=True, choose=all_to(torch.float16), **config)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(config["n_layer"]):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+gpt2 = hugging_face(GPT2LMHeadModel, GPT2Config)
+llama = hugging_face(LlamaForCausalLM, LlamaConfig)
+mistral = hugging_face(MistralForCausalLM, MistralConfig)
+
+GPT2 = dict(vocab_size=97, n_positions=144, n_embd=32, n_layer=2, n_head=2)
+LLAMA = dict(vocab_size=101, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, max_position_embeddings=160)
+ROPE = dict(seed=31, weights_of="llama-mqa", **LLAMA)
+MISTRAL = dict(vocab_size=103, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6,
+               num_key_value_heads=2, max_position_embeddings=256)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
+
+# name: (maker, arguments, tokens in the prompt, what else)
+CASES = {
+    "flashgpt": (flashgpt, dict(seed=11, vocab_size=113, max_seq_len=139, embed_dim=40, num_heads=5, num_layers=2,
+                                mlp_ratio=4), 75, {}),
+    "flashgpt-head-bf16": (flashgpt, dict(seed=12, names=("lm_head.weight",), dtype=torch.bfloat16, vocab_size=259,
+                                          max_seq_len=130, embed_dim=48, num_heads=2, num_layers=3, mlp_ratio=2.5), 66,
+                           {}),
+    "flashgpt-both-f16": (flashgpt, dict(seed=13, names=("token_embed.weight", "lm_head.weight"), dtype=torch.float16,
+                                         vocab_size=97, max_seq_len=80, embed_dim=24, num_heads=1, num_layers=1,
+                                         mlp_ratio=4.0), 16, {}),
+    "gpt2": (gpt2, dict(seed=21, **GPT2), 70, {}),
+    "gpt2-inner-relu-bf16": (gpt2, dict(seed=22, n_inner=56, activation_function="relu",
+                                        choose=all_to(torch.bfloat16), **GPT2), 70, {}),
+    "gpt2-bare-f16": (old_gpt2, dict(seed=23, vocab_size=99, n_positions=129, n_embd=40, n_layer=1, n_head=5), 65, {}),
+    "llama-mqa": (llama, dict(seed=31, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **LLAMA), 71, {}),
+    "llama-mha-sharded": (llama, dict(seed=32, shard="40KB", vocab_size=131, hidden_size=40, intermediate_size=52,
+                                      num_hidden_layers=2, num_attention_heads=5, max_position_embeddings=200), 77, {}),
+    "llama-gqa-biases-tied": (llama, dict(seed=33, vocab_size=107, hidden_size=40, intermediate_size=36,
+                                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                          head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+                                          hidden_act="gelu_pytorch_tanh", max_position_embeddings=140,
+                                          edit=old_rope(None)), 70, {}),
+    "llama-gqa-bf16": (llama, dict(seed=34, choose=all_to(torch.bfloat16), vocab_size=163, hidden_size=64,
+                                   intermediate_size=72, num_hidden_layers=2, num_attention_heads=8,
+                                   num_key_value_heads=2, max_position_embeddings=150, rms_norm_eps=1e-5), 80, {}),
+    "llama-mixed-types": (llama, dict(seed=35, choose=norms_float32, **LLAMA), 40, {}),
+    "llama-linear-old": (llama, dict(edit=old_rope({"type": "linear", "factor": 2.5}), **ROPE), 70, {}),
+    "llama-linear-new": (llama, dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 3e3}, **ROPE),
+                         70, {}),
+    "llama-dynamic": (llama, dict(edit=old_rope({"type": "dynamic", "factor": 2.0}), **ROPE), 70,
+                      {"max_model_len": 160}),
+    "llama-dynamic-long": (llama, dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                                       **ROPE), 300, {"max_model_len": 300}),
+    "llama-llama3-old": (llama, dict(edit=old_rope({"rope_type": "llama3", **LLAMA3}), **ROPE), 70, {}),
+    "llama-llama3-new": (llama, dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e4, **LLAMA3}, **ROPE), 70,
+                         {}),
+    "llama-yarn-old": (llama, dict(edit=old_rope({"rope_type": "yarn", "factor": 4.0,
+                                                  "original_max_position_embeddings": 40}), **ROPE), 70, {}),
+    "llama-yarn-new": (llama, dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+                                                    "beta_fast": 24.0, "beta_slow": 2.0, "attention_factor": 1.25,
+                                                    "truncate": False, "original_max_position_embeddings": 64}, **ROPE),
+                       70, {}),
+    "llama-yarn-mscale": (llama, dict(rope_parameters={"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4,
+                                                       "mscale": 1.5, "mscale_all_dim": 0.5}, **ROPE), 70, {}),
+    "mistral-window": (mistral, dict(seed=41, sliding_window=24, **MISTRAL), 90, {}),
+    "mistral-window-null": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=None, **MISTRAL), 90, {}),
+    "mistral-window-wide": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=200, **MISTRAL), 90, {}),
+    "mistral-window-bf16": (mistral, dict(seed=42, sliding_window=37, choose=all_to(torch.bfloat16), **MISTRAL), 90, {}),
+}
+
+
+# ---- expectations ---------------------------------------------------------------------------------------------------
+
+def reference(directory):
+    config = json.loads((directory / "config.json").read_text())
+    if config["architectures"] == ["FlashGPT"]:
+        del config["architectures"]
+        model = FlashGPT(**config).float()
+        tensors = {name: t.float() for name, t in load_file(directory / "model.safetensors").items()}
+        tied = tensors.get("token_embed.weight", tensors.get("lm_head.weight"))
+        model.load_state_dict({**tensors, "token_embed.weight": tied, "lm_head.weight": tied})
+        return model.eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = model.eval()
+    return lambda ids: model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def greedy(forward, prompt, n):
+    """The continuation, and its least margin in standard deviations."""
+    ids, least = list(prompt), float("inf")
+    for _ in range(n):
+        row = forward(torch.tensor([ids]))[0, -1]
+        best = row.topk(2)
+        least = min(least, float(best.values[0] - best.values[1]) / float(row.std()))
+        ids.append(int(best.indices[0]))
+    return ids[len(prompt):], least
+
+
+def export(directory, vocab_size, prompt_len, max_model_len=None):
+    forward = reference(directory)
+    single_pass = max_model_len == prompt_len  # transformers' dynamic scaling would change with every token
+    for attempt in range(100):
+        generator = torch.Generator().manual_seed(1000 + attempt)
+        prompt = torch.randint(vocab_size, (prompt_len,), generator=generator).tolist()
+        generated, margin = greedy(forward, prompt, 0 if single_pass else N_GENERATED)
+        if margin >= MARGIN and (single_pass or len(set(generated)) >= DISTINCT):
+            break
+    else:
+        raise SystemExit(f"{directory}: no prompt with a margin of {MARGIN} and {DISTINCT} distinct tokens")
+    total, last = prompt_len + len(generated), prompt_len - 1
+    rows = sorted({0, 1, last // 2, last} | {r for r in (prompt_len, prompt_len + 17, total - 2, total - 1) if r < total})
+    with torch.no_grad():
+        logits = forward(torch.tensor([prompt + generated]))[0]
+    tensors = {"prompt": torch.tensor(prompt, dtype=torch.int32), "rows": torch.tensor(rows, dtype=torch.int32),
+               "generated": torch.tensor(generated, dtype=torch.int32), "logits": logits[rows].float().contiguous()}
+    save_file(tensors, directory / "expected.safetensors",
+              metadata={"max_model_len": str(max_model_len)} if max_model_len else None)
+    return margin, len(set(generated))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tests" / "vectors")
+    parser.add_argument("cases", nargs="*", metavar="case")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in args.cases or CASES:
+        make, arguments, prompt_len, options = CASES[name]
+        directory = args.out / name
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        make(directory, **arguments)
+        margin, distinct = export(directory, arguments["vocab_size"], prompt_len, **options)
+        (directory / "generation_config.json").unlink(missing_ok=True)
+        size = sum(p.lstat().st_size for p in directory.iterdir())
+        print(f"{name:24} {size / 1024:6.0f} KB   margin {margin:8.4f}   {distinct:3} distinct tokens")
+
+
+if __name__ == "__main__":
+    main()
