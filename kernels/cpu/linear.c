@@ -90,13 +90,14 @@ static void multiply(const struct pass *pass, int32_t part, size_t first, size_t
     }
     float bias[TILE_W];
     t.bias = bias;
-    for (size_t j = 0; j < n; j += TILE_W) {
-        t.w = w + j * w_stride;
-        t.n_w = n - j < TILE_W ? (int32_t)(n - j) : TILE_W;
-        load_bias(pass, bias, &weight->part[part].bias, first + j, (size_t)t.n_w);
-        for (int32_t i = 0; i < pass->n_x; i += t.n_x) {
-            t.n_x = pass->n_x - i < pass->simd->tile_x ? pass->n_x - i : pass->simd->tile_x;
-            t.x = pass->x + (size_t)i * pass->x_stride;
+    for (int32_t i = 0; i < pass->n_x; i += t.n_x) {
+        t.n_x = pass->n_x - i < pass->simd->tile_x ? pass->n_x - i : pass->simd->tile_x;
+        t.x = pass->x + (size_t)i * pass->x_stride;
+        for (size_t j = 0; j < n; j += TILE_W) {
+            t.w = w + j * w_stride;
+            t.n_w = n - j < TILE_W ? (int32_t)(n - j) : TILE_W;
+            load_bias(pass, bias, &weight->part[part].bias, first + j, (size_t)t.n_w);
+            t.next_w = i == 0 ? (const char *)t.w + TILE_W * w_stride : NULL;
             t.out = (float *)pass->p->out.data + (pass->first_x + (size_t)i) * t.out_stride + column + j;
             pass->simd->tile[dtype](&t);
         }

@@ -19,6 +19,7 @@ struct linear_tile {
     size_t x_stride;
     const void *w;      // [n_w, n_cols], rows w_stride bytes apart, at any address
     size_t w_stride;
+    const void *next_w; // memory the next call reads, TILE_W rows: fetched into L2 meanwhile; NULL: it is there
     size_t n_cols;
     int32_t n_x, n_w;
     const float *bias;  // [TILE_W]
@@ -32,7 +33,7 @@ struct simd_linear {
     bool bf16_products; // BF16 weights are multiplied with activations rounded to BF16; else both are widened to F32
     size_t step[3];     // by dtype of the weights: columns in one vector; x rows are padded with zeros to a multiple
 
-    // One tile, by dtype of the weights in memory. n_x is 1 .. tile_x. Prefetches the next TILE_W rows of w.
+    // One tile, by dtype of the weights in memory. n_x is 1 .. tile_x.
     void (*tile[3])(const struct linear_tile *t);
     // to[n] = from[n] rounded to BF16 (nearest even).
     void (*round_bf16)(uint16_t *to, const float *from, size_t n);
