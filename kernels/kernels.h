@@ -130,7 +130,7 @@ struct rope_table_params {
 };
 
 // One layer's paged cache: K and V each [n_blocks, n_kv_heads, block_size, head_dim]: one block of one head is one
-// contiguous tile.
+// contiguous tile. How a tile lies inside is the backend's own: the CPU keeps K tiles transposed, [head_dim, block_size].
 struct kv_layer {
     struct tensor k, v;
 };
@@ -226,7 +226,7 @@ struct sample_result {
     float logprob;            // of id
     int32_t n_top;
     struct token_logprob top[MAX_LOGPROBS]; // most likely first, ties by lower id
-    bool invalid;             // the row held NaN or no finite logit: id is the lowest id, the engine fails the sequence
+    bool invalid;             // the row held NaN, +infinity or nothing finite: id is 0, the engine fails the sequence
 };
 
 struct sample_params {

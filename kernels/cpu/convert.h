@@ -55,12 +55,17 @@ static inline uint16_t f32_to_f16(float x)
     return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
-// Element i of an array of any weight or cache type.
+// Element i of an array of any weight or cache type, at any address: a mapped checkpoint aligns nothing.
 static inline float element_get(const void *array, enum dtype dtype, size_t i)
 {
-    if (dtype == DTYPE_BF16) return bf16_to_f32(((const uint16_t *)array)[i]);
-    if (dtype == DTYPE_F16) return f16_to_f32(((const uint16_t *)array)[i]);
-    return ((const float *)array)[i];
+    float x;
+    uint16_t half;
+    if (dtype == DTYPE_F32) {
+        memcpy(&x, (const char *)array + 4 * i, 4);
+        return x;
+    }
+    memcpy(&half, (const char *)array + 2 * i, 2);
+    return dtype == DTYPE_BF16 ? bf16_to_f32(half) : f16_to_f32(half);
 }
 
 #endif

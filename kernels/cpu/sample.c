@@ -1,6 +1,6 @@
 /* sample.c: from a row of logits to a token: processors, filters, the draw, log-probabilities. Item: one row.
  *
- * The logits themselves stay as they are: several rows may sample from one of them. Scratch of a thread: a copy of the
+ * The logits stay as they are, for the log-probabilities. Scratch of a thread: a copy of the
  * row, as large an array for counts or probabilities, and the buckets of the filters.
  *
  * top_k and top_p without a sort: tempered logits minus the highest are <= 0, so their magnitudes' bits order them as

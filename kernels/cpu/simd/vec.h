@@ -25,7 +25,7 @@ enum { VEC_LANES = 4 };
 typedef float vec __attribute__((vector_size(4 * VEC_LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * VEC_LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VEC_LANES)));
-typedef float vec_memory __attribute__((vector_size(4 * VEC_LANES), aligned(4), may_alias)); // unaligned, in memory
+typedef float vec_memory __attribute__((vector_size(4 * VEC_LANES), aligned(1), may_alias)); // in memory, at any address
 
 static inline vec vec_set(float x)
 {
@@ -55,34 +55,39 @@ static inline void vec_store_n(float *p, vec x, size_t n)
     memcpy(p, &x, 4 * n);
 }
 
-static inline vec vec_load_bf16(const uint16_t *p)
+static inline vec vec_load_bf16(const void *p)
 {
 #if defined(__AVX512F__)
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
 #elif defined(__AVX2__)
-    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 #else
-    return (vec){bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
+    uint16_t h[4];
+    memcpy(h, p, sizeof(h));
+    return (vec){bf16_to_f32(h[0]), bf16_to_f32(h[1]), bf16_to_f32(h[2]), bf16_to_f32(h[3])};
 #endif
 }
 
-static inline vec vec_load_f16(const uint16_t *p)
+static inline vec vec_load_f16(const void *p)
 {
 #if defined(__AVX512F__)
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
 #elif defined(__AVX2__)
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
 #else
-    return (vec){f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
+    uint16_t h[4];
+    memcpy(h, p, sizeof(h));
+    return (vec){f16_to_f32(h[0]), f16_to_f32(h[1]), f16_to_f32(h[2]), f16_to_f32(h[3])};
 #endif
 }
 
 // VEC_LANES elements from element i of an array of `dtype`.
 static inline __attribute__((always_inline)) vec vec_load_any(const void *array, enum dtype dtype, size_t i)
 {
-    if (dtype == DTYPE_BF16) return vec_load_bf16((const uint16_t *)array + i);
-    if (dtype == DTYPE_F16) return vec_load_f16((const uint16_t *)array + i);
-    return vec_load((const float *)array + i);
+    const char *p = array;
+    if (dtype == DTYPE_BF16) return vec_load_bf16(p + 2 * i);
+    if (dtype == DTYPE_F16) return vec_load_f16(p + 2 * i);
+    return *(const vec_memory *)(p + 4 * i);
 }
 
 static inline vec vec_load_any_n(const void *array, enum dtype dtype, size_t i, size_t n)
