@@ -114,6 +114,7 @@ run:
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 FAKE_MODEL_TESTS := $(filter $(BUILD)/tests/test_engine% $(BUILD)/tests/test_scheduler%,$(TESTS))
 $(FAKE_MODEL_TESTS): $(call objects,tests/fake_model.c)
+$(BUILD)/tests/test_model: $(call objects,tests/model_rig.c)
 $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(call say,LINK,$@)

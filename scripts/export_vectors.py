@@ -11,7 +11,8 @@ Each case is a directory with a checkpoint as a user would have it, and expected
     metadata   max_model_len: the option to serve with, where the answer depends on it
 
 The reference is transformers, loading the very files (FlashGPT: the module below), in float32 with eager attention.
-Checkpoints in BF16 or F16 are computed in float32 on the rounded weights. Cases of one shape that differ in config.json
+Checkpoints in BF16 or F16 are computed in float32 on the rounded weights, and BF16 ones are drawn calmer: what is asked of
+gptd there is its own rounding, not how far a random network amplifies it. Cases of one shape that differ in config.json
 alone share a weights file through a link. A prompt is drawn again until the least distance between the best and the second
 logit on the greedy path is at least MARGIN of the row's standard deviation, so that rounding cannot change a token, and the
 continuation has at least DISTINCT different tokens.
@@ -82,9 +83,9 @@ class FlashGPT(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def randomize(model, seed):
-    """Weights that make every part matter: scores of spread about 2, norms and biases away from 1 and 0, embeddings small
-    enough that a tied model does not only repeat its last token."""
+def randomize(model, seed, gain=1.2):
+    """Weights that make every part matter: scores of spread about gain^2, norms and biases away from 1 and 0, embeddings
+    small enough that a tied model does not only repeat its last token."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
@@ -95,7 +96,7 @@ def randomize(model, seed):
         elif "embed" in name or "wte" in name or "lm_head" in name:
             p.data = noise * 0.15
         else:
-            p.data = noise * (1.2 / min(p.shape) ** 0.5)
+            p.data = noise * (gain / min(p.shape) ** 0.5)
     return model
 
 
@@ -122,8 +123,9 @@ def flashgpt(directory, seed, names=("token_embed.weight",), dtype=torch.float32
 
 
 def hugging_face(model_class, config_class):
-    def make(directory, seed, edit=None, choose=None, shard=None, weights_of=None, base=False, **config):
-        model = randomize(model_class(config_class(bos_token_id=1, eos_token_id=2, **config)), seed)
+    def make(directory, seed, edit=None, choose=None, shard=None, weights_of=None, base=False,
+             gain=1.2, **config):
+        model = randomize(model_class(config_class(bos_token_id=1, eos_token_id=2, **config)), seed, gain)
         part = model.base_model if base else model
         part.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
         if choose:
@@ -200,10 +202,10 @@ CASES = {
                                           head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
                                           hidden_act="gelu_pytorch_tanh", max_position_embeddings=140,
                                           edit=old_rope(None)), 70, {}),
-    "llama-gqa-bf16": (llama, dict(seed=34, choose=all_to(torch.bfloat16), vocab_size=163, hidden_size=64,
+    "llama-gqa-bf16": (llama, dict(seed=34, gain=0.8, choose=all_to(torch.bfloat16), vocab_size=163, hidden_size=64,
                                    intermediate_size=72, num_hidden_layers=2, num_attention_heads=8,
                                    num_key_value_heads=2, max_position_embeddings=150, rms_norm_eps=1e-5), 80, {}),
-    "llama-mixed-types": (llama, dict(seed=35, choose=norms_float32, **LLAMA), 40, {}),
+    "llama-mixed-types": (llama, dict(seed=35, gain=0.8, choose=norms_float32, **LLAMA), 40, {}),
     "llama-linear-old": (llama, dict(edit=old_rope({"type": "linear", "factor": 2.5}), **ROPE), 70, {}),
     "llama-linear-new": (llama, dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 3e3}, **ROPE),
                          70, {}),
@@ -225,7 +227,7 @@ CASES = {
     "mistral-window": (mistral, dict(seed=41, sliding_window=24, **MISTRAL), 90, {}),
     "mistral-window-null": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=None, **MISTRAL), 90, {}),
     "mistral-window-wide": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=200, **MISTRAL), 90, {}),
-    "mistral-window-bf16": (mistral, dict(seed=42, sliding_window=37, choose=all_to(torch.bfloat16), **MISTRAL), 90, {}),
+    "mistral-window-bf16": (mistral, dict(seed=42, gain=0.8, sliding_window=37, choose=all_to(torch.bfloat16), **MISTRAL), 90, {}),
 }
 
 

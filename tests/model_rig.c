@@ -1,0 +1,130 @@
+#include "tests/model_rig.h"
+
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct tensor cache_tensor(struct rig *r, int32_t dim)
+{
+    const struct kv_spec *spec = &r->info->kv_groups[0];
+    struct tensor t = {.dtype = spec->dtype, .n_dims = 4,
+                       .shape = {(size_t)r->n_blocks, (size_t)spec->n_kv_heads, (size_t)r->block_size, (size_t)dim}};
+    t.data = r->kernels->alloc(r->device, t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] * dtype_size(t.dtype));
+    ck_assert_ptr_nonnull(t.data);
+    return t;
+}
+
+static size_t block_bytes(const struct tensor *t) { return t->shape[1] * t->shape[2] * t->shape[3] * dtype_size(t->dtype); }
+
+// All bits set is NaN in every type: whoever reads a poisoned block is found out.
+static void block_poison(struct rig *r, int32_t block)
+{
+    for (int32_t i = 0; i < r->info->n_layers; i++) {
+        struct tensor *t[2] = {&r->layers[i].k, &r->layers[i].v};
+        for (int j = 0; j < 2; j++) memset((char *)t[j]->data + (size_t)block * block_bytes(t[j]), 0xFF, block_bytes(t[j]));
+    }
+}
+
+void rig_init(struct rig *r, const struct rig_options *o)
+{
+    struct error e = {0};
+    memset(r, 0, sizeof *r);
+    r->kernels = kernels_cpu();
+    struct model_options mo = {.dir = o->dir, .max_model_len = o->max_model_len, .load_format = o->load_format,
+                               .max_num_batched_tokens = o->max_tokens, .max_logits_rows = 16, .tp_size = 1};
+    int rc = model_create(&r->model, &mo, &e);
+    ck_assert_msg(rc == 0, "%s", e.message);
+    r->info = model_info_get(r->model);
+    ck_assert_int_ge(r->info->max_model_len, o->max_len);
+    struct device_options options = {.n_threads = 2, .reference_attention = o->reference_attention, .isa = o->isa,
+                                     .max_vocab_size = r->info->vocab_size, .max_context = o->max_len,
+                                     .max_dim = r->info->max_dim, .max_tokens = o->max_tokens};
+    rc = r->kernels->device_create(&r->device, &options, &e);
+    ck_assert_msg(rc == 0, "%s", e.message);
+    rc = model_load(r->model, r->kernels, r->device, &e);
+    ck_assert_msg(rc == 0, "%s", e.message);
+    r->block_size = o->block_size, r->max_len = o->max_len;
+    r->max_blocks = (o->max_len + o->block_size - 1) / o->block_size;
+    r->n_blocks = r->max_blocks + 3;
+    r->layers = calloc((size_t)r->info->n_layers, sizeof *r->layers);
+    for (int32_t i = 0; i < r->info->n_layers; i++) {
+        r->layers[i].k = cache_tensor(r, r->info->kv_groups[0].k_dim);
+        r->layers[i].v = cache_tensor(r, r->info->kv_groups[0].v_dim);
+    }
+    r->free_blocks = calloc((size_t)r->n_blocks, sizeof *r->free_blocks);
+    r->block_table = calloc((size_t)r->max_blocks, sizeof *r->block_table);
+    srandom(o->seed);
+    rig_reset(r);
+}
+
+void rig_reset(struct rig *r)
+{
+    for (int32_t i = 0; i < r->n_blocks; i++) {
+        int32_t j = (int32_t)(random() % (i + 1));
+        r->free_blocks[i] = r->free_blocks[j], r->free_blocks[j] = i;
+        block_poison(r, i);
+    }
+    r->n_free = r->n_blocks, r->n_context = 0, r->n_freed = 0;
+    for (int32_t i = 0; i < r->max_blocks; i++) r->block_table[i] = -1;
+}
+
+void rig_deinit(struct rig *r)
+{
+    for (int32_t i = 0; i < r->info->n_layers; i++) {
+        r->kernels->free(r->device, r->layers[i].k.data);
+        r->kernels->free(r->device, r->layers[i].v.data);
+    }
+    model_destroy(r->model);
+    r->kernels->device_destroy(r->device);
+    free(r->layers);
+    free(r->free_blocks);
+    free(r->block_table);
+}
+
+// Gives back the blocks that no later query can see: the next one, at n_context, sees keys from n_context - window + 1 on.
+static void window_free(struct rig *r)
+{
+    int32_t window = r->info->kv_groups[0].window;
+    if (window == 0) return;
+    while ((r->n_freed + 1) * r->block_size <= r->n_context - window + 1) {
+        int32_t *block = &r->block_table[r->n_freed++];
+        block_poison(r, *block);
+        memmove(r->free_blocks + 1, r->free_blocks, (size_t)r->n_free++ * sizeof *r->free_blocks);
+        r->free_blocks[0] = *block;
+        *block = -1;
+    }
+}
+
+void rig_step(struct rig *r, const int32_t *tokens, int32_t n, const int32_t *rows, int32_t n_rows, float *logits)
+{
+    int32_t *positions = calloc((size_t)n, sizeof *positions), *slots = calloc((size_t)n, sizeof *slots);
+    int32_t *history_rows = calloc((size_t)n, sizeof *history_rows);
+    ck_assert_int_le(r->n_context + n, r->max_len);
+    for (int32_t i = 0; i < n; i++) {
+        positions[i] = r->n_context + i;
+        int32_t *block = &r->block_table[positions[i] / r->block_size];
+        if (*block < 0) {
+            ck_assert_int_gt(r->n_free, 0);
+            *block = r->free_blocks[--r->n_free];
+        }
+        slots[i] = *block * r->block_size + positions[i] % r->block_size;
+    }
+    r->n_context += n;
+    struct batch batch = {.n_tokens = n, .n_seqs = 1, .n_logits_rows = n_rows, .max_blocks = r->max_blocks,
+                          .block_size = r->block_size, .tokens = (int32_t *)tokens, .positions = positions,
+                          .history_rows = history_rows, .slot_mapping = {slots}, .cu_seqlens_q = (int32_t[]){0, n},
+                          .context_lens = &r->n_context, .block_tables = {r->block_table},
+                          .logits_rows = (int32_t *)rows};
+    struct kv_cache kv = {.layers = {r->layers}, .n_blocks = {r->n_blocks}};
+    struct tensor out;
+    struct error e = {0};
+    int rc = model_forward(r->model, &batch, &kv, &out, &e);
+    ck_assert_msg(rc == 0, "%s", e.message);
+    rc = r->kernels->wait(r->device, r->kernels->record(r->device), &e);
+    ck_assert_msg(rc == 0, "%s", e.message);
+    ck_assert(n_rows > 0 ? out.data != NULL : out.data == NULL);
+    size_t bytes = (size_t)n_rows * (size_t)r->info->vocab_size * sizeof(float);
+    if (n_rows) r->kernels->copy_out(r->device, logits, out.data, bytes, NULL);
+    window_free(r);
+    free(positions), free(slots), free(history_rows);
+}
