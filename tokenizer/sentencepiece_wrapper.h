@@ -4,9 +4,8 @@
  * spm_create and spm_destroy are safe on one spm from any number of threads.
  *
  * Time and memory, measured with 0.1.97 (Zen 4, Nov 2026): encoding is linear, at most 1 s for 1 MB of text with BPE and
- * 0.3 s with unigram, whatever the text (one word, spaces, random characters); while it runs it needs up to 250 bytes per
- * token. The exception is a model without byte fallback: a run of unknown characters becomes one id in quadratic time,
- * 8 s for 1 MB of them.
+ * 0.4 s with unigram, whatever the text (one word, spaces, random or unknown characters); while it runs it needs up to
+ * 250 bytes per token.
  */
 #ifndef GPTD_TOKENIZER_SENTENCEPIECE_WRAPPER_H
 #define GPTD_TOKENIZER_SENTENCEPIECE_WRAPPER_H
