@@ -34,17 +34,13 @@ INLINE vec vec_load_bf16(const void *p)
 INLINE void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 INLINE vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-// The sum of each vector's lanes: l + 8, then + 4, then + 2, then + 1.
+// The sum of each vector's lanes: l + 8, then neighbours, pairs, and halves of what is left.
 INLINE vec4 vec_sum4(vec a, vec b, vec c, vec d)
 {
-    // halves of 8 lanes, two sums to a vector; then quarters, four to a vector; then a 4 x 4 transpose while adding
-    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
-    __m512 abcd = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
-    abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0x4E));
-    abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0xB1));
-    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, abcd));
+#define HALF_SUM(v) _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))
+    __m256 a8 = HALF_SUM(a), b8 = HALF_SUM(b), c8 = HALF_SUM(c), d8 = HALF_SUM(d);
+    __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
 }
 
 #elif defined(__AVX2__)

@@ -54,16 +54,18 @@ INLINE void add_step(enum dtype dtype, int n_x, vec sum[TILE_X][TILE_W], const c
 INLINE void store_row(const struct linear_tile *t, int i, vec4 sums)
 {
     float *out = t->out + (size_t)i * t->out_stride;
-    vec4 bias, old = {0};
+    vec4 bias, old;
     memcpy(&bias, t->bias, sizeof bias);
     sums += bias;
-    size_t bytes = (size_t)t->n_w * sizeof *out;
-    if (t->n_w == TILE_W) bytes = sizeof sums;
+    if (t->n_w < TILE_W) {
+        for (int j = 0; j < t->n_w; j++) out[j] = t->accumulate ? out[j] + sums[j] : sums[j];
+        return;
+    }
     if (t->accumulate) {
-        memcpy(&old, out, bytes);
+        memcpy(&old, out, sizeof old);
         sums = old + sums;
     }
-    memcpy(out, &sums, bytes);
+    memcpy(out, &sums, sizeof sums);
 }
 
 INLINE void tile(const struct linear_tile *t, enum dtype dtype, int n_x)
@@ -92,6 +94,7 @@ INLINE void tile(const struct linear_tile *t, enum dtype dtype, int n_x)
         x_offset += sizeof(vec);
         w_offset += step_bytes(dtype);
     }
+    vec4 rows[TILE_X];
     size_t tail = t->n_cols % step_cols(dtype);
     if (tail) {
         char last[TILE_W][sizeof(vec)] = {0};
@@ -102,7 +105,9 @@ INLINE void tile(const struct linear_tile *t, enum dtype dtype, int n_x)
         add_step(dtype, n_x, sum, x, w, x_offset, 0);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < n_x; i++) store_row(t, i, vec_sum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+    for (int i = 0; i < n_x; i++) rows[i] = vec_sum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+#pragma GCC unroll 8
+    for (int i = 0; i < n_x; i++) store_row(t, i, rows[i]);
 }
 
 INLINE void tile_any(const struct linear_tile *t, enum dtype dtype)
