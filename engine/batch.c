@@ -1,0 +1,163 @@
+#include "engine/batch.h"
+
+#include <string.h>
+
+#include "engine/sequence_blocks.h"
+
+void step_layout(struct step *step, struct arena *arena, const struct scheduler *s)
+{
+    const struct scheduler_config *c = &s->config;
+    struct batch *b = &step->batch;
+    int32_t n_tokens = c->limits.max_num_batched_tokens;
+    plan_layout(&step->plan, arena, c);
+    ARENA_ARRAY(arena, step->sample_rows, c->max_logits_rows);
+    ARENA_ARRAY(arena, step->table_rows, c->max_num_seqs);
+    ARENA_ARRAY(arena, step->copy_from, c->max_num_seqs);
+    ARENA_ARRAY(arena, step->copy_to, c->max_num_seqs);
+    ARENA_ARRAY(arena, b->tokens, n_tokens);
+    ARENA_ARRAY(arena, b->positions, n_tokens);
+    ARENA_ARRAY(arena, b->history_rows, n_tokens);
+    ARENA_ARRAY(arena, b->adapter_ids, n_tokens);
+    ARENA_ARRAY(arena, b->cu_seqlens_q, c->max_num_seqs + 1);
+    ARENA_ARRAY(arena, b->context_lens, c->max_num_seqs);
+    ARENA_ARRAY(arena, b->logits_rows, c->max_logits_rows);
+    for (int32_t g = 0; g < c->limits.n_groups; g++) {
+        ARENA_ARRAY(arena, b->slot_mapping[g], n_tokens);
+        ARENA_ARRAY(arena, b->block_tables[g], (size_t)c->max_num_seqs * (size_t)s->max_blocks);
+    }
+}
+
+void step_init(struct step *step, const struct scheduler *s, struct history history)
+{
+    step->batch.max_blocks = s->max_blocks;
+    step->batch.block_size = s->config.limits.block_size;
+    step->batch.history = history;
+    for (int32_t t = 0; t < s->config.limits.max_num_batched_tokens; t++)
+        step->batch.adapter_ids[t] = -1;
+}
+
+static void fill_tokens(struct batch *b, const struct plan_row *row)
+{
+    const struct sequence *seq = row->sequence;
+    int32_t known = sequence_known(seq);
+    for (int32_t i = 0; i < row->n_tokens; i++) {
+        int32_t t = b->n_tokens + i, position = row->start + i;
+        b->tokens[t] = position < known ? sequence_token(seq, position) : -1;
+        b->positions[t] = position;
+        b->history_rows[t] = seq->slot;
+    }
+}
+
+static void fill_slots(struct batch *b, const struct plan_row *row, const int32_t *table, int32_t g)
+{
+    int32_t at = row->start / b->block_size, offset = row->start % b->block_size;
+    for (int32_t i = 0; i < row->n_tokens; i++) {
+        b->slot_mapping[g][b->n_tokens + i] = table[at] * b->block_size + offset;
+        if (++offset == b->block_size) {
+            offset = 0;
+            at++;
+        }
+    }
+}
+
+// Entries freed behind the window since the last copy are left as they were: nobody reads them. The last block may have
+// been copied on write, so it is taken again.
+static void fill_table_row(struct step *step, const struct scheduler *s, const struct sequence *seq)
+{
+    struct batch *b = &step->batch;
+    struct table_row *held = &step->table_rows[b->n_seqs];
+    int32_t from = held->admission == seq->admission && held->n_blocks > 0 ? held->n_blocks - 1 : 0;
+    for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
+        int32_t *row = b->block_tables[g] + (size_t)b->n_seqs * (size_t)b->max_blocks;
+        memcpy(row + from, sequence_table(s, seq, g) + from, (size_t)(seq->n_blocks - from) * sizeof *row);
+    }
+    *held = (struct table_row){seq->admission, seq->n_blocks};
+}
+
+void batch_fill(struct step *step, const struct scheduler *s)
+{
+    const struct plan *plan = &step->plan;
+    struct batch *b = &step->batch;
+    b->n_tokens = b->n_seqs = 0;
+    b->cu_seqlens_q[0] = 0;
+    for (int32_t i = 0; i < plan->n_rows; i++) {
+        const struct plan_row *row = &plan->rows[i];
+        fill_tokens(b, row);
+        for (int32_t g = 0; g < s->config.limits.n_groups; g++)
+            fill_slots(b, row, sequence_table(s, row->sequence, g), g);
+        fill_table_row(step, s, row->sequence);
+        b->context_lens[b->n_seqs] = row->start + row->n_tokens;
+        b->n_tokens += row->n_tokens;
+        b->cu_seqlens_q[++b->n_seqs] = b->n_tokens;
+    }
+    b->n_logits_rows = plan->n_outputs;
+    for (int32_t i = 0; i < plan->n_outputs; i++)
+        b->logits_rows[i] = plan->outputs[i].token;
+}
+
+static void fill_prompt_row(struct sample_row *row, const struct plan_output *output)
+{
+    const struct request *r = output->sequence->request;
+    row->target = r->prompt[output->entry];
+    row->n_logprobs = r->params.prompt_logprobs;
+}
+
+static void fill_sample_row(struct sample_row *row, const struct plan_output *output)
+{
+    const struct request *r = output->sequence->request;
+    const struct sampling_params *p = &r->params;
+    row->target = -1;
+    row->n_logprobs = p->logprobs;
+    row->seed = r->seed;
+    row->choice = output->sequence->index;
+    row->temperature = p->temperature;
+    row->top_p = p->top_p;
+    row->min_p = p->min_p;
+    row->top_k = p->top_k;
+    row->repetition_penalty = p->repetition_penalty;
+    row->frequency_penalty = p->frequency_penalty;
+    row->presence_penalty = p->presence_penalty;
+    row->logit_bias = p->logit_bias;
+    row->n_logit_bias = p->n_logit_bias;
+    row->allowed_ids = p->allowed_token_ids;
+    row->n_allowed_ids = p->n_allowed_token_ids;
+    row->bad_word_ids = p->bad_word_ids;
+    row->bad_word_offsets = p->bad_word_offsets;
+    row->n_bad_words = p->n_bad_words;
+    if (output->position - r->n_prompt < p->min_tokens) {
+        row->banned_ids = r->stop_ids;
+        row->n_banned_ids = r->n_stop_ids;
+    }
+}
+
+void batch_fill_sample_rows(struct step *step)
+{
+    for (int32_t i = 0; i < step->plan.n_outputs; i++) {
+        const struct plan_output *output = &step->plan.outputs[i];
+        struct sample_row *row = &step->sample_rows[i];
+        *row = (struct sample_row){
+            .logits_row = i,
+            .history_row = output->sequence->slot,
+            .position = output->position,
+            .n_prompt = output->sequence->request->n_prompt,
+            .temperature = 1, .top_p = 1, .repetition_penalty = 1,
+        };
+        if (output->entry > 0)
+            fill_prompt_row(row, output);
+        else
+            fill_sample_row(row, output);
+    }
+}
+
+int32_t batch_fill_copies(struct step *step, int32_t g)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < step->plan.n_rows; i++) {
+        const struct plan_row *row = &step->plan.rows[i];
+        if (row->copy_to[g] < 0)
+            continue;
+        step->copy_from[n] = row->copy_from[g];
+        step->copy_to[n++] = row->copy_to[g];
+    }
+    return n;
+}

@@ -1,0 +1,30 @@
+/* batch.h: a step: the plan, and the arrays that the model and the sampler read, filled from it.
+ *
+ * Steps alternate between as many buffers as the pipeline is deep. A row of a block table is copied only as far as it
+ * changed since the same sequence last had that row, so a step's cost does not grow with the length of contexts.
+ */
+#ifndef GPTD_ENGINE_BATCH_H
+#define GPTD_ENGINE_BATCH_H
+
+#include "engine/scheduler.h"
+
+struct table_row { uint64_t admission; int32_t n_blocks; }; // what a row of the batch's block tables holds
+
+struct step {
+    struct plan plan;
+    struct batch batch;
+    struct sample_row *sample_rows;  // [max_logits_rows]
+    struct sample_result *results;   // [max_logits_rows], from alloc_host
+    struct table_row *table_rows;    // [max_num_seqs]
+    int32_t *copy_from, *copy_to;    // [max_num_seqs] of the group at hand
+    uint64_t ticket;
+};
+
+void step_layout(struct step *step, struct arena *arena, const struct scheduler *s);
+void step_init(struct step *step, const struct scheduler *s, struct history history);
+
+void batch_fill(struct step *step, const struct scheduler *s);         // all but the sampling rows
+void batch_fill_sample_rows(struct step *step);
+int32_t batch_fill_copies(struct step *step, int32_t g);               // copy_from, copy_to of group g; how many
+
+#endif

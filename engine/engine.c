@@ -1,0 +1,270 @@
+/* engine.c: planning, starting and ending an engine. The thread's work is in loop.c. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include "engine/loop.h"
+
+enum { PROMPT_LOGPROB_ROWS = 64 }; // rows of logits a step has for prompt log-probabilities, beside a row a sequence
+
+static int check_options(const struct engine_options *o, struct error *e)
+{
+    if (o->block_size != 16 && o->block_size != 32 && o->block_size != 64)
+        return error_set(e, ERR_INVALID, "block size %d is not 16, 32 or 64", o->block_size);
+    if (o->max_num_seqs < 1 || o->max_num_seqs > 4096)
+        return error_set(e, ERR_INVALID, "max_num_seqs is %d; it must be 1 to 4096", o->max_num_seqs);
+    if (o->max_num_batched_tokens < o->max_num_seqs || o->max_num_batched_tokens > 1 << 20)
+        return error_set(e, ERR_INVALID, "max_num_batched_tokens is %d; it must be max_num_seqs (%d) to %d",
+                         o->max_num_batched_tokens, o->max_num_seqs, 1 << 20);
+    if (o->max_queue_requests < 1 || o->max_queue_tokens < 1)
+        return error_set(e, ERR_INVALID, "max_queue_requests and max_queue_tokens must be at least 1");
+    if (o->max_logprobs < 0 || o->max_logprobs > MAX_LOGPROBS)
+        return error_set(e, ERR_INVALID, "max_logprobs is %d; it must be 0 to %d", o->max_logprobs, MAX_LOGPROBS);
+    if (!(o->slow_client_timeout >= 0))
+        return error_set(e, ERR_INVALID, "slow_client_timeout must not be negative");
+    return 0;
+}
+
+static int open_model(struct engine *engine, const struct engine_options *o, struct error *e)
+{
+    struct model_options mo = {
+        .dir = o->model_dir,
+        .load_format = o->dummy_weights ? LOAD_DUMMY : LOAD_AUTO,
+        .max_model_len = o->max_model_len,
+        .max_num_batched_tokens = o->max_num_batched_tokens,
+        .max_logits_rows = o->max_num_seqs + PROMPT_LOGPROB_ROWS,
+        .seed = o->seed,
+        .tp_size = 1,
+    };
+    if (kernels_open(&engine->kernels, o->backend, e) != 0 || model_create(&engine->model, &mo, e) != 0)
+        return e->code;
+    engine->info = model_info_get(engine->model);
+    struct device_options dopt = {
+        .n_threads = o->n_threads,
+        .reference_attention = o->reference_attention,
+        .max_vocab_size = engine->info->vocab_size,
+        .max_context = engine->info->max_model_len,
+        .max_dim = engine->info->max_dim,
+        .max_tokens = o->max_num_batched_tokens > mo.max_logits_rows ? o->max_num_batched_tokens : mo.max_logits_rows,
+    };
+    return engine->kernels->device_create(&engine->device, &dopt, e);
+}
+
+static int fill_config(struct engine *engine, const struct engine_options *o, struct error *e)
+{
+    const struct model_info *info = engine->info;
+    struct scheduler_config *c = &engine->config;
+    struct request_limits *l = &c->limits;
+    c->max_num_seqs = o->max_num_seqs;
+    c->max_logits_rows = o->max_num_seqs + PROMPT_LOGPROB_ROWS;
+    c->prefix_caching = o->prefix_caching;
+    c->slow_client_timeout = o->slow_client_timeout;
+    l->vocab_size = info->vocab_size;
+    l->max_model_len = info->max_model_len;
+    l->max_logprobs = o->max_logprobs < info->vocab_size ? o->max_logprobs : info->vocab_size;
+    l->block_size = o->block_size;
+    l->max_num_batched_tokens = o->max_num_batched_tokens;
+    l->n_groups = info->n_kv_groups;
+    for (int32_t g = 0; g < l->n_groups; g++)
+        l->windows[g] = info->kv_groups[g].window;
+    l->n_eos_token_ids = info->n_eos_token_ids;
+    memcpy(l->eos_token_ids, info->eos_token_ids, sizeof l->eos_token_ids);
+    if (getrandom(&l->hash_key, sizeof l->hash_key, 0) != (ssize_t)sizeof l->hash_key)
+        return error_set(e, ERR_IO, "no random bytes from the system");
+    return 0;
+}
+
+static void fill_plan(struct engine *engine)
+{
+    const struct model_info *info = engine->info;
+    struct engine_plan *p = &engine->plan;
+    memcpy(p->architecture, info->architecture, sizeof p->architecture);
+    strncpy(p->dtype, dtype_name(info->dtype), sizeof p->dtype - 1);
+    strncpy(p->device, engine->kernels->device_description(engine->device), sizeof p->device - 1);
+    p->n_parameters = info->n_parameters;
+    p->memory_bytes = engine->kernels->device_memory(engine->device);
+    p->scratch_bytes = engine->kernels->scratch_bytes(engine->device);
+    p->block_size = engine->config.limits.block_size;
+    p->vocab_size = info->vocab_size;
+    p->max_model_len = info->max_model_len;
+    p->max_num_seqs = engine->config.max_num_seqs;
+    p->max_num_batched_tokens = engine->config.limits.max_num_batched_tokens;
+    p->bos_token_id = info->bos_token_id;
+}
+
+int engine_create(struct engine **out, const struct engine_options *options, struct error *e)
+{
+    struct error unwanted;
+    e = e != NULL ? e : &unwanted;
+    *out = NULL;
+    if (check_options(options, e) != 0)
+        return ERR_INVALID;
+    struct engine *engine = calloc(1, sizeof *engine);
+    if (engine == NULL)
+        return error_set(e, ERR_NOMEM, "no memory for the engine");
+    engine->event_fd = -1;
+    if (open_model(engine, options, e) != 0 || fill_config(engine, options, e) != 0)
+        goto fail;
+    fill_plan(engine);
+    engine->depth = engine->kernels->asynchronous ? MAX_DEPTH : 1;
+    if (memory_plan_fill(&engine->plan, &engine->config, engine->info, options, engine->depth, e) != 0)
+        goto fail;
+    engine->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (engine->event_fd < 0) {
+        error_set(e, ERR_IO, "no eventfd: %s", strerror(errno));
+        goto fail;
+    }
+    engine->inbox = inbox_create(options->max_queue_requests, options->max_queue_tokens, options->seed);
+    if (engine->inbox == NULL) {
+        error_set(e, ERR_NOMEM, "no memory for the engine");
+        goto fail;
+    }
+    *out = engine;
+    return 0;
+fail:
+    engine_destroy(engine);
+    return e->code;
+}
+
+const struct engine_plan *engine_plan_get(const struct engine *engine)
+{
+    return &engine->plan;
+}
+
+static int allocate_tables(struct engine *engine)
+{
+    struct arena arena = {0};
+    tables_layout(&engine->scheduler, engine->steps, engine->depth, &arena, &engine->config);
+    engine->tables = aligned_alloc(64, arena.used);
+    if (engine->tables == NULL)
+        return ERR_NOMEM;
+    memset(engine->tables, 0, arena.used);
+    arena = (struct arena){.base = engine->tables};
+    tables_layout(&engine->scheduler, engine->steps, engine->depth, &arena, &engine->config);
+    scheduler_init(&engine->scheduler);
+    return 0;
+}
+
+static int allocate_steps(struct engine *engine)
+{
+    const struct kernels *k = engine->kernels;
+    engine->history = (struct history){
+        k->alloc(engine->device, engine->plan.history_bytes), engine->config.max_num_seqs, engine->plan.max_model_len,
+    };
+    if (engine->history.tokens == NULL)
+        return ERR_NOMEM;
+    for (int32_t i = 0; i < engine->depth; i++) {
+        struct step *step = &engine->steps[i];
+        step->results = k->alloc_host(engine->device, (size_t)engine->config.max_logits_rows * sizeof *step->results);
+        if (step->results == NULL)
+            return ERR_NOMEM;
+        step_init(step, &engine->scheduler, engine->history);
+    }
+    return 0;
+}
+
+static struct tensor alloc_kv(struct engine *engine, int32_t g, int32_t dim)
+{
+    const struct kv_spec *spec = &engine->info->kv_groups[g];
+    struct tensor t = {.dtype = spec->dtype, .n_dims = 4};
+    t.shape[0] = (size_t)engine->config.limits.n_blocks[g];
+    t.shape[1] = (size_t)spec->n_kv_heads;
+    t.shape[2] = (size_t)engine->config.limits.block_size;
+    t.shape[3] = (size_t)dim;
+    t.data = engine->kernels->alloc(engine->device,
+                                    t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] * dtype_size(spec->dtype));
+    return t;
+}
+
+static int allocate_kv(struct engine *engine)
+{
+    for (int32_t g = 0; g < engine->info->n_kv_groups; g++) {
+        const struct kv_spec *spec = &engine->info->kv_groups[g];
+        engine->kv.n_blocks[g] = engine->config.limits.n_blocks[g];
+        engine->kv.layers[g] = calloc((size_t)spec->n_layers, sizeof *engine->kv.layers[g]);
+        if (engine->kv.layers[g] == NULL)
+            return ERR_NOMEM;
+        for (int32_t i = 0; i < spec->n_layers; i++) {
+            struct kv_layer *layer = &engine->kv.layers[g][i];
+            layer->k = alloc_kv(engine, g, spec->k_dim);
+            layer->v = alloc_kv(engine, g, spec->v_dim);
+            if (layer->k.data == NULL || layer->v.data == NULL)
+                return ERR_NOMEM;
+        }
+    }
+    return 0;
+}
+
+int engine_start(struct engine *engine, struct error *e)
+{
+    int rc = model_load(engine->model, engine->kernels, engine->device, e);
+    if (rc != 0)
+        return rc;
+    if (allocate_tables(engine) != 0 || allocate_steps(engine) != 0 || allocate_kv(engine) != 0)
+        return error_set(e, ERR_NOMEM, "the machine refused memory that the plan had found free");
+    engine_publish_stats(engine);
+    if (pthread_create(&engine->thread, NULL, engine_loop, engine) != 0)
+        return error_set(e, ERR_NOMEM, "no thread for the engine");
+    engine->started = true;
+    return 0;
+}
+
+void engine_drain(struct engine *engine)
+{
+    struct error why;
+    error_set(&why, ERR_SHUTDOWN, "the server is shutting down");
+    inbox_close(engine->inbox, &why);
+}
+
+static void free_device_memory(struct engine *engine)
+{
+    const struct kernels *k = engine->kernels;
+    for (int32_t g = 0; g < MAX_KV_GROUPS; g++) {
+        for (int32_t i = 0; engine->kv.layers[g] != NULL && i < engine->info->kv_groups[g].n_layers; i++) {
+            k->free(engine->device, engine->kv.layers[g][i].k.data);
+            k->free(engine->device, engine->kv.layers[g][i].v.data);
+        }
+        free(engine->kv.layers[g]);
+    }
+    for (int32_t i = 0; i < MAX_DEPTH; i++)
+        k->free_host(engine->device, engine->steps[i].results);
+    k->free(engine->device, engine->history.tokens);
+}
+
+void engine_destroy(struct engine *engine)
+{
+    if (engine == NULL)
+        return;
+    if (engine->inbox != NULL) {
+        engine_drain(engine);
+        atomic_store(&engine->stopping, true);
+        inbox_wake(engine->inbox);
+    }
+    if (engine->started)
+        pthread_join(engine->thread, NULL);
+    if (engine->device != NULL)
+        free_device_memory(engine);
+    model_destroy(engine->model);
+    if (engine->device != NULL)
+        engine->kernels->device_destroy(engine->device);
+    if (engine->inbox != NULL)
+        inbox_unref(engine->inbox);
+    if (engine->event_fd >= 0)
+        close(engine->event_fd);
+    free(engine->tables);
+    free(engine);
+}
+
+int engine_event_fd(const struct engine *engine)
+{
+    return engine->event_fd;
+}
+
+int engine_submit(struct engine *engine, struct request *r, struct error *e)
+{
+    int rc = request_prepare(r, &engine->config.limits, e);
+    return rc != 0 ? rc : inbox_submit(engine->inbox, r, e);
+}

@@ -1,0 +1,218 @@
+#include "engine/loop.h"
+
+#include <time.h>
+#include <unistd.h>
+
+static double now_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- launch -------------------------------------------------------------------------------------------------------------
+
+static int write_histories(struct engine *engine, const struct plan *plan, struct error *e)
+{
+    for (int32_t i = 0; i < plan->n_entered; i++) {
+        const struct sequence *seq = plan->entered[i];
+        const struct request *r = seq->request;
+        int rc = engine->kernels->history_write(engine->device, engine->history, seq->slot, 0, r->prompt, r->n_prompt, e);
+        if (rc == 0 && seq->n_generated > 0)
+            rc = engine->kernels->history_write(engine->device, engine->history, seq->slot, r->n_prompt, seq->generated,
+                                                seq->n_generated, e);
+        if (rc != 0)
+            return rc;
+    }
+    return 0;
+}
+
+static int copy_blocks(struct engine *engine, struct step *step, struct error *e)
+{
+    for (int32_t g = 0; g < engine->info->n_kv_groups; g++) {
+        int32_t n = batch_fill_copies(step, g);
+        for (int32_t i = 0; n > 0 && i < engine->info->kv_groups[g].n_layers; i++) {
+            int rc = engine->kernels->copy_blocks(engine->device, engine->kv.layers[g][i], step->copy_from,
+                                                  step->copy_to, n, e);
+            if (rc != 0)
+                return rc;
+        }
+    }
+    return 0;
+}
+
+static int launch_ops(struct engine *engine, struct step *step, struct error *e)
+{
+    struct tensor logits;
+    int rc = write_histories(engine, &step->plan, e);
+    if (rc == 0)
+        rc = copy_blocks(engine, step, e);
+    if (rc == 0)
+        rc = model_forward(engine->model, &step->batch, &engine->kv, &logits, e);
+    // Here, between forward and sample, is where a step with constrained rows will wait for the commit of the step
+    // before: masks depend on its tokens, the forward pass does not.
+    if (rc == 0 && step->plan.n_outputs > 0) {
+        struct sample_params p = {logits, engine->history, step->sample_rows, step->plan.n_outputs, step->results};
+        rc = engine->kernels->sample(engine->device, &p, e);
+    }
+    step->ticket = engine->kernels->record(engine->device);
+    return rc;
+}
+
+static int launch(struct engine *engine, struct step *step, struct error *e)
+{
+    batch_fill(step, &engine->scheduler);
+    batch_fill_sample_rows(step);
+    engine->n_launched++;
+    double begin = now_seconds();
+    int rc = launch_ops(engine, step, e);
+    engine->backend_seconds += now_seconds() - begin;
+    return rc != 0 ? error_prefix(e, "step of %d tokens, %d sequences, %d rows of logits", step->batch.n_tokens,
+                                  step->batch.n_seqs, step->batch.n_logits_rows) : 0;
+}
+
+// ---- collect ------------------------------------------------------------------------------------------------------------
+
+static int collect(struct engine *engine, struct error *e)
+{
+    struct step *step = &engine->steps[engine->n_collected % (uint64_t)engine->depth];
+    double begin = now_seconds();
+    int rc = engine->kernels->wait(engine->device, step->ticket, e);
+    double end = now_seconds();
+    engine->backend_seconds += end - begin;
+    if (rc != 0)
+        return rc;
+    scheduler_commit(&engine->scheduler, &step->plan, step->results, end);
+    engine->n_collected++;
+    return 0;
+}
+
+static void notify(struct engine *engine)
+{
+    if (!engine->scheduler.published)
+        return;
+    engine->scheduler.published = false;
+    uint64_t one = 1;
+    // It fails only when the counter is full, which then is readable already.
+    ssize_t ignored = write(engine->event_fd, &one, sizeof one);
+    (void)ignored;
+}
+
+// ---- the loop -----------------------------------------------------------------------------------------------------------
+
+static void take_requests(struct engine *engine, double now)
+{
+    for (struct request *r = inbox_take(engine->inbox), *next; r != NULL; r = next) {
+        next = r->next;
+        scheduler_add(&engine->scheduler, r, now);
+    }
+}
+
+// Ends everything, in flight or not. Of a failed device nothing more is asked.
+static void end_all(struct engine *engine, enum finish_reason reason, const struct error *why)
+{
+    double now = now_seconds();
+    take_requests(engine, now);
+    scheduler_end_all(&engine->scheduler, reason, why, now);
+    for (; engine->n_collected < engine->n_launched; engine->n_collected++)
+        plan_drop(&engine->steps[engine->n_collected % (uint64_t)engine->depth].plan);
+    notify(engine);
+}
+
+static void fail(struct engine *engine, struct error *why)
+{
+    why->code = ERR_DEVICE;
+    inbox_close(engine->inbox, why); // before the last taking: nobody can slip in after
+    atomic_store(&engine->stats.failed, true);
+    end_all(engine, FINISH_ERROR, why);
+}
+
+// One turn; sets *idle if there was nothing to launch or to collect.
+static int turn(struct engine *engine, bool *idle, struct error *e)
+{
+    double begin = now_seconds(), backend = engine->backend_seconds;
+    struct step *step = &engine->steps[engine->n_launched % (uint64_t)engine->depth];
+    take_requests(engine, begin);
+    scheduler_plan(&engine->scheduler, &step->plan, atomic_load(&engine->inbox->n_signals), begin);
+    bool planned = step->plan.n_rows > 0;
+    int rc = planned ? launch(engine, step, e) : 0;
+    uint64_t n_in_flight = engine->n_launched - engine->n_collected;
+    *idle = n_in_flight == 0;
+    if (rc == 0 && n_in_flight >= (planned ? (uint64_t)engine->depth : 1))
+        rc = collect(engine, e);
+    notify(engine);
+    if (!*idle) {
+        double seconds = now_seconds() - begin;
+        engine->step_seconds += seconds;
+        engine->host_seconds += seconds - (engine->backend_seconds - backend);
+    }
+    engine_publish_stats(engine);
+    return rc;
+}
+
+void *engine_loop(void *arg)
+{
+    struct engine *engine = arg;
+    struct error e = {0};
+    bool idle;
+    while (!atomic_load(&engine->stopping)) {
+        if (turn(engine, &idle, &e) != 0)
+            break;
+        if (idle)
+            inbox_sleep(engine->inbox, scheduler_deadline(&engine->scheduler));
+    }
+    if (e.code != 0)
+        fail(engine, &e);
+    else if (engine->n_collected < engine->n_launched)
+        engine->kernels->wait(engine->device, engine->steps[(engine->n_launched - 1) % (uint64_t)engine->depth].ticket,
+                              &e);
+    end_all(engine, FINISH_CANCELLED, NULL);
+    engine_publish_stats(engine);
+    return NULL;
+}
+
+// ---- statistics ---------------------------------------------------------------------------------------------------------
+
+#define SHARE(field, value) atomic_store_explicit(&engine->stats.field, (value), memory_order_relaxed)
+#define SHARED(field) atomic_load_explicit(&engine->stats.field, memory_order_relaxed)
+
+void engine_publish_stats(struct engine *engine)
+{
+    const struct scheduler *s = &engine->scheduler;
+    int32_t n_free = s->blocks[0].n_free;
+    SHARE(n_running, s->n_running);
+    SHARE(n_free_blocks, n_free);
+    SHARE(n_steps, engine->n_collected);
+    SHARE(n_preemptions, s->n_preemptions);
+    SHARE(prefix_queries, s->prefix_queries);
+    SHARE(prefix_hits, s->prefix_hits);
+    SHARE(prompt_tokens, s->prompt_tokens);
+    SHARE(generation_tokens, s->generation_tokens);
+    SHARE(host_seconds, engine->host_seconds);
+    SHARE(step_seconds, engine->step_seconds);
+    SHARE(last_step, now_seconds());
+    SHARE(busy, scheduler_busy(s) || engine->n_collected < engine->n_launched);
+}
+
+void engine_stats_get(const struct engine *engine, struct engine_stats *out)
+{
+    bool busy = SHARED(busy);
+    *out = (struct engine_stats){
+        .n_running = SHARED(n_running),
+        .n_waiting = atomic_load(&engine->inbox->n_waiting),
+        .n_waiting_tokens = atomic_load(&engine->inbox->n_waiting_tokens),
+        .n_blocks = engine->plan.n_blocks,
+        .n_free_blocks = SHARED(n_free_blocks),
+        .n_steps = SHARED(n_steps),
+        .n_preemptions = SHARED(n_preemptions),
+        .prefix_queries = SHARED(prefix_queries),
+        .prefix_hits = SHARED(prefix_hits),
+        .prompt_tokens = SHARED(prompt_tokens),
+        .generation_tokens = SHARED(generation_tokens),
+        .host_seconds = SHARED(host_seconds),
+        .step_seconds = SHARED(step_seconds),
+        .last_step = busy ? SHARED(last_step) : now_seconds(),
+        .busy = busy,
+        .failed = SHARED(failed),
+    };
+}

@@ -1,0 +1,96 @@
+#include "engine/memory_plan.h"
+
+size_t kv_block_bytes(const struct kv_spec *spec, int32_t block_size)
+{
+    return (size_t)spec->n_layers * (size_t)spec->n_kv_heads * (size_t)block_size *
+           (size_t)(spec->k_dim + spec->v_dim) * dtype_size(spec->dtype);
+}
+
+void tables_layout(struct scheduler *s, struct step *steps, int32_t depth, struct arena *arena,
+                   const struct scheduler_config *config)
+{
+    scheduler_layout(s, arena, config);
+    for (int32_t i = 0; i < depth; i++)
+        step_layout(&steps[i], arena, s);
+}
+
+static size_t tables_bytes(const struct scheduler_config *config, int32_t depth)
+{
+    struct arena arena = {0};
+    struct scheduler s = {0};
+    struct step steps[2] = {0};
+    tables_layout(&s, steps, depth, &arena, config);
+    return arena.used + (size_t)depth * (size_t)config->max_logits_rows * sizeof(struct sample_result);
+}
+
+// Gives each group blocks in proportion to what one longest sequence needs of it, at most `most` sequences' worth.
+static size_t share_out(struct scheduler_config *config, const struct model_info *info, size_t bytes, size_t most)
+{
+    struct request_limits *l = &config->limits;
+    size_t need[MAX_KV_GROUPS], block[MAX_KV_GROUPS], sequence_bytes = 0, used = 0;
+    for (int32_t g = 0; g < l->n_groups; g++) {
+        need[g] = (size_t)request_blocks_needed(l, g, l->max_model_len);
+        block[g] = kv_block_bytes(&info->kv_groups[g], l->block_size);
+        sequence_bytes += need[g] * block[g];
+    }
+    // Whole sequences first, so that the products below cannot overflow.
+    size_t whole = bytes / sequence_bytes, rest = bytes % sequence_bytes;
+    if (whole >= most) {
+        whole = most;
+        rest = 0;
+    }
+    for (int32_t g = 0; g < l->n_groups; g++) {
+        size_t n = whole * need[g] + (size_t)((double)rest / (double)sequence_bytes * (double)need[g]);
+        size_t limit = (size_t)INT32_MAX / (size_t)l->block_size; // slots are int32_t
+        n = n < limit ? n : limit;
+        l->n_blocks[g] = (int32_t)n;
+        used += n * block[g];
+    }
+    return used;
+}
+
+static double gib(size_t bytes)
+{
+    return (double)bytes / (1 << 30);
+}
+
+static int refuse(const struct engine_plan *p, struct error *e)
+{
+    size_t sum = p->weights_bytes + p->workspace_bytes + p->history_bytes + p->scratch_bytes + p->kv_cache_bytes;
+    return error_set(e, ERR_NOMEM,
+                     "%.3f GiB are needed (weights %.3f, workspace %.3f, history %.3f, scratch %.3f, KV cache %.3f), "
+                     "the device has %.3f GiB", gib(sum), gib(p->weights_bytes), gib(p->workspace_bytes),
+                     gib(p->history_bytes), gib(p->scratch_bytes), gib(p->kv_cache_bytes), gib(p->memory_bytes));
+}
+
+int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, const struct model_info *info,
+                     const struct engine_options *options, int32_t depth, struct error *e)
+{
+    size_t device_scratch = plan->scratch_bytes;
+    plan->weights_bytes = info->weights_bytes;
+    plan->workspace_bytes = info->workspace_bytes;
+    plan->history_bytes = (size_t)config->max_num_seqs * (size_t)config->limits.max_model_len * sizeof(int32_t);
+    // The tables' own size depends on the number of blocks, by a thousandth of a block each: take them without first.
+    plan->scratch_bytes = device_scratch + tables_bytes(config, depth);
+    size_t fixed = plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->scratch_bytes;
+    size_t left = plan->memory_bytes > fixed ? plan->memory_bytes - fixed : 0;
+    size_t asked = options->kv_cache_memory_bytes;
+    plan->kv_cache_bytes = asked > 0 ? share_out(config, info, asked, SIZE_MAX)
+                                     : share_out(config, info, left / 2, (size_t)config->max_num_seqs);
+    plan->scratch_bytes = device_scratch + tables_bytes(config, depth);
+    plan->block_bytes = 0;
+    plan->n_blocks = config->limits.n_blocks[0];
+    for (int32_t g = 0; g < config->limits.n_groups; g++) {
+        plan->block_bytes += kv_block_bytes(&info->kv_groups[g], config->limits.block_size);
+        if (config->limits.n_blocks[g] < 1)
+            return left == 0 ? refuse(plan, e)
+                             : error_set(e, ERR_NOMEM, "%zu bytes for the KV cache do not hold one block of %zu bytes",
+                                         asked > 0 ? asked : left / 2,
+                                         kv_block_bytes(&info->kv_groups[g], config->limits.block_size));
+    }
+    plan->kv_tokens = (int64_t)plan->n_blocks * config->limits.block_size;
+    fixed = plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->scratch_bytes;
+    if (plan->kv_cache_bytes > plan->memory_bytes || fixed > plan->memory_bytes - plan->kv_cache_bytes)
+        return refuse(plan, e);
+    return 0;
+}

@@ -1,0 +1,644 @@
+#include "engine/scheduler.h"
+
+#include <assert.h>
+#include <string.h>
+
+#include "engine/inbox.h"
+#include "engine/sequence_blocks.h"
+
+void scheduler_layout(struct scheduler *s, struct arena *arena, const struct scheduler_config *config)
+{
+    const struct request_limits *l = &config->limits;
+    s->config = *config;
+    s->max_blocks = (l->max_model_len + l->block_size - 1) / l->block_size;
+    for (int32_t g = 0; g < l->n_groups; g++) {
+        block_manager_layout(&s->blocks[g], arena, l->n_blocks[g]);
+        ARENA_ARRAY(arena, s->tables[g], (size_t)config->max_num_seqs * (size_t)s->max_blocks);
+    }
+    ARENA_ARRAY(arena, s->free_slots, config->max_num_seqs);
+    ARENA_ARRAY(arena, s->running, config->max_num_seqs);
+}
+
+void scheduler_init(struct scheduler *s)
+{
+    for (int32_t g = 0; g < s->config.limits.n_groups; g++)
+        block_manager_init(&s->blocks[g]);
+    for (int32_t slot = s->config.max_num_seqs; slot-- > 0;)
+        s->free_slots[s->n_free_slots++] = slot;
+}
+
+void plan_layout(struct plan *plan, struct arena *arena, const struct scheduler_config *config)
+{
+    ARENA_ARRAY(arena, plan->rows, config->max_num_seqs);
+    ARENA_ARRAY(arena, plan->outputs, config->max_logits_rows);
+    ARENA_ARRAY(arena, plan->entered, config->max_num_seqs);
+}
+
+// ---- lists and order ----------------------------------------------------------------------------------------------------
+
+static bool goes_before(const struct sequence *a, const struct sequence *b)
+{
+    const struct request *ra = a->request, *rb = b->request;
+    if (ra->params.priority != rb->params.priority)
+        return ra->params.priority < rb->params.priority;
+    return ra->arrival != rb->arrival ? ra->arrival < rb->arrival : a->index < b->index;
+}
+
+static void list_insert_before(struct sequence_list *list, struct sequence *seq, struct sequence *next)
+{
+    seq->next = next;
+    seq->prev = next != NULL ? next->prev : list->last;
+    *(seq->prev != NULL ? &seq->prev->next : &list->first) = seq;
+    *(seq->next != NULL ? &seq->next->prev : &list->last) = seq;
+}
+
+static void list_remove(struct sequence_list *list, struct sequence *seq)
+{
+    *(seq->prev != NULL ? &seq->prev->next : &list->first) = seq->next;
+    *(seq->next != NULL ? &seq->next->prev : &list->last) = seq->prev;
+    seq->prev = seq->next = NULL;
+}
+
+// New arrivals belong near the end, preempted and forked sequences near the beginning.
+static void wait_from_end(struct scheduler *s, struct sequence *seq)
+{
+    struct sequence *before = s->waiting.last;
+    while (before != NULL && goes_before(seq, before))
+        before = before->prev;
+    seq->state = SEQUENCE_WAITING;
+    list_insert_before(&s->waiting, seq, before != NULL ? before->next : s->waiting.first);
+}
+
+static void wait_from_beginning(struct scheduler *s, struct sequence *seq)
+{
+    struct sequence *next = s->waiting.first;
+    while (next != NULL && goes_before(next, seq))
+        next = next->next;
+    seq->state = SEQUENCE_WAITING;
+    list_insert_before(&s->waiting, seq, next);
+}
+
+static void start_running(struct scheduler *s, struct plan *plan, struct sequence *seq)
+{
+    int32_t at = s->n_running++;
+    for (; at > 0 && goes_before(seq, s->running[at - 1]); at--)
+        s->running[at] = s->running[at - 1];
+    s->running[at] = seq;
+    seq->state = SEQUENCE_RUNNING;
+    seq->slot = s->free_slots[--s->n_free_slots];
+    seq->admission = ++s->n_admissions;
+    plan->entered[plan->n_entered++] = seq;
+}
+
+// Takes back slot and blocks.
+static void stop_running(struct scheduler *s, struct sequence *seq, bool forget)
+{
+    int32_t at = 0;
+    while (s->running[at] != seq)
+        at++;
+    s->n_running--;
+    memmove(&s->running[at], &s->running[at + 1], (size_t)(s->n_running - at) * sizeof *s->running);
+    sequence_free_blocks(s, seq, forget);
+    s->free_slots[s->n_free_slots++] = seq->slot;
+    seq->slot = -1;
+}
+
+// ---- ends ---------------------------------------------------------------------------------------------------------------
+
+// The engine lets go of a request when all its sequences have ended and no plan names them.
+static void retire(struct sequence *seq)
+{
+    struct request *r = seq->request;
+    if (++r->n_retired < r->n)
+        return;
+    request_unref(r);
+}
+
+static void unreference(struct sequence *seq)
+{
+    if (--seq->n_references == 0 && seq->state == SEQUENCE_ENDED)
+        retire(seq);
+}
+
+// The other choices no longer wait for choice 0.
+static void queue_siblings(struct scheduler *s, struct request *r)
+{
+    r->forked = true;
+    s->unseen_flags = true; // they were on no list when a signal was last heard
+    for (int32_t i = 1; i < r->n; i++) {
+        if (r->sequences[i].state == SEQUENCE_NEW)
+            wait_from_beginning(s, &r->sequences[i]);
+    }
+}
+
+static void publish_end(struct scheduler *s, struct sequence *seq, enum finish_reason reason, double now)
+{
+    struct request *r = seq->request;
+    if (atomic_load_explicit(&r->n_unfinished, memory_order_relaxed) == 1)
+        atomic_store_explicit(&r->finished, now, memory_order_relaxed);
+    atomic_store_explicit(&seq->finish, (int32_t)reason, memory_order_release);
+    atomic_fetch_sub_explicit(&r->n_unfinished, 1, memory_order_release);
+    s->published = true;
+}
+
+static void end_sequence(struct scheduler *s, struct sequence *seq, enum finish_reason reason, double now)
+{
+    struct request *r = seq->request;
+    if (seq->state == SEQUENCE_RUNNING)
+        stop_running(s, seq, reason == FINISH_ERROR);
+    else if (seq->state == SEQUENCE_WAITING)
+        list_remove(&s->waiting, seq);
+    else if (seq->state == SEQUENCE_PARKED)
+        list_remove(&s->parked, seq);
+    seq->state = SEQUENCE_ENDED;
+    inbox_leave(r->inbox, r);
+    if (!r->forked)
+        queue_siblings(s, r);
+    publish_end(s, seq, reason, now);
+    if (seq->n_references == 0)
+        retire(seq);
+}
+
+static void end_request(struct scheduler *s, struct request *r, enum finish_reason reason, double now)
+{
+    r->forked = true;
+    atomic_fetch_add(&r->references, 1); // it must outlive the loop
+    for (int32_t i = 0; i < r->n; i++) {
+        if (r->sequences[i].state != SEQUENCE_ENDED)
+            end_sequence(s, &r->sequences[i], reason, now);
+    }
+    request_unref(r);
+}
+
+void scheduler_end_all(struct scheduler *s, enum finish_reason reason, const struct error *why, double now)
+{
+    for (;;) {
+        struct sequence *seq = s->n_running > 0 ? s->running[s->n_running - 1]
+                             : s->waiting.first != NULL ? s->waiting.first : s->parked.first;
+        if (seq == NULL)
+            return;
+        if (why != NULL && seq->request->error.code == 0)
+            seq->request->error = *why;
+        end_request(s, seq->request, reason, now);
+    }
+}
+
+void scheduler_add(struct scheduler *s, struct request *r, double now)
+{
+    bool rows_wanted = r->prompt_logprobs != NULL && r->n_prompt_logprobs < r->n_prompt;
+    if (r->params.max_tokens == 0 && !rows_wanted)
+        end_request(s, r, FINISH_LENGTH, now); // nothing to compute
+    else
+        wait_from_end(s, &r->sequences[0]);
+}
+
+// ---- cancellation, slow readers -----------------------------------------------------------------------------------------
+
+static void end_if_flagged(struct scheduler *s, struct sequence *seq, double now)
+{
+    if (atomic_load_explicit(&seq->request->cancelled, memory_order_relaxed))
+        end_request(s, seq->request, FINISH_CANCELLED, now);
+    else if (atomic_load_explicit(&seq->stop, memory_order_relaxed))
+        end_sequence(s, seq, FINISH_STOP, now);
+}
+
+static void end_flagged_in_list(struct scheduler *s, struct sequence_list *list, double now)
+{
+    for (struct sequence *seq = list->first, *next; seq != NULL; seq = next) {
+        next = seq->next;
+        bool cancelled = atomic_load_explicit(&seq->request->cancelled, memory_order_relaxed);
+        while (cancelled && next != NULL && next->request == seq->request)
+            next = next->next; // ends with seq
+        end_if_flagged(s, seq, now);
+    }
+}
+
+// Flags are looked at only after a signal, so that a step costs nothing for them.
+static void end_flagged(struct scheduler *s, uint64_t n_signals, double now)
+{
+    if (n_signals == s->n_signals && !s->unseen_flags)
+        return;
+    s->n_signals = n_signals;
+    s->unseen_flags = false;
+    for (int32_t i = s->n_running; i-- > 0;) {
+        if (i < s->n_running)
+            end_if_flagged(s, s->running[i], now);
+    }
+    end_flagged_in_list(s, &s->waiting, now);
+    end_flagged_in_list(s, &s->parked, now);
+}
+
+// With what is on its way. Looked at before each plan, so a sequence that is preempted never has a full ring.
+static bool ring_is_full(const struct sequence *seq)
+{
+    return token_ring_used(&seq->ring) + seq->n_pending >= seq->ring.capacity &&
+           sequence_length(seq) < seq->request->n_prompt + seq->request->params.max_tokens;
+}
+
+static bool ring_has_room(const struct sequence *seq)
+{
+    return (token_ring_used(&seq->ring) + seq->n_pending) * 2 <= seq->ring.capacity;
+}
+
+// A full ring costs its sequence slot and blocks; half of the ring must be read before it is queued again, so that a
+// reader that takes single tokens does not have it computed anew for each.
+static void park(struct scheduler *s, struct sequence *seq, double now)
+{
+    stop_running(s, seq, false);
+    seq->state = SEQUENCE_PARKED;
+    seq->parked_used = token_ring_used(&seq->ring);
+    seq->parked_since = now;
+    list_insert_before(&s->parked, seq, NULL);
+    atomic_store(&seq->parked, true); // sequentially consistent, before the ring is looked at again: see token_ring_read
+}
+
+static void park_slow(struct scheduler *s, double now)
+{
+    for (int32_t i = s->n_running; i-- > 0;) {
+        if (ring_is_full(s->running[i]))
+            park(s, s->running[i], now);
+    }
+}
+
+static void look_at_parked(struct scheduler *s, double now)
+{
+    for (struct sequence *seq = s->parked.first, *next; seq != NULL; seq = next) {
+        int32_t used = token_ring_used(&seq->ring);
+        next = seq->next;
+        if (used < seq->parked_used) {
+            seq->parked_used = used;
+            seq->parked_since = now;
+        }
+        if (ring_has_room(seq)) {
+            atomic_store(&seq->parked, false);
+            list_remove(&s->parked, seq);
+            wait_from_beginning(s, seq);
+        } else if (now - seq->parked_since >= s->config.slow_client_timeout) {
+            end_sequence(s, seq, FINISH_SLOW, now);
+            next = s->parked.first;
+        }
+    }
+}
+
+// ---- planning -----------------------------------------------------------------------------------------------------------
+
+struct budget { int32_t tokens, logprob_rows; };
+
+static void unplan(struct plan *plan, struct budget *budget, const struct sequence *seq)
+{
+    for (int32_t i = 0; i < plan->n_rows; i++) {
+        if (plan->rows[i].sequence != seq)
+            continue;
+        budget->tokens += plan->rows[i].n_tokens;
+        plan->n_rows--;
+        memmove(&plan->rows[i], &plan->rows[i + 1], (size_t)(plan->n_rows - i) * sizeof *plan->rows);
+        return;
+    }
+}
+
+static void preempt_youngest(struct scheduler *s, struct plan *plan, struct budget *budget)
+{
+    struct sequence *victim = s->running[s->n_running - 1];
+    unplan(plan, budget, victim);
+    stop_running(s, victim, false);
+    wait_from_beginning(s, victim);
+    s->n_preemptions++;
+}
+
+// Blocks for positions < end, taken from younger sequences if need be.
+static bool grow_or_preempt(struct scheduler *s, struct plan *plan, struct budget *budget, struct sequence *seq,
+                            int32_t end)
+{
+    while (!sequence_grow(s, seq, end)) {
+        if (s->running[s->n_running - 1] == seq)
+            return false;
+        preempt_youngest(s, plan, budget);
+    }
+    return true;
+}
+
+static bool is_decode(const struct sequence *seq)
+{
+    return seq->n_computed >= seq->request->n_prompt && sequence_length(seq) - seq->n_computed == 1;
+}
+
+static bool wants_more(const struct sequence *seq)
+{
+    const struct request *r = seq->request;
+    return sequence_length(seq) < r->n_prompt + r->params.max_tokens || seq->n_computed < r->n_prompt;
+}
+
+static void add_row(struct plan *plan, struct budget *budget, const struct plan_row *row)
+{
+    plan->rows[plan->n_rows++] = *row;
+    budget->tokens -= row->n_tokens;
+}
+
+static struct plan_row row_begin(struct sequence *seq)
+{
+    struct plan_row row = {.sequence = seq, .start = seq->n_computed};
+    for (int32_t g = 0; g < MAX_KV_GROUPS; g++)
+        row.copy_from[g] = row.copy_to[g] = -1;
+    return row;
+}
+
+static void plan_decode(struct scheduler *s, struct plan *plan, struct budget *budget, struct sequence *seq)
+{
+    struct plan_row row = row_begin(seq);
+    row.n_tokens = 1;
+    row.sample = true;
+    sequence_free_behind_window(s, seq);
+    if (!grow_or_preempt(s, plan, budget, seq, row.start + 1))
+        return;
+    while (!sequence_own_block(s, seq, &row)) {
+        if (s->running[s->n_running - 1] == seq)
+            return;
+        preempt_youngest(s, plan, budget);
+    }
+    add_row(plan, budget, &row);
+}
+
+// Rows of logits for prompt log-probabilities in n tokens from start: position p gives entry p + 1.
+static int32_t n_logprob_rows(const struct sequence *seq, int32_t start, int32_t n)
+{
+    const struct request *r = seq->request;
+    if (seq->index != 0 || r->prompt_logprobs == NULL)
+        return 0;
+    int32_t first = start + 1 > r->n_prompt_logprobs ? start + 1 : r->n_prompt_logprobs;
+    int32_t end = start + n + 1 < r->n_prompt ? start + n + 1 : r->n_prompt;
+    return end > first ? end - first : 0;
+}
+
+static void plan_prefill(struct scheduler *s, struct plan *plan, struct budget *budget, struct sequence *seq)
+{
+    const struct request *r = seq->request;
+    struct plan_row row = row_begin(seq);
+    int32_t length = sequence_length(seq), n = length - row.start;
+    n = n < budget->tokens ? n : budget->tokens;
+    for (int32_t excess; (excess = n_logprob_rows(seq, row.start, n) - budget->logprob_rows) > 0;)
+        n -= excess;
+    if (n <= 0)
+        return;
+    sequence_free_behind_window(s, seq);
+    if (!grow_or_preempt(s, plan, budget, seq, row.start + n)) {
+        int32_t covered = seq->n_blocks * s->config.limits.block_size - row.start;
+        n = n < covered ? n : covered;
+    }
+    if (n <= 0)
+        return;
+    row.n_tokens = n;
+    row.sample = row.start + n == length && length < r->n_prompt + r->params.max_tokens;
+    budget->logprob_rows -= n_logprob_rows(seq, row.start, n);
+    add_row(plan, budget, &row);
+}
+
+// Blocks that running sequences will still need for what they have to compute, and one more for each to go on.
+static int32_t blocks_promised(const struct scheduler *s, int32_t g)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < s->n_running; i++) {
+        const struct sequence *seq = s->running[i];
+        int32_t held = seq->n_blocks - seq->first_block[g];
+        int32_t need = request_blocks_needed(&s->config.limits, g, sequence_length(seq));
+        n += 1 + (need > held && !is_decode(seq) ? need - held : 0);
+    }
+    return n;
+}
+
+static bool fits(const struct scheduler *s, const struct sequence *seq, const struct prefix_match *match)
+{
+    if (s->n_free_slots == 0)
+        return false;
+    for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
+        int32_t need = request_blocks_needed(&s->config.limits, g, sequence_length(seq));
+        int32_t fresh = need - (match->n_blocks - match->first[g]);
+        if (fresh + match->revived[g] + blocks_promised(s, g) > s->blocks[g].n_free)
+            return false;
+    }
+    return true;
+}
+
+static void note_admission(struct scheduler *s, struct sequence *seq, double now)
+{
+    struct request *r = seq->request;
+    inbox_leave(r->inbox, r);
+    s->prefix_queries += (uint64_t)sequence_known(seq);
+    s->prefix_hits += (uint64_t)seq->n_computed;
+    if (atomic_load_explicit(&r->cached_tokens, memory_order_relaxed) >= 0)
+        return;
+    atomic_store_explicit(&r->cached_tokens, seq->n_computed < r->n_prompt ? seq->n_computed : r->n_prompt,
+                          memory_order_relaxed);
+    atomic_store_explicit(&r->scheduled, now, memory_order_relaxed);
+}
+
+static void admit(struct scheduler *s, struct plan *plan, struct budget *budget, double now)
+{
+    while (budget->tokens > 0 && budget->logprob_rows > 0 && s->waiting.first != NULL) {
+        struct sequence *seq = s->waiting.first;
+        struct prefix_match match;
+        if (seq->n_pending > 0)
+            return; // preempted in flight: its last token is not known yet
+        sequence_match_prefix(s, seq, &match);
+        if (!fits(s, seq, &match)) {
+            if (s->n_running == 0 ||
+                s->running[s->n_running - 1]->request->params.priority <= seq->request->params.priority)
+                return;
+            preempt_youngest(s, plan, budget);
+            continue;
+        }
+        list_remove(&s->waiting, seq);
+        start_running(s, plan, seq);
+        sequence_take_prefix(s, seq, &match);
+        note_admission(s, seq, now);
+        plan_prefill(s, plan, budget, seq);
+    }
+}
+
+// ---- the plan made final ------------------------------------------------------------------------------------------------
+
+static void add_output(struct plan *plan, struct sequence *seq, int32_t token, int32_t position, int32_t entry)
+{
+    plan->outputs[plan->n_outputs++] = (struct plan_output){seq, token, position, entry};
+    seq->n_references++;
+    if (entry == 0)
+        seq->n_pending++;
+}
+
+// Choice 0 has just computed the prompt: the other choices share its blocks as far as there are slots, and draw their
+// first token from the same logits.
+static void fork_choices(struct scheduler *s, struct plan *plan, const struct plan_row *row, int32_t token)
+{
+    struct request *r = row->sequence->request;
+    for (int32_t i = 1; i < r->n && s->n_free_slots > 0; i++) {
+        struct sequence *seq = &r->sequences[i];
+        if (seq->state != SEQUENCE_NEW)
+            continue;
+        start_running(s, plan, seq);
+        sequence_share_blocks(s, row->sequence, seq);
+        add_output(plan, seq, token, r->n_prompt, 0);
+    }
+    queue_siblings(s, r);
+}
+
+static void finish_row(struct scheduler *s, struct plan *plan, const struct plan_row *row)
+{
+    struct sequence *seq = row->sequence;
+    struct request *r = seq->request;
+    int32_t last = plan->n_tokens + row->n_tokens - 1;
+    int32_t n_entries = n_logprob_rows(seq, row->start, row->n_tokens);
+    for (int32_t i = 0; i < n_entries; i++) {
+        int32_t entry = r->n_prompt_logprobs++;
+        add_output(plan, seq, plan->n_tokens + entry - 1 - row->start, entry, entry);
+    }
+    if (row->start < r->n_prompt) {
+        int32_t end = row->start + row->n_tokens;
+        s->prompt_tokens += (uint64_t)((end < r->n_prompt ? end : r->n_prompt) - row->start);
+    }
+    seq->n_computed += row->n_tokens;
+    seq->n_references++;
+    sequence_register_blocks(s, seq);
+    if (row->sample) {
+        add_output(plan, seq, last, row->start + row->n_tokens, 0);
+        if (!r->forked && seq->index == 0)
+            fork_choices(s, plan, row, last);
+    }
+    plan->n_tokens += row->n_tokens;
+}
+
+void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, double now)
+{
+    struct budget budget = {s->config.limits.max_num_batched_tokens, s->config.max_logits_rows - s->config.max_num_seqs};
+    plan->n_rows = plan->n_tokens = plan->n_outputs = plan->n_entered = 0;
+    end_flagged(s, n_signals, now);
+    park_slow(s, now);
+    look_at_parked(s, now);
+    for (int32_t i = 0; i < s->n_running; i++) {
+        if (is_decode(s->running[i]) && wants_more(s->running[i]))
+            plan_decode(s, plan, &budget, s->running[i]);
+    }
+    for (int32_t i = 0; i < s->n_running; i++) {
+        if (!is_decode(s->running[i]) && wants_more(s->running[i]))
+            plan_prefill(s, plan, &budget, s->running[i]);
+    }
+    admit(s, plan, &budget, now);
+    for (int32_t i = 0; i < plan->n_rows; i++)
+        finish_row(s, plan, &plan->rows[i]);
+}
+
+// ---- commit -------------------------------------------------------------------------------------------------------------
+
+static void store_prompt_logprob(struct request *r, int32_t entry, const struct sample_result *result)
+{
+    struct token_logprob *top = r->prompt_top + (size_t)entry * (size_t)r->params.prompt_logprobs;
+    if (result->n_top > 0)
+        memcpy(top, result->top, (size_t)result->n_top * sizeof *top);
+    r->prompt_logprobs[entry] = (struct token_out){result->id, result->logprob, result->n_top, top};
+}
+
+static enum finish_reason finish_after(struct sequence *seq, int32_t id)
+{
+    const struct request *r = seq->request;
+    for (int32_t i = 0; i < r->n_stop_ids; i++) {
+        if (id == r->stop_ids[i]) {
+            seq->stop_token_id = id;
+            return FINISH_STOP;
+        }
+    }
+    return seq->n_generated == r->params.max_tokens ? FINISH_LENGTH : FINISH_NONE;
+}
+
+static void take_token(struct scheduler *s, struct sequence *seq, const struct sample_result *result, double now)
+{
+    struct request *r = seq->request;
+    bool logprobs = r->params.logprobs >= 0;
+    if (atomic_load_explicit(&r->first_token, memory_order_relaxed) == 0)
+        atomic_store_explicit(&r->first_token, now, memory_order_relaxed);
+    seq->generated[seq->n_generated++] = result->id;
+    token_ring_write(&seq->ring, result->id, logprobs ? result->logprob : 0, result->top, logprobs ? result->n_top : 0);
+    s->published = true;
+    s->generation_tokens++;
+    if (seq->state == SEQUENCE_RUNNING)
+        sequence_register_blocks(s, seq);
+    enum finish_reason reason = finish_after(seq, result->id);
+    if (reason != FINISH_NONE)
+        end_sequence(s, seq, reason, now);
+}
+
+static void commit_output(struct scheduler *s, const struct plan_output *output, const struct sample_result *result,
+                          double now)
+{
+    struct sequence *seq = output->sequence;
+    if (output->entry == 0)
+        seq->n_pending--;
+    if (seq->state == SEQUENCE_ENDED) {
+        // Its slot in this step was wasted.
+    } else if (result->invalid) {
+        if (seq->request->error.code == 0) // written once: another choice's end may have published it
+            error_set(&seq->request->error, ERR_DEVICE, "the model gave no finite logit at position %d",
+                      output->position);
+        end_sequence(s, seq, FINISH_ERROR, now);
+    } else if (output->entry > 0) {
+        store_prompt_logprob(seq->request, output->entry, result);
+    } else {
+        take_token(s, seq, result, now);
+    }
+    unreference(seq);
+}
+
+void scheduler_commit(struct scheduler *s, const struct plan *plan, const struct sample_result *results, double now)
+{
+    for (int32_t i = 0; i < plan->n_outputs; i++)
+        commit_output(s, &plan->outputs[i], &results[i], now);
+    for (int32_t i = 0; i < plan->n_rows; i++) {
+        struct sequence *seq = plan->rows[i].sequence;
+        const struct request *r = seq->request;
+        bool prompt_only = r->params.max_tokens == 0 && plan->rows[i].start + plan->rows[i].n_tokens == r->n_prompt;
+        if (prompt_only && seq->state != SEQUENCE_ENDED)
+            end_request(s, seq->request, FINISH_LENGTH, now);
+        unreference(seq);
+    }
+}
+
+void plan_drop(const struct plan *plan)
+{
+    for (int32_t i = 0; i < plan->n_outputs; i++)
+        unreference(plan->outputs[i].sequence);
+    for (int32_t i = 0; i < plan->n_rows; i++)
+        unreference(plan->rows[i].sequence);
+}
+
+// ---- state --------------------------------------------------------------------------------------------------------------
+
+bool scheduler_busy(const struct scheduler *s)
+{
+    return s->n_running > 0 || s->waiting.first != NULL || s->parked.first != NULL;
+}
+
+double scheduler_deadline(const struct scheduler *s)
+{
+    double first = 0;
+    for (const struct sequence *seq = s->parked.first; seq != NULL; seq = seq->next) {
+        double at = seq->parked_since + s->config.slow_client_timeout;
+        first = first == 0 || at < first ? at : first;
+    }
+    return first;
+}
+
+bool scheduler_check(const struct scheduler *s, int32_t *scratch, const char **why)
+{
+    if (s->n_running + s->n_free_slots != s->config.max_num_seqs) {
+        *why = "slots do not add up";
+        return false;
+    }
+    for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
+        memset(scratch, 0, (size_t)s->blocks[g].n_blocks * sizeof *scratch);
+        for (int32_t i = 0; i < s->n_running; i++) {
+            const struct sequence *seq = s->running[i];
+            for (int32_t b = seq->first_block[g]; b < seq->n_blocks; b++)
+                scratch[sequence_table(s, seq, g)[b]]++;
+        }
+        if (!block_manager_check(&s->blocks[g], scratch, why))
+            return false;
+    }
+    return true;
+}

@@ -1,0 +1,35 @@
+/* token_ring.h: the way of one choice's tokens from the engine thread (the writer) to its reader, without a lock.
+ *
+ * The writer never writes more than `capacity` unread tokens. Top log-probabilities lie beside, in twice as many
+ * places: what the reader got last stays untouched until it reads again.
+ */
+#ifndef GPTD_ENGINE_TOKEN_RING_H
+#define GPTD_ENGINE_TOKEN_RING_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "engine/engine.h"
+
+enum { TOKEN_RING_MAX = 4096 }; // tokens
+
+struct ring_token { int32_t id; float logprob; int32_t n_top; };
+
+struct token_ring {
+    struct ring_token *tokens;      // [capacity]
+    struct token_logprob *top;      // [2 * capacity, max_top]
+    int32_t capacity, max_top;      // tokens; entries a token
+    _Atomic uint64_t head;          // tokens written so far: the writer's
+    _Atomic uint64_t tail;          // tokens read so far: the reader's
+};
+
+// Capacity is at least 1. Returns 0 or ERR_NOMEM; deinit also takes a zeroed ring.
+int token_ring_init(struct token_ring *ring, int32_t capacity, int32_t max_top);
+void token_ring_deinit(struct token_ring *ring);
+int32_t token_ring_used(const struct token_ring *ring); // unread tokens: either side
+void token_ring_write(struct token_ring *ring, int32_t id, float logprob, const struct token_logprob *top,
+                      int32_t n_top);
+int32_t token_ring_read(struct token_ring *ring, struct token_out *out, int32_t max);
+
+#endif
