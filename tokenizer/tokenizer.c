@@ -260,7 +260,7 @@ int tokenizer_create(struct tokenizer **out, const char *dir, char *error, size_
     struct tokenizer *t = calloc(1, sizeof *t);
     if (!t || spm_create(&t->spm, model, size, message, sizeof message)) {
         free(model);
-        fail(error, error_size, "%s: %s", path, t ? message : "out of memory");
+        fail(error, error_size, "%s: not a SentencePiece model: %s", path, t ? message : "out of memory");
         goto fail;
     }
     free(model);
