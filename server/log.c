@@ -32,7 +32,8 @@ static struct {
 
 static const char *const level_names[] = {"error", "warning", "info", "debug"};
 
-void log_init(int fd, enum log_format format, enum log_level level) {
+void log_init(int fd, enum log_format format, enum log_level level)
+{
     state.fd = fd;
     state.format = format;
     state.level = level;
@@ -41,7 +42,8 @@ void log_init(int fd, enum log_format format, enum log_level level) {
 bool log_enabled(enum log_level level) { return level <= state.level; }
 
 static void append_format(struct line *line, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void append_format(struct line *line, const char *format, ...) {
+static void append_format(struct line *line, const char *format, ...)
+{
     va_list args;
     va_start(args, format);
     size_t room = LINE_SIZE - line->n;
@@ -53,9 +55,10 @@ static void append_format(struct line *line, const char *format, ...) {
 // Bytes of the character that starts here, in text known to be UTF-8.
 static size_t utf8_size(unsigned char lead) { return lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4; }
 
-// Appends text, at most `most` bytes of it as written. Control characters, and all of what is not UTF-8, are escaped, so
-// that neither a terminal nor a JSON parser is led astray; quotes and backslashes only where `quoted`.
-static void append_escaped(struct line *line, const char *text, bool quoted, size_t most) {
+// Appends text, at most `most` bytes of it as written. Control characters, and all of what is not UTF-8, are escaped,
+// so that neither a terminal nor a JSON parser is led astray; quotes and backslashes only where `quoted`.
+static void append_escaped(struct line *line, const char *text, bool quoted, size_t most)
+{
     size_t size = strlen(text), end = line->n + most;
     bool valid = utf8_valid(text, size);
     if (end > LINE_SIZE - 64) end = LINE_SIZE - 64; // keeps room for what closes the line
@@ -72,7 +75,8 @@ static void append_escaped(struct line *line, const char *text, bool quoted, siz
     }
 }
 
-static void line_begin(struct line *line, enum log_level level) {
+static void line_begin(struct line *line, enum log_level level)
+{
     struct timespec now;
     struct tm utc;
     char date[32];
@@ -81,19 +85,22 @@ static void line_begin(struct line *line, enum log_level level) {
     strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%S", &utc);
     line->n = 0;
     if (state.format == LOG_FORMAT_JSON)
-        append_format(line, "{\"time\":\"%s.%03ldZ\",\"level\":\"%s\"", date, now.tv_nsec / 1000000, level_names[level]);
+        append_format(line, "{\"time\":\"%s.%03ldZ\",\"level\":\"%s\"", date, now.tv_nsec / 1000000,
+                      level_names[level]);
     else
         append_format(line, "%s.%03ldZ %-7s", date, now.tv_nsec / 1000000, level_names[level]);
 }
 
-static void line_message(struct line *line, const char *message) {
+static void line_message(struct line *line, const char *message)
+{
     bool json = state.format == LOG_FORMAT_JSON;
     append_format(line, json ? ",\"message\":\"" : " ");
     append_escaped(line, message, json, MESSAGE_SIZE);
     if (json) append_format(line, "\"");
 }
 
-static void field_string(struct line *line, const char *name, const char *value) {
+static void field_string(struct line *line, const char *name, const char *value)
+{
     if (!value) return;
     bool json = state.format == LOG_FORMAT_JSON;
     bool quoted = json || !*value || strpbrk(value, " \"\\=");
@@ -103,12 +110,14 @@ static void field_string(struct line *line, const char *name, const char *value)
     if (quoted) append_format(line, "\"");
 }
 
-static void field_integer(struct line *line, const char *name, int32_t value) {
+static void field_integer(struct line *line, const char *name, int32_t value)
+{
     if (value < 0) return;
     append_format(line, state.format == LOG_FORMAT_JSON ? ",\"%s\":%d" : " %s=%d", name, value);
 }
 
-static void field_seconds(struct line *line, const char *name, double seconds) {
+static void field_seconds(struct line *line, const char *name, double seconds)
+{
     if (!(seconds >= 0)) return;
     if (state.format == LOG_FORMAT_JSON)
         append_format(line, ",\"%s_seconds\":%.6f", name, seconds);
@@ -117,21 +126,24 @@ static void field_seconds(struct line *line, const char *name, double seconds) {
 }
 
 // Never blocks: false if there is no room, or nobody at the other end.
-static bool line_write(struct line *line) {
+static bool line_write(struct line *line)
+{
     append_format(line, state.format == LOG_FORMAT_JSON ? "}\n" : "\n");
     struct pollfd p = {.fd = state.fd, .events = POLLOUT};
     if (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT)) return false;
     return write(state.fd, line->text, line->n) == (ssize_t)line->n;
 }
 
-static void line_end(struct line *line) {
+static void line_end(struct line *line)
+{
     int saved = errno;
     pthread_mutex_lock(&state.mutex);
     if (state.dropped) {
         struct line note;
         line_begin(&note, LOG_LEVEL_WARNING);
         char message[64];
-        snprintf(message, sizeof(message), "%llu log lines dropped: nobody read them", (unsigned long long)state.dropped);
+        snprintf(message, sizeof(message), "%llu log lines dropped: nobody read them",
+                 (unsigned long long)state.dropped);
         line_message(&note, message);
         if (line_write(&note)) state.dropped = 0;
     }
@@ -140,7 +152,8 @@ static void line_end(struct line *line) {
     errno = saved;
 }
 
-void log_message(enum log_level level, const char *format, ...) {
+void log_message(enum log_level level, const char *format, ...)
+{
     if (!log_enabled(level)) return;
     int saved = errno;
     char message[MESSAGE_SIZE];
@@ -156,12 +169,14 @@ void log_message(enum log_level level, const char *format, ...) {
 }
 
 // Probes and scrapes come every few seconds and say nothing while they succeed.
-static enum log_level request_level(const struct log_request *r) {
+static enum log_level request_level(const struct log_request *r)
+{
     bool asked = !strncmp(r->path, "/v1/", 4) || strstr(r->path, "tokenize");
     return asked || r->status >= 400 ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG;
 }
 
-void log_request(const struct log_request *r) {
+void log_request(const struct log_request *r)
+{
     enum log_level level = request_level(r);
     if (!log_enabled(level)) return;
     struct line line;

@@ -29,7 +29,8 @@ static sem_t stop_requested; // posted by the first signal
 static atomic_bool serving;
 static bool log_is_json; // for the SIGBUS handler, which cannot use the log
 
-static double now(void) {
+static double now(void)
+{
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -37,13 +38,15 @@ static double now(void) {
 
 // ---- signals --------------------------------------------------------------------------------------------------------
 
-static void stop_signals(sigset_t *set) {
+static void stop_signals(sigset_t *set)
+{
     sigemptyset(set);
     sigaddset(set, SIGTERM);
     sigaddset(set, SIGINT);
 }
 
-static void *signals_run(void *unused) {
+static void *signals_run(void *unused)
+{
     (void)unused;
     sigset_t set;
     int signal;
@@ -55,12 +58,14 @@ static void *signals_run(void *unused) {
     }
 }
 
-static void say(const char *text) {
+static void say(const char *text)
+{
     if (write(STDERR_FILENO, text, strlen(text)) < 0) return; // nothing else can be done about it here
 }
 
 // A weights file that became shorter than its map: its pages are gone, and with them the model.
-static void on_sigbus(int signal, siginfo_t *info, void *context) {
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
     (void)context;
     const char *path = engine_file_at(info->si_addr);
     if (!path) return; // not ours: SA_RESETHAND lets the same fault end the process as it would have
@@ -71,7 +76,8 @@ static void on_sigbus(int signal, siginfo_t *info, void *context) {
     _exit(signal == SIGBUS ? EXIT_FILE_CUT : 128 + signal);
 }
 
-static int signals_init(void) {
+static int signals_init(void)
+{
     sigset_t set;
     pthread_t thread;
     struct sigaction bus = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESETHAND};
@@ -86,7 +92,8 @@ static int signals_init(void) {
 // ---- one run --------------------------------------------------------------------------------------------------------
 
 // Room for the connections and the few files beside them; fewer connections where the system does not allow it.
-static void raise_file_limit(struct server_options *o) {
+static void raise_file_limit(struct server_options *o)
+{
     enum { OTHER_FILES = 64 };
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit)) return;
@@ -100,23 +107,27 @@ static void raise_file_limit(struct server_options *o) {
     o->max_connections = room;
 }
 
-static void log_plan(const struct engine_plan *p, const struct options *o) {
+static void log_plan(const struct engine_plan *p, const struct options *o)
+{
     char weights[32], kv[32], total[32];
     log_message(LOG_LEVEL_INFO, "gptd " GPTD_VERSION ": %s: %s, %.1f M parameters, %s, context %d, on %s",
-                o->engine.model_dir, p->architecture, (double)p->n_parameters / 1e6, p->dtype, p->max_model_len, p->device);
+                o->engine.model_dir, p->architecture, (double)p->n_parameters / 1e6, p->dtype, p->max_model_len,
+                p->device);
     log_message(LOG_LEVEL_INFO, "memory: weights %s, KV cache %s (%d blocks of %d tokens), %s in all",
                 plan_bytes(p->weights_bytes, weights), plan_bytes(p->kv_cache_bytes, kv), p->n_blocks, p->block_size,
                 plan_bytes(plan_total(p), total));
 }
 
-static void log_ready(const struct options *o, const struct server *server, double started) {
+static void log_ready(const struct options *o, const struct server *server, double started)
+{
     bool ipv6 = strchr(o->server.host, ':');
     log_message(LOG_LEVEL_INFO, "ready after %.0f ms: model \"%s\" at http://%s%s%s:%u", 1e3 * (now() - started),
                 o->server.served_model_names[0], ipv6 ? "[" : "", o->server.host, ipv6 ? "]" : "", server_port(server));
 }
 
 // Waits for a signal, then for the drain it starts. True unless the device failed.
-static bool run_until_stopped(const struct options *o, struct engine *engine, struct server *server) {
+static bool run_until_stopped(const struct options *o, struct engine *engine, struct server *server)
+{
     struct engine_stats stats;
     struct timespec wake;
     do {
@@ -139,7 +150,8 @@ static bool run_until_stopped(const struct options *o, struct engine *engine, st
 }
 
 static enum exit_status serve(const struct options *o, struct engine *engine, const struct tokenizer *tokenizer,
-                              double started) {
+                              double started)
+{
     struct error e;
     struct server *server = NULL;
     enum exit_status status = EXIT_NETWORK;
@@ -164,7 +176,8 @@ fail:
 }
 
 // Plans, and serves what was planned.
-static enum exit_status run(struct options *o, double started) {
+static enum exit_status run(struct options *o, double started)
+{
     struct error e;
     struct engine *engine = NULL;
     struct tokenizer *tokenizer = NULL;
@@ -190,7 +203,8 @@ fail:
     return status;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     double started = now();
     struct options options;
     struct error e;

@@ -14,7 +14,7 @@ enum { MAX_BUCKETS = 32, MAX_HTTP_SERIES = 256 };
 
 struct histogram {
     const char *name, *help;
-    double bounds[MAX_BUCKETS];      // [n_bounds] ascending
+    double bounds[MAX_BUCKETS];       // [n_bounds] ascending
     uint64_t counts[MAX_BUCKETS + 1]; // [n_bounds + 1]: of values over bound i-1 up to bound i; the last: over all
     int32_t n_bounds;
     double sum;
@@ -52,21 +52,23 @@ struct metrics {
 };
 
 // vLLM's buckets; those of inter-token latency and of whole requests begin lower, for small models and fast machines.
-static const double ttft_bounds[] = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,  0.25, 0.5,   0.75,
-                                     1,     2.5,   5,    7.5,  10,   20,   40,   80,   160,  640,   2560};
+static const double ttft_bounds[] = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+                                     1,     2.5,   5,    7.5,  10,   20,   40,   80,  160,  640, 2560};
 static const double inter_token_bounds[] = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
                                             0.4,   0.5,    0.75,  1,    2.5,   5,    7.5,   10,  20,   40,  80};
-static const double request_bounds[] = {0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1,   1.5, 2,   2.5,  5,   10,
+static const double request_bounds[] = {0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1,   1.5, 2,   2.5, 5,    10,
                                         15,   20,   30,  40,  50,  60,  120, 240, 480, 960, 1920, 7680};
 
 #define LENGTH(array) ((int32_t)(sizeof(array) / sizeof((array)[0])))
 
-static void histogram_init(struct histogram *h, const char *name, const char *help, const double *bounds, int32_t n) {
+static void histogram_init(struct histogram *h, const char *name, const char *help, const double *bounds, int32_t n)
+{
     *h = (struct histogram){.name = name, .help = help, .n_bounds = n};
     memcpy(h->bounds, bounds, (size_t)n * sizeof(*bounds));
 }
 
-static void histogram_observe(struct histogram *h, double value, uint64_t times) {
+static void histogram_observe(struct histogram *h, double value, uint64_t times)
+{
     int32_t i = 0;
     while (i < h->n_bounds && value > h->bounds[i]) i++;
     h->counts[i] += times;
@@ -74,7 +76,8 @@ static void histogram_observe(struct histogram *h, double value, uint64_t times)
 }
 
 // 1, 2, 5, 10, 20, 50 ... up to most: vLLM's buckets for numbers of tokens.
-static int32_t token_bounds(int32_t most, double bounds[MAX_BUCKETS]) {
+static int32_t token_bounds(int32_t most, double bounds[MAX_BUCKETS])
+{
     static const double mantissas[] = {1, 2, 5};
     int32_t n = 0;
     for (double power = 1; n < MAX_BUCKETS; power *= 10)
@@ -85,7 +88,8 @@ static int32_t token_bounds(int32_t most, double bounds[MAX_BUCKETS]) {
     return n;
 }
 
-static void histograms_init(struct histogram *h, int32_t max_model_len) {
+static void histograms_init(struct histogram *h, int32_t max_model_len)
+{
     double tokens[MAX_BUCKETS];
     int32_t n_tokens = token_bounds(max_model_len, tokens), n_request = LENGTH(request_bounds);
     histogram_init(&h[TIME_TO_FIRST_TOKEN], "time_to_first_token_seconds", "From submission to the first token.",
@@ -106,7 +110,8 @@ static void histograms_init(struct histogram *h, int32_t max_model_len) {
 }
 
 // text as a label value: backslash, quote and newline escaped. malloc'd.
-static char *label_escape(const char *text) {
+static char *label_escape(const char *text)
+{
     char *out = malloc(2 * strlen(text) + 1), *p = out;
     if (!out) return NULL;
     for (; *text; text++) {
@@ -117,7 +122,8 @@ static char *label_escape(const char *text) {
     return out;
 }
 
-struct metrics *metrics_create(const char *model_name, int32_t max_model_len) {
+struct metrics *metrics_create(const char *model_name, int32_t max_model_len)
+{
     struct metrics *m = calloc(1, sizeof(*m));
     char *model = label_escape(model_name);
     if (!m || !model) {
@@ -134,18 +140,20 @@ struct metrics *metrics_create(const char *model_name, int32_t max_model_len) {
     return m;
 }
 
-void metrics_destroy(struct metrics *m) {
+void metrics_destroy(struct metrics *m)
+{
     if (!m) return;
     pthread_mutex_destroy(&m->mutex);
     free(m->model);
     free(m);
 }
 
-void metrics_http(struct metrics *m, const char *method, const char *route, int32_t status) {
+void metrics_http(struct metrics *m, const char *method, const char *route, int32_t status)
+{
     pthread_mutex_lock(&m->mutex);
     int32_t i = 0;
-    while (i < m->n_http && (m->http[i].status != status || strcmp(m->http[i].route, route) ||
-                             strcmp(m->http[i].method, method)))
+    while (i < m->n_http &&
+           (m->http[i].status != status || strcmp(m->http[i].route, route) || strcmp(m->http[i].method, method)))
         i++;
     if (i == m->n_http && i < MAX_HTTP_SERIES)
         m->http[m->n_http++] = (struct http_series){.method = method, .route = route, .status = status};
@@ -153,32 +161,40 @@ void metrics_http(struct metrics *m, const char *method, const char *route, int3
     pthread_mutex_unlock(&m->mutex);
 }
 
-void metrics_inter_token(struct metrics *m, int32_t n, double seconds) {
+void metrics_inter_token(struct metrics *m, int32_t n, double seconds)
+{
     if (n < 1) return;
     pthread_mutex_lock(&m->mutex);
     histogram_observe(&m->histograms[INTER_TOKEN_LATENCY], seconds / n, (uint64_t)n);
     pthread_mutex_unlock(&m->mutex);
 }
 
-static enum outcome outcome_of(enum finish_reason reason) {
+static enum outcome outcome_of(enum finish_reason reason)
+{
     switch (reason) {
-    case FINISH_STOP: return OUTCOME_STOP;
-    case FINISH_LENGTH: return OUTCOME_LENGTH;
-    case FINISH_ERROR: return OUTCOME_ERROR;
+    case FINISH_STOP:
+        return OUTCOME_STOP;
+    case FINISH_LENGTH:
+        return OUTCOME_LENGTH;
+    case FINISH_ERROR:
+        return OUTCOME_ERROR;
     case FINISH_NONE:
     case FINISH_CANCELLED:
-    case FINISH_SLOW: break;
+    case FINISH_SLOW:
+        break;
     }
     return OUTCOME_ABORT;
 }
 
 // The time from one event to another, if both came.
-static void observe_between(struct histogram *h, double from, double to) {
+static void observe_between(struct histogram *h, double from, double to)
+{
     if (from > 0 && to >= from) histogram_observe(h, to - from, 1);
 }
 
 void metrics_request(struct metrics *m, const struct request_times *t, enum finish_reason reason, int32_t prompt_tokens,
-                     int32_t generation_tokens) {
+                     int32_t generation_tokens)
+{
     struct histogram *h = m->histograms;
     pthread_mutex_lock(&m->mutex);
     m->outcomes[outcome_of(reason)]++;
@@ -194,11 +210,13 @@ void metrics_request(struct metrics *m, const struct request_times *t, enum fini
 
 // ---- exposition -----------------------------------------------------------------------------------------------------
 
-static void render_head(FILE *out, const char *name, const char *type, const char *help) {
+static void render_head(FILE *out, const char *name, const char *type, const char *help)
+{
     fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
 }
 
-static void render_histogram(FILE *out, const struct histogram *h, const char *model) {
+static void render_histogram(FILE *out, const struct histogram *h, const char *model)
+{
     char name[64];
     uint64_t total = 0;
     snprintf(name, sizeof(name), "gptd_%s", h->name);
@@ -213,7 +231,8 @@ static void render_histogram(FILE *out, const struct histogram *h, const char *m
     fprintf(out, "%s_count{model_name=\"%s\"} %" PRIu64 "\n", name, model, total);
 }
 
-static void render_engine(FILE *out, const struct engine_stats *s, const char *model) {
+static void render_engine(FILE *out, const struct engine_stats *s, const char *model)
+{
     double used = s->n_blocks > 0 ? (double)(s->n_blocks - s->n_free_blocks) / s->n_blocks : 0;
     const struct {
         const char *name, *type, *help;
@@ -229,7 +248,8 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache.", (double)s->prefix_hits},
         {"gptd_prompt_tokens_total", "counter", "Prompt tokens computed.", (double)s->prompt_tokens},
         {"gptd_generation_tokens_total", "counter", "Tokens generated.", (double)s->generation_tokens},
-        {"gptd_num_preemptions_total", "counter", "Sequences preempted for want of KV blocks.", (double)s->n_preemptions},
+        {"gptd_num_preemptions_total", "counter", "Sequences preempted for want of KV blocks.",
+         (double)s->n_preemptions},
         {"gptd_engine_steps_total", "counter", "Steps of the engine.", (double)s->n_steps},
     };
     for (size_t i = 0; i < sizeof(series) / sizeof(series[0]); i++) {
@@ -238,7 +258,8 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
     }
 }
 
-static int32_t open_fds(void) {
+static int32_t open_fds(void)
+{
     int32_t n = 0;
     DIR *dir = opendir("/proc/self/fd");
     if (!dir) return 0;
@@ -247,12 +268,14 @@ static int32_t open_fds(void) {
     return n - 1; // but for the one this took
 }
 
-static void render_value(FILE *out, const char *name, const char *type, const char *help, double value) {
+static void render_value(FILE *out, const char *name, const char *type, const char *help, double value)
+{
     render_head(out, name, type, help);
     fprintf(out, "%s %.17g\n", name, value);
 }
 
-static void render_process(FILE *out, double start_time) {
+static void render_process(FILE *out, double start_time)
+{
     struct timespec cpu;
     struct rlimit files = {0};
     unsigned long long pages = 0, resident = 0;
@@ -274,19 +297,22 @@ static void render_process(FILE *out, double start_time) {
 }
 
 // What this struct holds; the mutex is taken by the caller.
-static void render_counts(FILE *out, const struct metrics *m) {
+static void render_counts(FILE *out, const struct metrics *m)
+{
     render_head(out, "gptd_request_success_total", "counter", "Requests that ended, by reason.");
     for (int32_t i = 0; i < N_OUTCOMES; i++)
         fprintf(out, "gptd_request_success_total{model_name=\"%s\",finished_reason=\"%s\"} %" PRIu64 "\n", m->model,
                 outcome_names[i], m->outcomes[i]);
     for (int32_t i = 0; i < N_HISTOGRAMS; i++) render_histogram(out, &m->histograms[i], m->model);
-    render_head(out, "gptd_http_requests_total", "counter", "HTTP answers; status 0: the client left before there was one.");
+    render_head(out, "gptd_http_requests_total", "counter",
+                "HTTP answers; status 0: the client left before there was one.");
     for (int32_t i = 0; i < m->n_http; i++)
         fprintf(out, "gptd_http_requests_total{method=\"%s\",route=\"%s\",status=\"%d\"} %" PRIu64 "\n",
                 m->http[i].method, m->http[i].route, m->http[i].status, m->http[i].count);
 }
 
-char *metrics_render(struct metrics *m, const struct engine_stats *stats, size_t *length) {
+char *metrics_render(struct metrics *m, const struct engine_stats *stats, size_t *length)
+{
     char *text = NULL;
     FILE *out = open_memstream(&text, length);
     if (!out) return NULL;

@@ -11,8 +11,8 @@
 
 enum option_type {
     OPTION_STRING,
-    OPTION_SWITCH,  // bool field, true for the second of two choices
-    OPTION_ENUM,    // enum field, the index of the choice
+    OPTION_SWITCH, // bool field, true for the second of two choices
+    OPTION_ENUM,   // enum field, the index of the choice
     OPTION_UINT16,
     OPTION_INT32,
     OPTION_INT64,
@@ -26,10 +26,10 @@ enum option_type {
 struct option {
     const char *name; // NULL: `help` opens a group
     enum option_type type;
-    size_t offset;              // in struct options
-    const char *argument;       // what --help calls the value; choices are "a|b"
-    const char *initial;        // the default, as one would write it; NULL: none
-    double min, max;            // inclusive, of numbers
+    size_t offset;        // in struct options
+    const char *argument; // what --help calls the value; choices are "a|b"
+    const char *initial;  // the default, as one would write it; NULL: none
+    double min, max;      // inclusive, of numbers
     const char *help;
 };
 
@@ -37,7 +37,10 @@ struct option {
 enum source { SOURCE_DEFAULT, SOURCE_FILE, SOURCE_VARIABLE, SOURCE_FLAG };
 
 #define AT(field) offsetof(struct options, field)
-#define GROUP(title) {NULL, OPTION_ACTION, 0, NULL, NULL, 0, 0, title}
+#define GROUP(title)                                                                                                   \
+    {                                                                                                                  \
+        NULL, OPTION_ACTION, 0, NULL, NULL, 0, 0, title                                                                \
+    }
 
 // clang-format off
 static const struct option options_table[] = {
@@ -141,20 +144,23 @@ union value {
 // ---- names ----------------------------------------------------------------------------------------------------------
 
 // name as the table writes it: lower case, dashes. Cut at NAME_SIZE: no option is as long.
-static void name_normalize(const char *name, size_t n, char out[NAME_SIZE]) {
+static void name_normalize(const char *name, size_t n, char out[NAME_SIZE])
+{
     if (n > NAME_SIZE - 1) n = NAME_SIZE - 1;
     for (size_t i = 0; i < n; i++) out[i] = name[i] == '_' ? '-' : (char)tolower((unsigned char)name[i]);
     out[n] = '\0';
 }
 
-static const struct option *option_find(const char *name) {
+static const struct option *option_find(const char *name)
+{
     for (const struct option *p = options_table; p < options_table + N_OPTIONS; p++)
         if (p->name && !strcmp(p->name, name)) return p;
     return NULL;
 }
 
 // Levenshtein's distance.
-static int edit_distance(const char *a, const char *b) {
+static int edit_distance(const char *a, const char *b)
+{
     int row[NAME_SIZE + 1];
     int n = (int)strlen(b);
     for (int j = 0; j <= n; j++) row[j] = j;
@@ -172,7 +178,8 @@ static int edit_distance(const char *a, const char *b) {
 }
 
 // The option that was probably meant; NULL: none is near.
-static const char *name_nearest(const char *name) {
+static const char *name_nearest(const char *name)
+{
     const char *nearest = NULL;
     int best = 1 + (int)strlen(name) / 4;
     for (const struct option *p = options_table; p < options_table + N_OPTIONS; p++) {
@@ -185,7 +192,8 @@ static const char *name_nearest(const char *name) {
 // ---- values ---------------------------------------------------------------------------------------------------------
 
 // Index of text among choices "a|b|c"; -1: not there.
-static int choice_index(const char *choices, const char *text) {
+static int choice_index(const char *choices, const char *text)
+{
     size_t n = strlen(text);
     for (int i = 0;; i++) {
         size_t length = strcspn(choices, "|");
@@ -195,14 +203,16 @@ static int choice_index(const char *choices, const char *text) {
     }
 }
 
-static bool parse_uint64(const char *text, uint64_t *out, const char **end) {
+static bool parse_uint64(const char *text, uint64_t *out, const char **end)
+{
     if (!isdigit((unsigned char)*text)) return false;
     errno = 0;
     *out = strtoull(text, (char **)end, 10);
     return errno == 0;
 }
 
-static bool parse_int64(const char *text, int64_t *out) {
+static bool parse_int64(const char *text, int64_t *out)
+{
     char *end;
     errno = 0;
     if (!isdigit((unsigned char)text[*text == '-'])) return false;
@@ -210,7 +220,8 @@ static bool parse_int64(const char *text, int64_t *out) {
     return errno == 0 && !*end;
 }
 
-static bool parse_bytes(const char *text, uint64_t *out) {
+static bool parse_bytes(const char *text, uint64_t *out)
+{
     static const char units[] = "KMGT";
     const char *end;
     if (!parse_uint64(text, out, &end)) return false;
@@ -220,40 +231,49 @@ static bool parse_bytes(const char *text, uint64_t *out) {
     return !__builtin_mul_overflow(*out, 1ull << 10 * (unit - units + 1), out);
 }
 
-static bool parse_seconds(const char *text, double *out) {
+static bool parse_seconds(const char *text, double *out)
+{
     char *end;
     if (!isdigit((unsigned char)*text)) return false; // strtod takes spaces, signs, "inf" and "nan"
     *out = strtod(text, &end);
     return !*end && isfinite(*out);
 }
 
-static bool parse_bool(const char *text, bool *out) {
+static bool parse_bool(const char *text, bool *out)
+{
     *out = !strcmp(text, "true") || !strcmp(text, "1");
     return *out || !strcmp(text, "false") || !strcmp(text, "0");
 }
 
-static const char *choices_of(const struct option *p) {
+static const char *choices_of(const struct option *p)
+{
     return p->argument && strchr(p->argument, '|') ? p->argument : NULL;
 }
 
-// Reads text as p's type; a number goes to *number too, for the range. index: of the choice that text is. Returns NULL, or
-// what a value should be where text is not one. Out of memory shows as a NULL string.
-static const char *value_parse(const struct option *p, const char *text, int index, union value *v, double *number) {
+// Reads text as p's type; a number goes to *number too, for the range. index: of the choice that text is. Returns NULL,
+// or what a value should be where text is not one. Out of memory shows as a NULL string.
+static const char *value_parse(const struct option *p, const char *text, int index, union value *v, double *number)
+{
     const char *end;
     switch (p->type) {
     case OPTION_STRING:
         if (!*text) return "not empty";
         v->string = strdup(text);
         return NULL;
-    case OPTION_SWITCH: v->boolean = index; return NULL;
-    case OPTION_ENUM: v->index = (unsigned)index; return NULL;
+    case OPTION_SWITCH:
+        v->boolean = index;
+        return NULL;
+    case OPTION_ENUM:
+        v->index = (unsigned)index;
+        return NULL;
     case OPTION_UINT16:
     case OPTION_INT32:
     case OPTION_INT64:
         if (!parse_int64(text, &v->int64)) return "an integer";
         *number = (double)v->int64;
         return NULL;
-    case OPTION_UINT64: return parse_uint64(text, &v->uint64, &end) && !*end ? NULL : "an integer from 0 to 2^64-1";
+    case OPTION_UINT64:
+        return parse_uint64(text, &v->uint64, &end) && !*end ? NULL : "an integer from 0 to 2^64-1";
     case OPTION_BYTES:
         if (!parse_bytes(text, &v->uint64)) return "a number of bytes, such as 1048576, 512M or 4G";
         *number = (double)v->uint64;
@@ -263,12 +283,14 @@ static const char *value_parse(const struct option *p, const char *text, int ind
         *number = v->seconds;
         return NULL;
     case OPTION_BOOL:
-    case OPTION_ACTION: break;
+    case OPTION_ACTION:
+        break;
     }
     return parse_bool(text, &v->boolean) ? NULL : "true or false";
 }
 
-static void value_store(const struct option *p, struct options *o, const union value *v) {
+static void value_store(const struct option *p, struct options *o, const union value *v)
+{
     void *field = (char *)o + p->offset;
     switch (p->type) {
     case OPTION_STRING:
@@ -277,21 +299,37 @@ static void value_store(const struct option *p, struct options *o, const union v
         break;
     case OPTION_SWITCH:
     case OPTION_BOOL:
-    case OPTION_ACTION: *(bool *)field = v->boolean; break;
-    case OPTION_ENUM: *(unsigned *)field = v->index; break;
-    case OPTION_UINT16: *(uint16_t *)field = (uint16_t)v->int64; break;
-    case OPTION_INT32: *(int32_t *)field = (int32_t)v->int64; break;
-    case OPTION_INT64: *(int64_t *)field = v->int64; break;
-    case OPTION_UINT64: *(uint64_t *)field = v->uint64; break;
-    case OPTION_BYTES: *(size_t *)field = v->uint64; break;
-    case OPTION_SECONDS: *(double *)field = v->seconds; break;
+    case OPTION_ACTION:
+        *(bool *)field = v->boolean;
+        break;
+    case OPTION_ENUM:
+        *(unsigned *)field = v->index;
+        break;
+    case OPTION_UINT16:
+        *(uint16_t *)field = (uint16_t)v->int64;
+        break;
+    case OPTION_INT32:
+        *(int32_t *)field = (int32_t)v->int64;
+        break;
+    case OPTION_INT64:
+        *(int64_t *)field = v->int64;
+        break;
+    case OPTION_UINT64:
+        *(uint64_t *)field = v->uint64;
+        break;
+    case OPTION_BYTES:
+        *(size_t *)field = v->uint64;
+        break;
+    case OPTION_SECONDS:
+        *(double *)field = v->seconds;
+        break;
     }
 }
 
 // Checks text and, unless a higher source has spoken, makes it p's value. `where` is what error messages say: the flag,
 // variable or key, with its source.
-static int option_set(struct loader *l, const struct option *p, const char *text, enum source source,
-                      const char *where) {
+static int option_set(struct loader *l, const struct option *p, const char *text, enum source source, const char *where)
+{
     union value v;
     double number = p->min;
     const char *choices = choices_of(p);
@@ -313,14 +351,16 @@ static int option_set(struct loader *l, const struct option *p, const char *text
 
 // ---- sources --------------------------------------------------------------------------------------------------------
 
-static int unknown(struct loader *l, const char *where, const char *name) {
+static int unknown(struct loader *l, const char *where, const char *name)
+{
     const char *nearest = name_nearest(name);
     if (!nearest) return error_set(l->e, ERR_INVALID, "%s: no such option", where);
     return error_set(l->e, ERR_INVALID, "%s: no such option; nearest is \"%s\"", where, nearest);
 }
 
 // One flag with its value, which may be the next argument. Returns how many arguments it took, or an error.
-static int flag_read(struct loader *l, const char *argument, const char *next) {
+static int flag_read(struct loader *l, const char *argument, const char *next)
+{
     char name[NAME_SIZE], where[NAME_SIZE + 32];
     if (!strcmp(argument, "-h")) argument = "--help";
     size_t n = strcspn(argument, "=");
@@ -347,7 +387,8 @@ static int flag_read(struct loader *l, const char *argument, const char *next) {
     return result ? result : taken;
 }
 
-static int flags_read(struct loader *l, int argc, char **argv) {
+static int flags_read(struct loader *l, int argc, char **argv)
+{
     for (int i = 1; i < argc;) {
         int taken = flag_read(l, argv[i], i + 1 < argc ? argv[i + 1] : NULL);
         if (taken < 0) return taken;
@@ -356,7 +397,8 @@ static int flags_read(struct loader *l, int argc, char **argv) {
     return 0;
 }
 
-static int variables_read(struct loader *l, char **environment) {
+static int variables_read(struct loader *l, char **environment)
+{
     for (char **p = environment; *p; p++) {
         if (strncmp(*p, "GPTD_", 5)) continue;
         char name[NAME_SIZE], where[NAME_SIZE + 32];
@@ -378,7 +420,8 @@ static int variables_read(struct loader *l, char **environment) {
 }
 
 // One member of the file. Numbers are taken as they are written: a seed may have more digits than a double.
-static int member_read(struct loader *l, const struct json_body *body, const cJSON *item, const char *path) {
+static int member_read(struct loader *l, const struct json_body *body, const cJSON *item, const char *path)
+{
     char name[NAME_SIZE], where[NAME_SIZE + 288], number[JSON_MAX_NUMBER + 1];
     name_normalize(item->string, strlen(item->string), name);
     snprintf(where, sizeof(where), "\"%s\" (%.255s)", name, path);
@@ -397,7 +440,8 @@ static int member_read(struct loader *l, const struct json_body *body, const cJS
 }
 
 // Reads a small text file whole; *text is malloc'd, NUL-terminated. `where`: the option that names it.
-static int file_read(const char *path, const char *where, char **text, size_t *n, struct error *e) {
+static int file_read(const char *path, const char *where, char **text, size_t *n, struct error *e)
+{
     enum { MOST = 1 << 20 };
     FILE *f = fopen(path, "rb");
     if (!f) return error_set(e, ERR_IO, "%s: cannot open %s: %s", where, path, strerror(errno));
@@ -414,7 +458,8 @@ static int file_read(const char *path, const char *where, char **text, size_t *n
     return error_set(e, ERR_IO, "%s: %s %s", where, failed ? "cannot read" : "over 1 MiB:", path);
 }
 
-static int config_read(struct loader *l, const char *path) {
+static int config_read(struct loader *l, const char *path)
+{
     char *text;
     size_t n;
     struct json_body body;
@@ -437,7 +482,8 @@ static int config_read(struct loader *l, const char *path) {
 // ---- what needs more than one option --------------------------------------------------------------------------------
 
 // Appends a copy of text[0..n) to *list, [*count] strings that this file allocates.
-static int list_add(const char *const **list, size_t *count, const char *text, size_t n, struct error *e) {
+static int list_add(const char *const **list, size_t *count, const char *text, size_t n, struct error *e)
+{
     const char **grown = realloc((void *)*list, (*count + 1) * sizeof(*grown));
     if (grown) *list = grown;
     char *copy = grown ? strndup(text, n) : NULL;
@@ -446,19 +492,22 @@ static int list_add(const char *const **list, size_t *count, const char *text, s
     return 0;
 }
 
-static void list_free(const char *const *list, size_t count) {
+static void list_free(const char *const *list, size_t count)
+{
     for (size_t i = 0; i < count; i++) free((char *)list[i]);
     free((void *)list);
 }
 
-static int key_add(struct server_options *o, const char *key, size_t n, const char *where, struct error *e) {
+static int key_add(struct server_options *o, const char *key, size_t n, const char *where, struct error *e)
+{
     for (size_t i = 0; i < n; i++)
         if (!isgraph((unsigned char)key[i]))
             return error_set(e, ERR_INVALID, "%s: a key is made of visible ASCII characters", where);
     return list_add(&o->api_keys, &o->n_api_keys, key, n, e);
 }
 
-static int keys_read(struct options *o, struct error *e) {
+static int keys_read(struct options *o, struct error *e)
+{
     char *text;
     size_t size;
     if (o->api_key && key_add(&o->server, o->api_key, strlen(o->api_key), "--api-key", e)) return e->code;
@@ -479,12 +528,14 @@ static int keys_read(struct options *o, struct error *e) {
 }
 
 // The names given, or the last part of the model's directory, wherever "." and links lead.
-static int names_read(struct options *o, struct error *e) {
+static int names_read(struct options *o, struct error *e)
+{
     struct server_options *server = &o->server;
     if (!o->served_model_name) {
         char *real = realpath(o->model, NULL); // NULL: no such directory, which the engine will say
         const char *last = real ? strrchr(real, '/') + 1 : "";
-        int result = list_add(&server->served_model_names, &server->n_served_model_names, *last ? last : "model", 255, e);
+        int result =
+            list_add(&server->served_model_names, &server->n_served_model_names, *last ? last : "model", 255, e);
         free(real);
         return result;
     }
@@ -497,7 +548,8 @@ static int names_read(struct options *o, struct error *e) {
     }
 }
 
-static int options_finish(struct options *o, struct error *e) {
+static int options_finish(struct options *o, struct error *e)
+{
     if (!o->model) return error_set(e, ERR_INVALID, "--model: is required, the directory of a checkpoint");
     o->engine.model_dir = o->model;
     o->server.max_logprobs = o->engine.max_logprobs;
@@ -509,7 +561,8 @@ static int options_finish(struct options *o, struct error *e) {
     return keys_read(o, e);
 }
 
-int options_init(struct options *o, int argc, char **argv, char **environment, struct error *e) {
+int options_init(struct options *o, int argc, char **argv, char **environment, struct error *e)
+{
     *o = (struct options){0};
     struct loader l = {.o = o, .e = e};
     int result = 0;
@@ -526,7 +579,8 @@ fail:
     return result;
 }
 
-void options_deinit(struct options *o) {
+void options_deinit(struct options *o)
+{
     for (const struct option *p = options_table; p < options_table + N_OPTIONS; p++)
         if (p->name && p->type == OPTION_STRING) free(*(char **)((char *)o + p->offset));
     list_free(o->server.api_keys, o->server.n_api_keys);
@@ -536,7 +590,8 @@ void options_deinit(struct options *o) {
 
 // ---- help -----------------------------------------------------------------------------------------------------------
 
-static void option_help(const struct option *p, FILE *out) {
+static void option_help(const struct option *p, FILE *out)
+{
     char flag[NAME_SIZE * 2];
     snprintf(flag, sizeof(flag), "--%s%s%s%s", p->type == OPTION_BOOL ? "[no-]" : "", p->name, p->argument ? " " : "",
              p->argument ? p->argument : "");
@@ -545,9 +600,11 @@ static void option_help(const struct option *p, FILE *out) {
     fprintf(out, initial ? " [%s]\n" : "\n", initial);
 }
 
-void options_help(FILE *out) {
+void options_help(FILE *out)
+{
     fputs("gptd " GPTD_VERSION ": serves a GPT checkpoint over HTTP as OpenAI's API\n"
-          "Usage: gptd --model DIR [options]\n", out);
+          "Usage: gptd --model DIR [options]\n",
+          out);
     for (const struct option *p = options_table; p < options_table + N_OPTIONS; p++) {
         if (p->name)
             option_help(p, out);
@@ -557,5 +614,7 @@ void options_help(FILE *out) {
     fputs("\nDefaults stand in brackets. --max-model-len 4096 may also be given as GPTD_MAX_MODEL_LEN=4096 or, in the\n"
           "file of --config, as {\"max-model-len\": 4096}. Flags win over variables over the file over defaults.\n"
           "\nSIGTERM and SIGINT drain: what runs is finished, then gptd ends; a second one ends it at once.\n"
-          "Exit status: 0 done, 1 options, 2 model (or no room for it), 3 device, 4 address, 5 a weights file was cut short.\n", out);
+          "Exit status: 0 done, 1 options, 2 model (or no room for it), 3 device, 4 address, 5 a weights file was cut "
+          "short.\n",
+          out);
 }

@@ -2,11 +2,13 @@
 
 #include <inttypes.h>
 
-size_t plan_total(const struct engine_plan *plan) {
+size_t plan_total(const struct engine_plan *plan)
+{
     return plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->kv_cache_bytes;
 }
 
-const char *plan_bytes(size_t bytes, char text[32]) {
+const char *plan_bytes(size_t bytes, char text[32])
+{
     static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
     double value = (double)bytes;
     int unit = 0;
@@ -15,14 +17,16 @@ const char *plan_bytes(size_t bytes, char text[32]) {
     return text;
 }
 
-static void print_bytes(FILE *out, const char *name, size_t bytes) {
+static void print_bytes(FILE *out, const char *name, size_t bytes)
+{
     char text[32];
     fprintf(out, "  %-10s %15zu  %10s\n", name, bytes, plan_bytes(bytes, text));
 }
 
-static void print_table(const struct engine_plan *p, FILE *out) {
-    fprintf(out, "model     %s, %" PRIu64 " parameters, %s, vocabulary %d\n", p->architecture, p->n_parameters, p->dtype,
-            p->vocab_size);
+static void print_table(const struct engine_plan *p, FILE *out)
+{
+    fprintf(out, "model     %s, %" PRIu64 " parameters, %s, vocabulary %d\n", p->architecture, p->n_parameters,
+            p->dtype, p->vocab_size);
     fprintf(out, "device    %s\n", p->device);
     fprintf(out, "limits    context %d tokens, %d sequences at once, %d tokens a step\n", p->max_model_len,
             p->max_num_seqs, p->max_num_batched_tokens);
@@ -33,15 +37,16 @@ static void print_table(const struct engine_plan *p, FILE *out) {
     print_bytes(out, "KV cache", p->kv_cache_bytes);
     print_bytes(out, "total", plan_total(p));
     print_bytes(out, "there is", p->memory_bytes);
-    fprintf(out, "KV cache  %d blocks of %d tokens, %zu bytes each: %" PRId64 " tokens, %.1f full contexts\n", p->n_blocks,
-            p->block_size, p->block_bytes, p->kv_tokens, (double)p->kv_tokens / p->max_model_len);
+    fprintf(out, "KV cache  %d blocks of %d tokens, %zu bytes each: %" PRId64 " tokens, %.1f full contexts\n",
+            p->n_blocks, p->block_size, p->block_bytes, p->kv_tokens, (double)p->kv_tokens / p->max_model_len);
 }
 
-static void print_json(const struct engine_plan *p, FILE *out) {
-    fprintf(out, "{\"architecture\":\"%s\",\"dtype\":\"%s\",\"device\":\"%s\",\"n_parameters\":%" PRIu64, p->architecture,
-            p->dtype, p->device, p->n_parameters);
-    fprintf(out, ",\"vocab_size\":%d,\"max_model_len\":%d,\"max_num_seqs\":%d,\"max_num_batched_tokens\":%d", p->vocab_size,
-            p->max_model_len, p->max_num_seqs, p->max_num_batched_tokens);
+static void print_json(const struct engine_plan *p, FILE *out)
+{
+    fprintf(out, "{\"architecture\":\"%s\",\"dtype\":\"%s\",\"device\":\"%s\",\"n_parameters\":%" PRIu64,
+            p->architecture, p->dtype, p->device, p->n_parameters);
+    fprintf(out, ",\"vocab_size\":%d,\"max_model_len\":%d,\"max_num_seqs\":%d,\"max_num_batched_tokens\":%d",
+            p->vocab_size, p->max_model_len, p->max_num_seqs, p->max_num_batched_tokens);
     fprintf(out, ",\"weights_bytes\":%zu,\"workspace_bytes\":%zu,\"history_bytes\":%zu,\"kv_cache_bytes\":%zu",
             p->weights_bytes, p->workspace_bytes, p->history_bytes, p->kv_cache_bytes);
     fprintf(out, ",\"total_bytes\":%zu,\"memory_bytes\":%zu", plan_total(p), p->memory_bytes);
@@ -49,7 +54,8 @@ static void print_json(const struct engine_plan *p, FILE *out) {
             p->block_size, p->block_bytes, p->kv_tokens);
 }
 
-void plan_print(const struct engine_plan *plan, bool json, FILE *out) {
+void plan_print(const struct engine_plan *plan, bool json, FILE *out)
+{
     if (json)
         print_json(plan, out);
     else

@@ -15,29 +15,41 @@
 static int ends[2]; // a pipe: the log writes to ends[1]
 static char text[1 << 20];
 
-static void setup(void) {
+static void setup(void)
+{
     ck_assert_int_eq(pipe(ends), 0);
     fcntl(ends[0], F_SETFL, O_NONBLOCK);
 }
 
-static void teardown(void) {
+static void teardown(void)
+{
     close(ends[0]);
     close(ends[1]);
 }
 
 // All that was written so far.
-static const char *written(void) {
+static const char *written(void)
+{
     size_t n = 0;
     for (ssize_t got; (got = read(ends[0], text + n, sizeof(text) - 1 - n)) > 0;) n += (size_t)got;
     text[n] = '\0';
     return text;
 }
 
-static const struct log_request request = {
-    .id = "cmpl-1", .method = "POST", .path = "/v1/completions", .status = 200, .finish = "stop", .prompt_tokens = 12,
-    .cached_tokens = 0, .completion_tokens = 16, .queue = 0.0001, .ttft = 0.0034, .total = 0.0201};
+static const struct log_request request = {.id = "cmpl-1",
+                                           .method = "POST",
+                                           .path = "/v1/completions",
+                                           .status = 200,
+                                           .finish = "stop",
+                                           .prompt_tokens = 12,
+                                           .cached_tokens = 0,
+                                           .completion_tokens = 16,
+                                           .queue = 0.0001,
+                                           .ttft = 0.0034,
+                                           .total = 0.0201};
 
-START_TEST(text_lines) {
+START_TEST(text_lines)
+{
     log_init(ends[1], LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     log_message(LOG_LEVEL_WARNING, "%d of %s", 3, "them");
     log_message(LOG_LEVEL_DEBUG, "not shown");
@@ -54,7 +66,8 @@ START_TEST(text_lines) {
 }
 END_TEST
 
-static cJSON *json_line(void) {
+static cJSON *json_line(void)
+{
     const char *end;
     cJSON *json = cJSON_ParseWithOpts(written(), &end, false);
     ck_assert_msg(json != NULL, "not JSON: %s", text);
@@ -62,11 +75,13 @@ static cJSON *json_line(void) {
     return json;
 }
 
-static const char *string_of(const cJSON *json, const char *name) {
+static const char *string_of(const cJSON *json, const char *name)
+{
     return cJSON_GetStringValue(cJSON_GetObjectItem(json, name));
 }
 
-START_TEST(json_lines) {
+START_TEST(json_lines)
+{
     log_init(ends[1], LOG_FORMAT_JSON, LOG_LEVEL_INFO);
     log_message(LOG_LEVEL_ERROR, "a \"quoted\" back\\slash\nline\x01 of %s", "h\xc3\xa9");
     cJSON *json = json_line();
@@ -88,9 +103,18 @@ START_TEST(json_lines) {
 END_TEST
 
 // What is not known is left out; probes that succeed are not worth a line.
-START_TEST(request_lines) {
-    struct log_request r = {.id = "x", .method = "GET", .path = "/health", .status = 200, .prompt_tokens = -1,
-                            .cached_tokens = -1, .completion_tokens = -1, .queue = -1, .ttft = -1, .total = 0.001};
+START_TEST(request_lines)
+{
+    struct log_request r = {.id = "x",
+                            .method = "GET",
+                            .path = "/health",
+                            .status = 200,
+                            .prompt_tokens = -1,
+                            .cached_tokens = -1,
+                            .completion_tokens = -1,
+                            .queue = -1,
+                            .ttft = -1,
+                            .total = 0.001};
     log_init(ends[1], LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     log_request(&r);
     ck_assert_str_eq(written(), "");
@@ -107,7 +131,8 @@ START_TEST(request_lines) {
 END_TEST
 
 // Random bytes in every field a client chooses: always one line, always JSON.
-START_TEST(hostile_fields) {
+START_TEST(hostile_fields)
+{
     unsigned seed = (unsigned)getpid();
     printf("hostile_fields: seed %u\n", seed);
     srand(seed);
@@ -135,7 +160,8 @@ START_TEST(hostile_fields) {
 }
 END_TEST
 
-START_TEST(long_message_is_cut) {
+START_TEST(long_message_is_cut)
+{
     char longer[10000];
     log_init(ends[1], LOG_FORMAT_JSON, LOG_LEVEL_INFO);
     memset(longer, '"', sizeof(longer));
@@ -148,7 +174,8 @@ START_TEST(long_message_is_cut) {
 END_TEST
 
 // A pipe that nobody empties: lines are dropped, nobody waits, and their number is told later.
-START_TEST(full_pipe) {
+START_TEST(full_pipe)
+{
     log_init(ends[1], LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     alarm(20); // blocked: killed
     enum { LINES = 20000 };
@@ -164,7 +191,8 @@ START_TEST(full_pipe) {
 }
 END_TEST
 
-START_TEST(closed_pipe) {
+START_TEST(closed_pipe)
+{
     signal(SIGPIPE, SIG_IGN);
     log_init(ends[1], LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     close(ends[0]);
@@ -176,12 +204,14 @@ END_TEST
 
 enum { THREADS = 4, LINES_EACH = 100 };
 
-static void *write_lines(void *name) {
+static void *write_lines(void *name)
+{
     for (int i = 0; i < LINES_EACH; i++) log_message(LOG_LEVEL_INFO, "thread %s line %d .", (char *)name, i);
     return NULL;
 }
 
-START_TEST(threads) {
+START_TEST(threads)
+{
     static char names[THREADS][2] = {"a", "b", "c", "d"};
     pthread_t ids[THREADS];
     log_init(ends[1], LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
@@ -199,7 +229,8 @@ START_TEST(threads) {
 }
 END_TEST
 
-int main(void) {
+int main(void)
+{
     Suite *suite = suite_create("log");
     TCase *tcase = tcase_create("log");
     tcase_add_checked_fixture(tcase, setup, teardown);

@@ -13,10 +13,19 @@ static struct metrics *m;
 static void setup(void) { m = metrics_create("de\"mo\\", 2048); }
 static void teardown(void) { metrics_destroy(m); }
 
-static char *render(void) {
-    struct engine_stats stats = {.n_running = 3, .n_waiting = 2, .n_waiting_tokens = 70, .n_blocks = 100, .n_free_blocks = 25,
-                                 .n_steps = 9, .n_preemptions = 4, .prefix_queries = 640, .prefix_hits = 128,
-                                 .prompt_tokens = 1000, .generation_tokens = ((uint64_t)1 << 53) - 1};
+static char *render(void)
+{
+    struct engine_stats stats = {.n_running = 3,
+                                 .n_waiting = 2,
+                                 .n_waiting_tokens = 70,
+                                 .n_blocks = 100,
+                                 .n_free_blocks = 25,
+                                 .n_steps = 9,
+                                 .n_preemptions = 4,
+                                 .prefix_queries = 640,
+                                 .prefix_hits = 128,
+                                 .prompt_tokens = 1000,
+                                 .generation_tokens = ((uint64_t)1 << 53) - 1};
     size_t n;
     char *text = metrics_render(m, &stats, &n);
     ck_assert_ptr_nonnull(text);
@@ -25,7 +34,8 @@ static char *render(void) {
 }
 
 // The value of the series written so, labels included.
-static double value_of(const char *text, const char *series) {
+static double value_of(const char *text, const char *series)
+{
     size_t n = strlen(series);
     for (const char *p = text; (p = strstr(p, series)); p += n)
         if ((p == text || p[-1] == '\n') && p[n] == ' ') return strtod(p + n, NULL);
@@ -34,7 +44,8 @@ static double value_of(const char *text, const char *series) {
 
 #define MODEL "model_name=\"de\\\"mo\\\\\""
 
-START_TEST(engine_values) {
+START_TEST(engine_values)
+{
     char *text = render();
     ck_assert_double_eq(value_of(text, "gptd_num_requests_running{" MODEL "}"), 3);
     ck_assert_double_eq(value_of(text, "gptd_num_requests_waiting{" MODEL "}"), 2);
@@ -48,10 +59,12 @@ START_TEST(engine_values) {
 }
 END_TEST
 
-START_TEST(process_values) {
+START_TEST(process_values)
+{
     char *text = render();
     ck_assert_double_gt(value_of(text, "process_resident_memory_bytes"), 100000);
-    ck_assert_double_ge(value_of(text, "process_virtual_memory_bytes"), value_of(text, "process_resident_memory_bytes"));
+    ck_assert_double_ge(value_of(text, "process_virtual_memory_bytes"),
+                        value_of(text, "process_resident_memory_bytes"));
     ck_assert_double_ge(value_of(text, "process_open_fds"), 3);
     ck_assert_double_gt(value_of(text, "process_max_fds"), value_of(text, "process_open_fds"));
     ck_assert_double_gt(value_of(text, "process_start_time_seconds"), 1.7e9);
@@ -68,7 +81,8 @@ END_TEST
 // submitted 1, scheduled 1.5, first token 3.5, end 13.5
 static const struct request_times times = {1, 1.5, 3.5, 13.5};
 
-START_TEST(requests) {
+START_TEST(requests)
+{
     metrics_request(m, &times, FINISH_STOP, 7, 300);
     metrics_request(m, &times, FINISH_LENGTH, 7, 300);
     metrics_request(m, &(struct request_times){1, 0, 0, 2}, FINISH_CANCELLED, 7, 0); // never ran
@@ -82,7 +96,8 @@ START_TEST(requests) {
     ck_assert_double_eq(value_of(text, "gptd_time_to_first_token_seconds_count{" MODEL "}"), 2);
     ck_assert_double_eq(value_of(text, "gptd_time_to_first_token_seconds_sum{" MODEL "}"), 5);
     ck_assert_double_eq(value_of(text, "gptd_time_to_first_token_seconds_bucket{" MODEL ",le=\"1\"}"), 0);
-    ck_assert_double_eq(value_of(text, "gptd_time_to_first_token_seconds_bucket{" MODEL ",le=\"2.5\"}"), 2); // inclusive
+    ck_assert_double_eq(value_of(text, "gptd_time_to_first_token_seconds_bucket{" MODEL ",le=\"2.5\"}"),
+                        2); // inclusive
     ck_assert_double_eq(value_of(text, "gptd_request_queue_time_seconds_sum{" MODEL "}"), 1);
     ck_assert_double_eq(value_of(text, "gptd_request_prefill_time_seconds_sum{" MODEL "}"), 4);
     ck_assert_double_eq(value_of(text, "gptd_request_decode_time_seconds_sum{" MODEL "}"), 20);
@@ -97,7 +112,8 @@ START_TEST(requests) {
 }
 END_TEST
 
-START_TEST(inter_token) {
+START_TEST(inter_token)
+{
     metrics_inter_token(m, 0, 5);
     metrics_inter_token(m, 4, 0.1); // 25 ms each
     metrics_inter_token(m, 1, 1000);
@@ -112,7 +128,8 @@ START_TEST(inter_token) {
 }
 END_TEST
 
-START_TEST(http) {
+START_TEST(http)
+{
     for (int i = 0; i < 3; i++) metrics_http(m, "POST", "/v1/completions", 200);
     metrics_http(m, "POST", "/v1/completions", 429);
     metrics_http(m, "GET", "/health", 200);
@@ -129,7 +146,8 @@ END_TEST
 
 // Every line is a comment or `name{labels} number`; each family has one HELP and one TYPE, before its samples; buckets
 // never fall and end at the count.
-START_TEST(well_formed) {
+START_TEST(well_formed)
+{
     metrics_request(m, &times, FINISH_STOP, 7, 300);
     metrics_inter_token(m, 3, 0.3);
     metrics_http(m, "POST", "/v1/completions", 200);
@@ -167,7 +185,8 @@ END_TEST
 
 enum { THREADS = 4, ROUNDS = 2000 };
 
-static void *observe(void *unused) {
+static void *observe(void *unused)
+{
     (void)unused;
     for (int i = 0; i < ROUNDS; i++) {
         metrics_inter_token(m, 1, 0.5);
@@ -177,7 +196,8 @@ static void *observe(void *unused) {
     return NULL;
 }
 
-START_TEST(threads) {
+START_TEST(threads)
+{
     pthread_t ids[THREADS];
     for (int i = 0; i < THREADS; i++) pthread_create(&ids[i], NULL, observe, NULL);
     free(render());
@@ -185,12 +205,14 @@ START_TEST(threads) {
     char *text = render();
     ck_assert_double_eq(value_of(text, "gptd_inter_token_latency_seconds_count{" MODEL "}"), THREADS * ROUNDS);
     ck_assert_double_eq(value_of(text, "gptd_inter_token_latency_seconds_sum{" MODEL "}"), THREADS * ROUNDS / 2);
-    ck_assert_double_eq(value_of(text, "gptd_request_success_total{" MODEL ",finished_reason=\"stop\"}"), THREADS * ROUNDS);
+    ck_assert_double_eq(value_of(text, "gptd_request_success_total{" MODEL ",finished_reason=\"stop\"}"),
+                        THREADS * ROUNDS);
     free(text);
 }
 END_TEST
 
-int main(void) {
+int main(void)
+{
     Suite *suite = suite_create("metrics");
     TCase *tcase = tcase_create("metrics");
     tcase_add_checked_fixture(tcase, setup, teardown);

@@ -13,7 +13,8 @@ enum { MAX_ARGUMENTS = 16 };
 static char config_path[] = "/tmp/test_options_XXXXXX";
 static char key_path[] = "/tmp/test_options_XXXXXX";
 
-static void write_file(const char *path, const char *text) {
+static void write_file(const char *path, const char *text)
+{
     FILE *f = fopen(path, "w");
     ck_assert_ptr_nonnull(f);
     fputs(text, f);
@@ -21,7 +22,8 @@ static void write_file(const char *path, const char *text) {
 }
 
 // Arguments and variables are separated by one space each.
-static char **split(const char *program, const char *text) {
+static char **split(const char *program, const char *text)
+{
     char **list = calloc(MAX_ARGUMENTS, sizeof(*list));
     int n = 0;
     if (program) list[n++] = strdup(program);
@@ -34,12 +36,14 @@ static char **split(const char *program, const char *text) {
     return list;
 }
 
-static void list_free(char **list) {
+static void list_free(char **list)
+{
     for (char **p = list; *p; p++) free(*p);
     free(list);
 }
 
-static int options_read(struct options *o, const char *arguments, const char *variables, struct error *e) {
+static int options_read(struct options *o, const char *arguments, const char *variables, struct error *e)
+{
     char **argv = split("gptd", arguments), **environment = split(NULL, variables);
     int argc = 0;
     while (argv[argc]) argc++;
@@ -50,14 +54,16 @@ static int options_read(struct options *o, const char *arguments, const char *va
     return result;
 }
 
-static void expect_ok(struct options *o, const char *arguments, const char *variables) {
+static void expect_ok(struct options *o, const char *arguments, const char *variables)
+{
     struct error e;
     int result = options_read(o, arguments, variables, &e);
     ck_assert_msg(result == 0, "%s / %s: %s", arguments, variables, e.message);
 }
 
 // The message must hold every one of the words.
-static void expect_error(int code, const char *arguments, const char *variables, const char *words) {
+static void expect_error(int code, const char *arguments, const char *variables, const char *words)
+{
     struct options o;
     struct error e;
     int result = options_read(&o, arguments, variables, &e);
@@ -68,7 +74,8 @@ static void expect_error(int code, const char *arguments, const char *variables,
     free(copy);
 }
 
-START_TEST(defaults) {
+START_TEST(defaults)
+{
     struct options o;
     expect_ok(&o, "--model models/demo", "PATH=/bin HOME=/");
     ck_assert_str_eq(o.engine.model_dir, "models/demo");
@@ -92,7 +99,8 @@ START_TEST(defaults) {
 }
 END_TEST
 
-START_TEST(every_type) {
+START_TEST(every_type)
+{
     struct options o;
     expect_ok(&o,
               "--model=/ --load-format=dummy --seed 18446744073709551615 --kv-cache-memory-bytes 4G "
@@ -111,7 +119,8 @@ START_TEST(every_type) {
 }
 END_TEST
 
-START_TEST(precedence) {
+START_TEST(precedence)
+{
     struct options o;
     char arguments[128], variables[128];
     write_file(config_path, "{\"model\": \"file\", \"port\": 1, \"max_num_seqs\": 2, \"threads\": 3,"
@@ -187,7 +196,8 @@ static const struct {
     {"--model x --port 1", "GPTD_PORT=many", "GPTD_PORT integer"}, // checked even where a flag wins
 };
 
-START_TEST(wrong_values) {
+START_TEST(wrong_values)
+{
     const char *arguments = wrong[_i].arguments;
     bool missing = strstr(arguments, "/nonexistent");
     expect_error(missing ? ERR_IO : ERR_INVALID, arguments, wrong[_i].variables, wrong[_i].words);
@@ -214,7 +224,8 @@ static const struct {
     {"{\"model\": \"x\"} x", ERR_FORMAT, "test_options"},
 };
 
-START_TEST(wrong_file) {
+START_TEST(wrong_file)
+{
     char arguments[64];
     write_file(config_path, wrong_files[_i].text);
     snprintf(arguments, sizeof(arguments), "--config %s", config_path);
@@ -222,11 +233,13 @@ START_TEST(wrong_file) {
 }
 END_TEST
 
-START_TEST(keys_and_names) {
+START_TEST(keys_and_names)
+{
     struct options o;
     char arguments[160];
     write_file(key_path, "\n  first \r\nsecond\n\nthird");
-    snprintf(arguments, sizeof(arguments), "--model x --api-key zero --api-key-file %s --served-model-name a,b/c", key_path);
+    snprintf(arguments, sizeof(arguments), "--model x --api-key zero --api-key-file %s --served-model-name a,b/c",
+             key_path);
     expect_ok(&o, arguments, "");
     const char *const keys[] = {"zero", "first", "second", "third"};
     ck_assert_uint_eq(o.server.n_api_keys, 4);
@@ -245,7 +258,8 @@ START_TEST(keys_and_names) {
 END_TEST
 
 // An error may be logged: it must not hold the key.
-START_TEST(key_stays_secret) {
+START_TEST(key_stays_secret)
+{
     struct options o;
     struct error e;
     ck_assert_int_eq(options_read(&o, "--model x --api-key secr\x7ft", "", &e), ERR_INVALID);
@@ -255,7 +269,8 @@ START_TEST(key_stays_secret) {
 }
 END_TEST
 
-START_TEST(help_and_version) {
+START_TEST(help_and_version)
+{
     struct options o;
     expect_ok(&o, "--help", "GPTD_NONSENSE=1");
     ck_assert(o.help);
@@ -277,7 +292,8 @@ START_TEST(help_and_version) {
 }
 END_TEST
 
-int main(void) {
+int main(void)
+{
     int config = mkstemp(config_path), key = mkstemp(key_path);
     if (config < 0 || key < 0) return 1;
     close(config);
