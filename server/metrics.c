@@ -172,16 +172,12 @@ void metrics_inter_token(struct metrics *m, int32_t n, double seconds)
 static enum outcome outcome_of(enum finish_reason reason)
 {
     switch (reason) {
-    case FINISH_STOP:
-        return OUTCOME_STOP;
-    case FINISH_LENGTH:
-        return OUTCOME_LENGTH;
-    case FINISH_ERROR:
-        return OUTCOME_ERROR;
+    case FINISH_STOP: return OUTCOME_STOP;
+    case FINISH_LENGTH: return OUTCOME_LENGTH;
+    case FINISH_ERROR: return OUTCOME_ERROR;
     case FINISH_NONE:
     case FINISH_CANCELLED:
-    case FINISH_SLOW:
-        break;
+    case FINISH_SLOW: break;
     }
     return OUTCOME_ABORT;
 }

@@ -37,12 +37,9 @@ struct option {
 enum source { SOURCE_DEFAULT, SOURCE_FILE, SOURCE_VARIABLE, SOURCE_FLAG };
 
 #define AT(field) offsetof(struct options, field)
-#define GROUP(title)                                                                                                   \
-    {                                                                                                                  \
-        NULL, OPTION_ACTION, 0, NULL, NULL, 0, 0, title                                                                \
-    }
-
 // clang-format off
+#define GROUP(title) {NULL, OPTION_ACTION, 0, NULL, NULL, 0, 0, title}
+
 static const struct option options_table[] = {
     GROUP("Model"),
     {"model", OPTION_STRING, AT(model), "DIR", NULL, 0, 0, "directory of the checkpoint (required)"},
@@ -260,20 +257,15 @@ static const char *value_parse(const struct option *p, const char *text, int ind
         if (!*text) return "not empty";
         v->string = strdup(text);
         return NULL;
-    case OPTION_SWITCH:
-        v->boolean = index;
-        return NULL;
-    case OPTION_ENUM:
-        v->index = (unsigned)index;
-        return NULL;
+    case OPTION_SWITCH: v->boolean = index; return NULL;
+    case OPTION_ENUM: v->index = (unsigned)index; return NULL;
     case OPTION_UINT16:
     case OPTION_INT32:
     case OPTION_INT64:
         if (!parse_int64(text, &v->int64)) return "an integer";
         *number = (double)v->int64;
         return NULL;
-    case OPTION_UINT64:
-        return parse_uint64(text, &v->uint64, &end) && !*end ? NULL : "an integer from 0 to 2^64-1";
+    case OPTION_UINT64: return parse_uint64(text, &v->uint64, &end) && !*end ? NULL : "an integer from 0 to 2^64-1";
     case OPTION_BYTES:
         if (!parse_bytes(text, &v->uint64)) return "a number of bytes, such as 1048576, 512M or 4G";
         *number = (double)v->uint64;
@@ -283,8 +275,7 @@ static const char *value_parse(const struct option *p, const char *text, int ind
         *number = v->seconds;
         return NULL;
     case OPTION_BOOL:
-    case OPTION_ACTION:
-        break;
+    case OPTION_ACTION: break;
     }
     return parse_bool(text, &v->boolean) ? NULL : "true or false";
 }
@@ -299,30 +290,14 @@ static void value_store(const struct option *p, struct options *o, const union v
         break;
     case OPTION_SWITCH:
     case OPTION_BOOL:
-    case OPTION_ACTION:
-        *(bool *)field = v->boolean;
-        break;
-    case OPTION_ENUM:
-        *(unsigned *)field = v->index;
-        break;
-    case OPTION_UINT16:
-        *(uint16_t *)field = (uint16_t)v->int64;
-        break;
-    case OPTION_INT32:
-        *(int32_t *)field = (int32_t)v->int64;
-        break;
-    case OPTION_INT64:
-        *(int64_t *)field = v->int64;
-        break;
-    case OPTION_UINT64:
-        *(uint64_t *)field = v->uint64;
-        break;
-    case OPTION_BYTES:
-        *(size_t *)field = v->uint64;
-        break;
-    case OPTION_SECONDS:
-        *(double *)field = v->seconds;
-        break;
+    case OPTION_ACTION: *(bool *)field = v->boolean; break;
+    case OPTION_ENUM: *(unsigned *)field = v->index; break;
+    case OPTION_UINT16: *(uint16_t *)field = (uint16_t)v->int64; break;
+    case OPTION_INT32: *(int32_t *)field = (int32_t)v->int64; break;
+    case OPTION_INT64: *(int64_t *)field = v->int64; break;
+    case OPTION_UINT64: *(uint64_t *)field = v->uint64; break;
+    case OPTION_BYTES: *(size_t *)field = v->uint64; break;
+    case OPTION_SECONDS: *(double *)field = v->seconds; break;
     }
 }
 
