@@ -1,5 +1,7 @@
 #include "server/error_response.h"
 
+#include "tokenizer/detokenizer.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,6 +16,7 @@ int http_error_set(struct http_error *e, int32_t status, const char *code, const
     va_start(args, format);
     vsnprintf(e->message, sizeof e->message, format, args);
     va_end(args);
+    e->message[utf8_valid_prefix(e->message, strlen(e->message))] = '\0'; // it may have been cut within a character
     return -1;
 }
 

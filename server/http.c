@@ -13,13 +13,11 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/random.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 enum {
     CONNECTIONS_TO_REFUSE = 64, // beyond max_connections: they get a 503; beyond that they are closed unheard
-    DESCRIPTORS_FOR_OTHERS = 64,
     BODIES_AT_ONCE = 16, // total of bodies in memory, in units of max_body_bytes
     STREAM_BLOCK = 4096,
 };
@@ -35,7 +33,6 @@ struct http {
     struct MHD_Daemon *daemon;
     int listen_fd;
     uint16_t port;
-    int32_t max_connections;
     atomic_int n_connections, n_active;
     atomic_size_t body_bytes; // in memory, of all exchanges
     atomic_bool quiesced;
@@ -44,6 +41,7 @@ struct http {
 // A client's connection: libmicrohttpd's socket_context.
 struct connection {
     struct watch watch;
+    struct http *http;
     struct MHD_Connection *mhd;
     struct exchange *exchange; // valid while watch.phase is WATCH_RUNNING
     bool refused;              // one too many
@@ -152,7 +150,10 @@ static bool exchange_sleep(struct exchange *x)
     return notifier_wait(x->http->notifier, &x->waiter);
 }
 
-void exchange_wake(struct exchange *x) { notifier_wake(x->http->notifier, &x->waiter); }
+void exchange_finish_wait(struct exchange *x, atomic_bool *finished)
+{
+    notifier_wake(x->http->notifier, &x->waiter, finished);
+}
 
 // The answer is complete before libmicrohttpd could send it: nothing of its own is in flight in these phases.
 static void answer_timeout(int fd)
@@ -172,7 +173,7 @@ static void on_watch(struct watch *w, enum watch_event what)
     struct connection *c = (struct connection *)w; // its first member
     if (w->phase == WATCH_RUNNING) {
         if (what == WATCH_GONE) atomic_store(&c->exchange->gone, true);
-        exchange_wake(c->exchange);
+        notifier_wake(c->http->notifier, &c->exchange->waiter, NULL);
         return;
     }
     if (w->phase == WATCH_HEADERS || w->phase == WATCH_BODY) {
@@ -488,8 +489,9 @@ static void on_connection(void *cls, struct MHD_Connection *mhd, void **context,
     int32_t n = atomic_fetch_add(&h->n_connections, 1) + 1;
     *context = c = calloc(1, sizeof *c);
     if (!c) return;
+    c->http = h;
     c->mhd = mhd;
-    c->refused = n > h->max_connections;
+    c->refused = n > h->options->max_connections;
     c->watch.fd = MHD_get_connection_info(mhd, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
     c->watch.phase = WATCH_HEADERS;
     c->watch.deadline = watchdog_now() + h->options->header_timeout;
@@ -512,7 +514,7 @@ static enum MHD_Result on_accept(void *cls, const struct sockaddr *address, sock
     (void)address;
     (void)length;
     struct http *h = cls;
-    return atomic_load(&h->n_connections) < h->max_connections + CONNECTIONS_TO_REFUSE ? MHD_YES : MHD_NO;
+    return atomic_load(&h->n_connections) < h->options->max_connections + CONNECTIONS_TO_REFUSE ? MHD_YES : MHD_NO;
 }
 
 static void on_log(void *cls, const char *format, va_list args)
@@ -563,22 +565,6 @@ static int bind_port(struct http *h, struct error *e)
     return 0;
 }
 
-// Every connection takes a descriptor: takes as many as the process may have.
-static void limit_connections(struct http *h)
-{
-    struct rlimit limit;
-    h->max_connections = h->options->max_connections;
-    if (getrlimit(RLIMIT_NOFILE, &limit)) return;
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-    rlim_t needed = (rlim_t)h->max_connections + CONNECTIONS_TO_REFUSE + DESCRIPTORS_FOR_OTHERS;
-    if (limit.rlim_cur == RLIM_INFINITY || limit.rlim_cur >= needed) return;
-    int64_t possible = (int64_t)limit.rlim_cur - CONNECTIONS_TO_REFUSE - DESCRIPTORS_FOR_OTHERS;
-    h->max_connections = possible > 1 ? (int32_t)possible : 1;
-    log_message(LOG_LEVEL_WARNING, "the limit of open files, %lu, leaves room for %d connections",
-                (unsigned long)limit.rlim_cur, h->max_connections);
-}
-
 int http_create(struct http **out, const struct server_options *options, const struct route *routes, size_t n_routes,
                 struct server *server, struct metrics *metrics, struct error *e)
 {
@@ -590,7 +576,6 @@ int http_create(struct http **out, const struct server_options *options, const s
     h->server = server;
     h->metrics = metrics;
     h->listen_fd = -1;
-    limit_connections(h);
     int failed = notifier_create(&h->notifier, suspend, resume, e);
     if (!failed) failed = watchdog_create(&h->watchdog, on_watch, e);
     if (!failed) failed = bind_port(h, e);
@@ -609,7 +594,7 @@ int http_start(struct http *h, struct error *e)
     unsigned n_threads = (unsigned)h->options->http_threads;
     // libmicrohttpd divides its limit among its threads, and one of them that is full stops accepting while clients
     // hang. So its limit is out of reach for every one of them, and on_accept keeps ours.
-    unsigned limit = n_threads * (unsigned)(h->max_connections + 2 * CONNECTIONS_TO_REFUSE);
+    unsigned limit = n_threads * (unsigned)(h->options->max_connections + 2 * CONNECTIONS_TO_REFUSE);
     h->daemon = MHD_start_daemon(
         MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0, on_accept, h, on_request, h,
         MHD_OPTION_EXTERNAL_LOGGER, on_log, NULL, MHD_OPTION_LISTEN_SOCKET, h->listen_fd,

@@ -82,8 +82,8 @@ enum exchange_next exchange_reply_json(struct exchange *x, struct text_buffer *b
 enum exchange_next exchange_reply_error(struct exchange *x, const struct http_error *e);
 // Answers 200 with server-sent events, which the route's `stream` writes.
 enum exchange_next exchange_reply_stream(struct exchange *x);
-// Calls x's handler (or stream) again if it waits. Any thread, as long as x lives.
-void exchange_wake(struct exchange *x);
+// For work done elsewhere: sets *finished, which `ready` looks at, and has x called again. x may be gone on return.
+void exchange_finish_wait(struct exchange *x, atomic_bool *finished);
 
 // options, server and metrics are borrowed; routes: [n_routes]. Binds the port.
 int http_create(struct http **out, const struct server_options *options, const struct route *routes, size_t n_routes,

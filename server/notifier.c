@@ -65,10 +65,11 @@ bool notifier_wait(struct notifier *n, struct waiter *w)
     return sleeps;
 }
 
-void notifier_wake(struct notifier *n, struct waiter *w)
+void notifier_wake(struct notifier *n, struct waiter *w, atomic_bool *flag)
 {
     pthread_mutex_lock(&n->lock);
     if (w->waiting) wake(n, w);
+    if (flag) atomic_store(flag, true);
     pthread_mutex_unlock(&n->lock);
 }
 

@@ -9,6 +9,7 @@
 
 #include "kernels/error.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 
 struct notifier;
@@ -27,8 +28,8 @@ int notifier_create(struct notifier **out, void (*suspend)(struct waiter *), voi
 int notifier_start(struct notifier *n, int event_fd, struct error *e);
 // Puts w to sleep, unless it is ready or the notifier closed; false then.
 bool notifier_wait(struct notifier *n, struct waiter *w);
-// Wakes w if it sleeps, ready or not.
-void notifier_wake(struct notifier *n, struct waiter *w);
+// Wakes w if it sleeps, ready or not; then sets *flag (may be NULL), after which w is not touched any more.
+void notifier_wake(struct notifier *n, struct waiter *w, atomic_bool *flag);
 // Wakes all. Nobody sleeps from now on.
 void notifier_close(struct notifier *n);
 void notifier_destroy(struct notifier *n);

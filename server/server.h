@@ -56,8 +56,8 @@ int server_open(struct server *s, struct error *e);
 uint16_t server_port(const struct server *s);
 // Begins to drain and returns: not ready at once; after drain_delay no new connection, 503 on those that are kept alive.
 void server_drain(struct server *s);
-// True when a drain has nothing left to wait for. (Cheap: poll it between signals.)
-bool server_drained(const struct server *s);
+// Takes the steps of a drain as their time comes; true when nothing is left to wait for. Cheap: call it every few ms.
+bool server_drained(struct server *s);
 // Ends now: what still runs is cancelled and told so. Blocks until the threads have ended.
 void server_stop(struct server *s);
 void server_destroy(struct server *s);

@@ -1,0 +1,189 @@
+/* POST /v1/completions: the life of a call, from body to answer. */
+#include "server/completion.h"
+#include "server/completion_json.h"
+#include "server/context.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/random.h>
+#include <time.h>
+
+struct call {
+    struct work work;
+    struct http_error error;
+    struct completion completion;
+    bool submitted, told; // told: the last event but [DONE] is out
+    double last_sent;     // CLOCK_MONOTONIC seconds
+    struct text_buffer head;
+};
+
+static void parse_body(struct exchange *x)
+{
+    struct call *call = x->state;
+    completion_request_parse(&call->completion.request, x->body.data ? x->body.data : "", x->body.length, x->api_key,
+                             &x->server->limits, &call->error);
+}
+
+static void write_head(struct exchange *x, struct call *call)
+{
+    char id[48];
+    uint64_t random[2] = {0};
+    (void)!getrandom(random, sizeof random, 0);
+    snprintf(id, sizeof id, "cmpl-%016lx%016lx", (unsigned long)random[0], (unsigned long)random[1]);
+    completion_write_head(&call->head, id, (int64_t)time(NULL), x->server->options.served_model_names[0]);
+}
+
+static double request_deadline(const struct exchange *x)
+{
+    double timeout = x->server->options.request_timeout;
+    return timeout > 0 ? x->received + timeout : INFINITY;
+}
+
+// Fails when the request cannot go on, whatever the engine says.
+static int check_time(struct exchange *x, struct http_error *e)
+{
+    if (atomic_load(&x->server->stopping)) return http_error_set(e, 503, NULL, NULL, "the server is shutting down");
+    if (watchdog_now() < request_deadline(x)) return 0;
+    return http_error_set(e, 408, NULL, NULL, "the request took longer than %g s", x->server->options.request_timeout);
+}
+
+// ---- answered whole ----
+
+static enum exchange_next answer_whole(struct exchange *x, struct call *call)
+{
+    struct completion *c = &call->completion;
+    x->deadline = request_deadline(x);
+    if (completion_collect(c, &call->error) || (!completion_done(c) && check_time(x, &call->error)))
+        return exchange_reply_error(x, &call->error);
+    if (!completion_done(c)) return EXCHANGE_WAIT;
+    completion_write_whole(&call->head, c);
+    return exchange_reply_json(x, &call->head);
+}
+
+static enum exchange_next submit(struct exchange *x, struct call *call)
+{
+    struct server *s = x->server;
+    text_deinit(&x->body);
+    if (completion_start(&call->completion, s->engine, s->tokenizer, s->metrics, &call->error))
+        return exchange_reply_error(x, &call->error);
+    call->submitted = true;
+    call->last_sent = watchdog_now();
+    write_head(x, call);
+    return call->completion.request.stream ? exchange_reply_stream(x) : answer_whole(x, call);
+}
+
+enum exchange_next completion_handle(struct exchange *x)
+{
+    struct call *call = x->state;
+    struct http_error e;
+    if (!call) {
+        if (!atomic_load(&x->server->open)) {
+            http_error_set(&e, 503, NULL, NULL, "the model is being loaded");
+            return exchange_reply_error(x, &e);
+        }
+        x->state = call = calloc(1, sizeof *call);
+        if (!call || !work_begin(&call->work, x, parse_body)) {
+            http_error_set(&e, 503, NULL, NULL, call ? "too many long prompts at once" : "out of memory");
+            return exchange_reply_error(x, &e);
+        }
+    }
+    if (!atomic_load(&call->work.finished)) return EXCHANGE_WAIT;
+    if (call->error.status) return exchange_reply_error(x, &call->error);
+    if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
+    return call->submitted ? answer_whole(x, call) : submit(x, call);
+}
+
+bool completion_ready(const struct exchange *x)
+{
+    const struct call *call = x->state;
+    if (!call->submitted) return atomic_load(&call->work.finished);
+    return completion_has_news(&call->completion, call->completion.request.stream);
+}
+
+// ---- streamed ----
+
+static void begin_event(struct text_buffer *out, const struct call *call)
+{
+    text_string(out, "data: ");
+    text_append(out, call->head.data, call->head.length);
+    text_string(out, ",\"choices\":[");
+}
+
+static void write_chunks(struct text_buffer *out, struct call *call)
+{
+    struct completion *c = &call->completion;
+    for (int32_t i = 0; i < c->n_choices; i++) {
+        if (!choice_has_news(&c->choices[i])) continue;
+        begin_event(out, call);
+        choice_write(out, c, &c->choices[i], i);
+        text_string(out, c->request.include_usage ? "],\"usage\":null}\n\n" : "]}\n\n");
+    }
+}
+
+static enum exchange_next write_end(struct text_buffer *out, struct call *call)
+{
+    if (call->completion.request.include_usage) {
+        begin_event(out, call);
+        text_string(out, "],\"usage\":");
+        completion_write_usage(out, &call->completion);
+        text_string(out, "}\n\n");
+    }
+    text_string(out, "data: [DONE]\n\n");
+    return EXCHANGE_END;
+}
+
+// The status is out already: the error goes in band, and no [DONE] follows.
+static enum exchange_next write_error(struct exchange *x, const struct http_error *e)
+{
+    text_string(&x->out, "data: ");
+    http_error_write(&x->out, e);
+    text_string(&x->out, "\n\n");
+    x->error = *e;
+    return EXCHANGE_END;
+}
+
+enum exchange_next completion_stream(struct exchange *x)
+{
+    struct call *call = x->state;
+    struct completion *c = &call->completion;
+    double interval = x->server->options.keep_alive_interval, now = watchdog_now();
+    if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
+    int failed = completion_collect(c, &call->error);
+    write_chunks(&x->out, call);
+    if (failed) return write_error(x, &call->error);
+    if (completion_done(c)) return write_end(&x->out, call);
+    if (check_time(x, &call->error)) return write_error(x, &call->error);
+    if (x->out.length == 0 && now >= call->last_sent + interval) text_string(&x->out, ": keep-alive\n\n");
+    if (x->out.length) call->last_sent = now;
+    x->deadline = fmin(request_deadline(x), call->last_sent + interval);
+    return x->out.length ? EXCHANGE_GO : EXCHANGE_WAIT;
+}
+
+// ---- end ----
+
+static const char *finish_of(const struct exchange *x, const struct completion *c)
+{
+    if (!completion_done(c)) return x->error.status ? "error" : "cancelled";
+    return c->choices[0].finish;
+}
+
+static void fill_log(struct exchange *x, const struct completion *c)
+{
+    struct request_times t = completion_times(c);
+    x->log.prompt_tokens = (int32_t)completion_prompt_tokens(c);
+    x->log.cached_tokens = (int32_t)completion_cached_tokens(c);
+    x->log.completion_tokens = (int32_t)completion_tokens(c);
+    if (t.scheduled > 0) x->log.queue = t.scheduled - t.submitted;
+    if (t.first_token > 0) x->log.ttft = t.first_token - x->received;
+    x->log.finish = finish_of(x, c);
+}
+
+void completion_done_with(struct exchange *x)
+{
+    struct call *call = x->state;
+    if (call->submitted) fill_log(x, &call->completion);
+    completion_deinit(&call->completion);
+    text_deinit(&call->head);
+    free(call);
+}

@@ -1,0 +1,125 @@
+#include "server/context.h"
+
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { QUEUED_PER_WORKER = 16 };
+
+static const double LAST_WORDS = 1.0; // seconds that a stop waits for answers to go out
+
+void server_options_init(struct server_options *options)
+{
+    *options = (struct server_options){
+        .host = "127.0.0.1",
+        .port = 8000,
+        .http_threads = 2,
+        .tokenizer_threads = 1,
+        .max_connections = 1024,
+        .max_body_bytes = 16 << 20,
+        .max_prompts = 1024,
+        .max_choices = 2048,
+        .max_logprobs = 5,
+        .header_timeout = 10,
+        .body_timeout = 30,
+        .idle_timeout = 75,
+        .request_timeout = 600,
+        .send_timeout = 60,
+        .keep_alive_interval = 15,
+        .stall_timeout = 30,
+        .drain_delay = 3,
+    };
+}
+
+static size_t longest_token(const struct tokenizer *t)
+{
+    size_t longest = 0, n;
+    for (int32_t id = 0; id < tokenizer_vocab_size(t); id++)
+        if (tokenizer_token_bytes(t, id, &n) && n > longest) longest = n;
+    return longest;
+}
+
+static int check_options(const struct server_options *o, struct error *e)
+{
+    if (o->n_served_model_names < 1) return error_set(e, ERR_INVALID, "the served model has no name");
+    if (o->http_threads < 1 || o->http_threads > 64) return error_set(e, ERR_INVALID, "HTTP threads: 1 to 64");
+    if (o->max_connections < 1 || o->max_connections > 1000000)
+        return error_set(e, ERR_INVALID, "connections: 1 to 1000000");
+    if (o->max_body_bytes < 1 || o->max_body_bytes > SIZE_MAX / 64) return error_set(e, ERR_INVALID, "bytes of a body");
+    if (o->max_prompts < 1 || o->max_choices < 1) return error_set(e, ERR_INVALID, "prompts and choices: at least 1");
+    return 0;
+}
+
+int server_create(struct server **out, const struct server_options *options, struct engine *engine,
+                  const struct tokenizer *tokenizer, struct error *e)
+{
+    int failed = check_options(options, e);
+    if (failed) return failed;
+    struct server *s = calloc(1, sizeof *s);
+    if (!s) return error_set(e, ERR_NOMEM, "out of memory");
+    s->options = *options;
+    s->engine = engine;
+    s->tokenizer = tokenizer;
+    s->created = (int64_t)time(NULL);
+    s->limits = (struct completion_limits){&s->options, engine_plan_get(engine), tokenizer,
+                                           tokenizer ? longest_token(tokenizer) : 0};
+    s->metrics = metrics_create(options->served_model_names[0], s->limits.plan->max_model_len);
+    failed = s->metrics ? 0 : error_set(e, ERR_NOMEM, "out of memory");
+    if (!failed) failed = http_create(&s->http, &s->options, server_routes, server_n_routes, s, s->metrics, e);
+    if (failed) {
+        server_destroy(s);
+        return failed;
+    }
+    *out = s;
+    return 0;
+}
+
+int server_start(struct server *s, struct error *e)
+{
+    int failed = workers_create(&s->workers, s->options.tokenizer_threads,
+                                QUEUED_PER_WORKER * (size_t)s->options.tokenizer_threads, e);
+    return failed ? failed : http_start(s->http, e);
+}
+
+int server_open(struct server *s, struct error *e)
+{
+    int failed = http_notify_from(s->http, engine_event_fd(s->engine), e);
+    if (!failed) atomic_store(&s->open, true);
+    return failed;
+}
+
+uint16_t server_port(const struct server *s) { return http_port(s->http); }
+
+void server_drain(struct server *s)
+{
+    s->quiesce_at = watchdog_now() + s->options.drain_delay;
+    atomic_store(&s->draining, true);
+}
+
+bool server_drained(struct server *s)
+{
+    if (!atomic_load(&s->draining) || watchdog_now() < s->quiesce_at) return false;
+    if (!s->quiesced) http_quiesce(s->http);
+    s->quiesced = true;
+    return http_n_active(s->http) == 0;
+}
+
+void server_stop(struct server *s)
+{
+    atomic_store(&s->stopping, true);
+    atomic_store(&s->draining, true);
+    http_quiesce(s->http);
+    if (s->workers) workers_close(s->workers);
+    http_wake_all(s->http);
+    for (double end = watchdog_now() + LAST_WORDS; http_n_active(s->http) > 0 && watchdog_now() < end;) usleep(1000);
+    http_stop(s->http);
+}
+
+void server_destroy(struct server *s)
+{
+    if (!s) return;
+    http_destroy(s->http);
+    workers_destroy(s->workers);
+    metrics_destroy(s->metrics);
+    free(s);
+}
