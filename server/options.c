@@ -83,8 +83,8 @@ static const struct option options_table[] = {
 
     GROUP("Limits of a request"),
     {"max-body-bytes", OPTION_BYTES, AT(server.max_body_bytes), "BYTES", "8M", 1024, 0x1p30, "of its body; more is a 413"},
-    {"max-prompts", OPTION_INT32, AT(server.max_prompts), "N", "256", 1, 65536, "prompts"},
-    {"max-choices", OPTION_INT32, AT(server.max_choices), "N", "512", 1, 65536, "prompts times best_of"},
+    {"max-prompts", OPTION_INT32, AT(server.max_prompts), "N", "1024", 1, 65536, "prompts"},
+    {"max-choices", OPTION_INT32, AT(server.max_choices), "N", "2048", 1, 65536, "prompts times best_of"},
     {"max-request-tokens", OPTION_INT64, AT(server.max_request_tokens), "TOKENS", "0", 0, 0x1p40,
      "prompt and max_tokens over all choices; 0: 256 contexts"},
     {"max-logprobs", OPTION_INT32, AT(engine.max_logprobs), "N", "5", 0, MAX_LOGPROBS,
