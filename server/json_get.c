@@ -193,7 +193,8 @@ int json_get_strings(const cJSON *object, const char *name, size_t min, size_t m
 {
     const cJSON *value = json_find(object, name);
     if (!value) return 0;
-    if (!cJSON_IsString(value) && !cJSON_IsArray(value)) return wrong_type(value, name, "a string or a list of strings", e);
+    if (!cJSON_IsString(value) && !cJSON_IsArray(value))
+        return wrong_type(value, name, "a string or a list of strings", e);
     size_t length = cJSON_IsString(value) ? 1 : (size_t)cJSON_GetArraySize(value);
     if (length < min || length > max)
         return json_error_set(e, name, "'%s' must hold %zu to %zu strings, not %zu", name, min, max, length);

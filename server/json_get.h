@@ -4,7 +4,8 @@
  * are case-sensitive, leave *out alone when the field is absent or null (so the caller puts the default there first),
  * and otherwise check type and range. They chain:
  *
- *     if (json_get_int32(o, "n", 1, 128, &p->n, e) || json_get_bool(o, "echo", &r->echo, e) || ...) return e->error.code;
+ *     if (json_get_int32(o, "n", 1, 128, &p->n, e) || json_get_bool(o, "echo", &r->echo, e))
+ *         return e->error.code;
  */
 #ifndef GPTD_SERVER_JSON_GET_H
 #define GPTD_SERVER_JSON_GET_H

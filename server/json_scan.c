@@ -75,7 +75,8 @@ static int scan_string(struct scanner *s)
             s->at++;
             return 0;
         }
-        if (c < 0x20) return scan_fail(s, s->at, s->at < s->length ? "control character in a string" : "unterminated string");
+        if (s->at == s->length) return scan_fail(s, s->at, "unterminated string");
+        if (c < 0x20) return scan_fail(s, s->at, "control character in a string");
         if (c != '\\') {
             s->at++;
             continue;

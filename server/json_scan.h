@@ -1,7 +1,7 @@
 /* json_scan.h: the one scan over a request's body before cJSON sees it.
  *
- * cJSON is lenient where a server must not be (it ends a string at \u0000, keeps duplicate keys, takes 01, 1e400, broken
- * UTF-8, raw control characters). What passes this scan is an object in strict JSON (RFC 8259), of bounded depth and
+ * cJSON is lenient where a server must not be (it ends a string at \u0000, keeps duplicate keys, takes 01, 1e400,
+ * broken UTF-8, raw control characters). What passes this scan is an object in strict JSON (RFC 8259), of bounded depth and
  * number of members, that cJSON reads as every other parser does. It runs in O(n log n), allocates only the list of
  * members, and says at which byte the text is wrong.
  *

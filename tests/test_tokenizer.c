@@ -26,7 +26,8 @@ struct ids {
     size_t n;
 };
 
-static struct ids encode(const struct tokenizer *t, const char *text, size_t length, bool add_special, bool parse_special)
+static struct ids encode(const struct tokenizer *t, const char *text, size_t length, bool add_special,
+                         bool parse_special)
 {
     struct ids ids;
     int result = tokenizer_encode(t, text, length, add_special, parse_special, &ids.data, &ids.n, error, sizeof error);
@@ -46,7 +47,8 @@ static const char *encoded(const struct tokenizer *t, const char *text, bool add
     return line;
 }
 
-static void check_decode(const struct tokenizer *t, const int32_t *ids, size_t n, bool skip, const char *text, size_t length)
+static void check_decode(const struct tokenizer *t, const int32_t *ids, size_t n, bool skip, const char *text,
+                         size_t length)
 {
     char *decoded;
     size_t decoded_length;
@@ -310,7 +312,8 @@ START_TEST(added_tokens)
     struct tokenizer *t = create_with(
         "{\"add_bos_token\": false, \"added_tokens_decoder\": {"
         "\"0\": {\"content\": \"<unk>\", \"special\": true}, \"2\": {\"content\": \"</s>\", \"special\": true},"
-        "\"900\": {\"content\": \"<|im|>\", \"special\": true}, \"901\": {\"content\": \"<|im|>x\", \"special\": false},"
+        "\"900\": {\"content\": \"<|im|>\", \"special\": true},"
+        "\"901\": {\"content\": \"<|im|>x\", \"special\": false},"
         "\"3\": {\"content\": \"<ctl>\", \"special\": true}, \"4\": {\"content\": \"<|user|>\", \"special\": true}}}");
     ck_assert(!tokenizer_adds_bos(t));
     ck_assert_int_eq(tokenizer_vocab_size(t), 902);

@@ -4,8 +4,8 @@
 
 enum utf8 { UTF8_WHOLE, UTF8_PARTIAL, UTF8_BROKEN };
 
-// What the n > 0 bytes at p begin with. *length: the character's bytes; for UTF8_PARTIAL n; for UTF8_BROKEN those of the
-// maximal ill-formed subpart. The ranges are Unicode's table 3-7.
+// What the n > 0 bytes at p begin with. *length: the character's bytes; for UTF8_PARTIAL n; for UTF8_BROKEN those of
+// the maximal ill-formed subpart. The ranges are Unicode's table 3-7.
 static enum utf8 utf8_next(const unsigned char *p, size_t n, size_t *length)
 {
     unsigned char lead = p[0];

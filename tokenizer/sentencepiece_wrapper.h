@@ -3,9 +3,9 @@
  * The .cc behind it is the only file that sees SentencePiece; every C++ exception ends there. All functions but
  * spm_create and spm_destroy are safe on one spm from any number of threads.
  *
- * Time and memory, measured with 0.1.97 (Zen 4, Nov 2026): encoding is linear, at most 1 s for 1 MB of text with BPE and
- * 0.4 s with unigram, whatever the text (one word, spaces, random or unknown characters); while it runs it needs up to
- * 250 bytes per token.
+ * Time and memory, measured with 0.1.97 (Zen 4, Nov 2026): encoding is linear, at most 1 s for 1 MB of text with BPE
+ * and 0.4 s with unigram, whatever the text (one word, spaces, random or unknown characters); while it runs it needs up
+ * to 250 bytes per token.
  */
 #ifndef GPTD_TOKENIZER_SENTENCEPIECE_WRAPPER_H
 #define GPTD_TOKENIZER_SENTENCEPIECE_WRAPPER_H

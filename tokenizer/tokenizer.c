@@ -167,7 +167,7 @@ static int add_added_tokens(struct tokenizer *t, const cJSON *added, char *error
     cJSON_ArrayForEach(entry, added)
     {
         int32_t id = parse_id(t, entry->string);
-        if (id < 0) return fail(error, error_size, "added token \"%.20s\" is not an id near the vocabulary", entry->string);
+        if (id < 0) return fail(error, error_size, "added token \"%.20s\" is no id near the vocabulary", entry->string);
         if (id > last) last = id;
     }
     struct token *tokens = realloc(t->tokens, ((size_t)last + 1) * sizeof *tokens);
@@ -218,9 +218,11 @@ static enum strip find_strip(const struct tokenizer *t)
         int64_t length = spm_decode(t->spm, pair, 2, out, sizeof out);
         return length == 2 ? STRIP_NONE : length == 1 ? STRIP_ONE : STRIP_UNTIL_TEXT;
     }
-    for (int32_t id = 0; id < t->spm_size; id++) // without a piece for the space alone, the last two are the same
-        if (t->tokens[id].space_mark)
-            return spm_decode(t->spm, &id, 1, out, sizeof out) == (int64_t)t->tokens[id].length ? STRIP_NONE : STRIP_ONE;
+    for (int32_t id = 0; id < t->spm_size; id++) { // without a piece for the space alone, the last two are the same
+        if (!t->tokens[id].space_mark) continue;
+        int64_t length = spm_decode(t->spm, &id, 1, out, sizeof out);
+        return length == (int64_t)t->tokens[id].length ? STRIP_NONE : STRIP_ONE;
+    }
     return STRIP_NONE;
 }
 

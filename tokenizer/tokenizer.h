@@ -31,18 +31,24 @@ bool tokenizer_adds_bos(const struct tokenizer *t);   // whether a plain prompt 
 bool tokenizer_is_special(const struct tokenizer *t, int32_t id); // control tokens: BOS, EOS, chat marks
 
 // Encodes text. add_special: put BOS first if the tokenizer does so. Control tokens written out in the text
-// ("<|user|>") become their ids only if parse_special. *ids is malloc'd, the caller frees; n may be 0.
-// Ids are those of SentencePiece itself, for any length (1 MB and more).
+// ("</s>") become their ids only if parse_special; each stretch of text between them is then encoded as if it stood
+// alone. User-defined symbols of the model are SentencePiece's own affair: it finds them always, as it does in training. Of
+// added tokens beyond the model's vocabulary, special ones need parse_special, the others do not.
+// *ids is malloc'd, the caller frees; n may be 0.
+// Ids are those of SentencePiece itself, for any length (1 MB takes less than a second; see sentencepiece_wrapper.h).
 // Returns 0, or -1 with a message (text is not UTF-8, out of memory).
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, bool add_special, bool parse_special,
                      int32_t **ids, size_t *n, char *error, size_t error_size);
 
 // The bytes id stands for inside running text: U+2581 is a space, byte pieces are their byte, control tokens are
-// their name ("</s>"). *length may be 0. Borrowed. NULL: id is outside the vocabulary.
+// their name ("</s>"), <unk> is what SentencePiece shows for it (" \u2047 "). *length may be 0 (an id that only pads
+// the vocabulary). Borrowed. NULL: id is outside the vocabulary.
 const char *tokenizer_token_bytes(const struct tokenizer *t, int32_t id, size_t *length);
 
-// The whole of ids as text, as SentencePiece decodes it (the dummy prefix space of the first word is dropped), broken
-// UTF-8 as U+FFFD. *text is malloc'd and NUL-terminated. -1: an id outside the vocabulary (named), out of memory.
+// The whole of ids as text, as SentencePiece decodes it (the dummy prefix space of the first word is dropped; a
+// denormalizer in the model is not applied), broken UTF-8 as utf8_stream makes it. skip_special leaves out what
+// tokenizer_is_special names. *text is malloc'd and NUL-terminated. -1: an id outside the vocabulary (named), out of
+// memory.
 int tokenizer_decode(const struct tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
                      size_t *length, char *error, size_t error_size);
 

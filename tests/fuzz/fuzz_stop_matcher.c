@@ -6,7 +6,8 @@
 #include <string.h>
 
 // The naive answer: the length of the output, and which stop ended it (-1: none).
-static size_t search_whole(const char *text, size_t n, char stops[][8], size_t n_stops, bool include_stop, int32_t *stop)
+static size_t search_whole(const char *text, size_t n, char stops[][8], size_t n_stops, bool include_stop,
+                           int32_t *stop)
 {
     *stop = -1;
     for (size_t end = 1; end <= n; end++) {

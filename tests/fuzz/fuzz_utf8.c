@@ -1,5 +1,5 @@
-// Bytes pushed in random pieces give what a decoder written another way gives for the whole: valid UTF-8, one U+FFFD per
-// maximal ill-formed subpart.
+// Bytes pushed in random pieces give what a decoder written another way gives for the whole: valid UTF-8, one U+FFFD
+// per maximal ill-formed subpart.
 #include "tokenizer/detokenizer.h"
 
 #include <assert.h>
