@@ -199,7 +199,6 @@ static int allocate(struct request *r, const struct request_limits *limits)
     const struct sampling_params *p = &r->params;
     size_t n_prompt = (size_t)r->n_prompt;
     r->n = p->n;
-    r->n_unfinished = p->n;
     r->cached_tokens = -1;
     r->sequences = calloc((size_t)r->n, sizeof *r->sequences);
     r->stop_ids = malloc((size_t)(p->n_stop_token_ids + MAX_EOS_IDS) * sizeof *r->stop_ids);
@@ -285,7 +284,11 @@ enum finish_reason choice_finish(const struct request *r, int32_t choice, int32_
 
 bool request_done(const struct request *r)
 {
-    return atomic_load_explicit(&r->n_unfinished, memory_order_acquire) == 0;
+    for (int32_t i = 0; i < r->n; i++) {
+        if (atomic_load_explicit(&r->sequences[i].finish, memory_order_acquire) == FINISH_NONE)
+            return false;
+    }
+    return true;
 }
 
 int32_t request_prompt_tokens(const struct request *r)

@@ -60,7 +60,6 @@ struct request {
     struct sequence *sequences;   // [n], from submission on
     int32_t n;
     atomic_bool cancelled;
-    _Atomic int32_t n_unfinished;  // sequences without a finish reason
     _Atomic int32_t cached_tokens; // prompt tokens choice 0 took from the cache when first admitted; -1: not yet
     _Atomic double submitted, scheduled, first_token, finished; // CLOCK_MONOTONIC seconds; 0: not yet
     struct error error;           // of FINISH_ERROR: written before the first sequence that ends so
@@ -75,6 +74,7 @@ struct request {
     // The engine thread's.
     bool counted;                 // still among the inbox's waiting requests
     bool forked;                  // choices other than 0 have been queued or run
+    int32_t n_ended;              // sequences with a finish reason
     int32_t n_retired;            // sequences ended and out of every plan
     int32_t n_prompt_logprobs;    // leading entries filled
 };

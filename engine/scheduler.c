@@ -134,10 +134,9 @@ static void queue_siblings(struct scheduler *s, struct request *r)
 static void publish_end(struct scheduler *s, struct sequence *seq, enum finish_reason reason, double now)
 {
     struct request *r = seq->request;
-    if (atomic_load_explicit(&r->n_unfinished, memory_order_relaxed) == 1)
+    if (++r->n_ended == r->n)
         atomic_store_explicit(&r->finished, now, memory_order_relaxed);
     atomic_store_explicit(&seq->finish, (int32_t)reason, memory_order_release);
-    atomic_fetch_sub_explicit(&r->n_unfinished, 1, memory_order_release);
     s->published = true;
 }
 
