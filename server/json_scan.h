@@ -11,7 +11,7 @@
 #ifndef GPTD_SERVER_JSON_SCAN_H
 #define GPTD_SERVER_JSON_SCAN_H
 
-#include "engine/engine.h" // struct error
+#include "kernels/error.h"
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -10,7 +10,7 @@
 #ifndef GPTD_SERVER_STOP_MATCHER_H
 #define GPTD_SERVER_STOP_MATCHER_H
 
-#include "engine/engine.h" // struct error
+#include "kernels/error.h"
 
 #include <stdbool.h>
 #include <stddef.h>
