@@ -98,7 +98,8 @@ static int index_check(const struct checkpoint *c, const cJSON *index, struct er
         const char *path = t ? safetensors_file_at(t->data) : NULL;
         const char *slash = path ? strrchr(path, '/') : NULL;
         if (!t || (t->size > 0 && (!slash || strcmp(slash + 1, entry->valuestring)))) {
-            return error_set(e, ERR_FORMAT, "%s: %.150s is not in %.150s", INDEX_NAME, entry->string, entry->valuestring);
+            return error_set(e, ERR_FORMAT, "%s: %.150s is not in %.150s", INDEX_NAME, entry->string,
+                             entry->valuestring);
         }
     }
     return 0;

@@ -17,7 +17,7 @@ enum {
     MAX_HEAD_DIM = 256,
 };
 
-// ---- what is refused -------------------------------------------------------------------------------------------------
+// ---- what is refused ------------------------------------------------------------------------------------------------
 
 static const struct family *family_parse(struct json_reader *r)
 {
@@ -75,7 +75,8 @@ static enum activation activation_parse(struct json_reader *r, const struct fami
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (strcmp(names[i].name, name) == 0) return names[i].activation;
     }
-    json_fail(r, ERR_UNSUPPORTED, key, "%.40s is none of silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu", name);
+    json_fail(r, ERR_UNSUPPORTED, key, "%.40s is none of silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu",
+              name);
     return ACT_SILU;
 }
 
@@ -128,7 +129,8 @@ static void rope_parse(struct rope_config *rope, int32_t dim, int32_t max_positi
     const char *key = json_field(top, "rope_scaling") ? "rope_scaling" : "rope_parameters";
     char prefix[32];
     snprintf(prefix, sizeof prefix, "%s.", key);
-    struct json_reader r = {.object = json_field(top, key), .prefix = prefix, .status = top->status, .error = top->error};
+    struct json_reader r = *top;
+    r.object = json_field(top, key), r.prefix = prefix;
     if (r.object && !cJSON_IsObject(r.object)) json_fail(top, ERR_FORMAT, key, "not an object");
     struct json_reader *theta_from = json_field(&r, "rope_theta") ? &r : top;
     struct json_reader *partial_from = json_field(&r, "partial_rotary_factor") ? &r : top;
@@ -148,8 +150,8 @@ static void rope_parse(struct rope_config *rope, int32_t dim, int32_t max_positi
     if (rope->type == ROPE_YARN) yarn_parse(rope, &r);
 }
 
-// How many tokens the scaled positions are made for (as vLLM reads the same keys). Yarn's factor multiplies the original
-// context, linear's and dynamic's the configured one; llama3's max_position_embeddings is already the stretched length.
+// How many tokens the scaled positions are made for (as vLLM reads the same keys). Yarn's factor multiplies the
+// original context, linear's and dynamic's the configured one; llama3's max_position_embeddings is stretched already.
 static int32_t rope_max_model_len(const struct rope_config *rope)
 {
     double length = rope->max_positions;
@@ -213,8 +215,8 @@ static void eos_add(struct model_config *c, struct json_reader *r, const cJSON *
     for (int32_t i = 0; i < c->n_eos_token_ids; i++) {
         if (c->eos_token_ids[i] == value) return;
     }
-    if (c->n_eos_token_ids == MAX_EOS_IDS) json_fail(r, ERR_UNSUPPORTED, "eos_token_id", "more than %d ids", MAX_EOS_IDS);
-    else c->eos_token_ids[c->n_eos_token_ids++] = value;
+    if (c->n_eos_token_ids < MAX_EOS_IDS) c->eos_token_ids[c->n_eos_token_ids++] = value;
+    else json_fail(r, ERR_UNSUPPORTED, "eos_token_id", "more than %d ids", MAX_EOS_IDS);
 }
 
 // One id or a list of them.

@@ -34,7 +34,8 @@ static void finish(struct pass *p, const char *op, int rc)
 
 #define RUN(p, op, ...)                                                                                               \
     do {                                                                                                              \
-        if (!(p)->status) finish(p, #op, (p)->kernels->op((p)->device, &(struct op##_params){__VA_ARGS__}, (p)->error)); \
+        const struct op##_params params = {__VA_ARGS__};                                                              \
+        if (!(p)->status) finish(p, #op, (p)->kernels->op((p)->device, &params, (p)->error));                         \
     } while (0)
 
 static void embed(struct pass *p, const struct weights *w)

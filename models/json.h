@@ -22,8 +22,8 @@ int json_parse(cJSON **out, const char *text, size_t size, struct error *e);
 int json_read(cJSON **out, const char *dir, const char *name, size_t max_size, struct error *e);
 
 // Takes fields out of one object. The first failure is kept in *error and later ones change nothing, so that a caller
-// reads every field and looks at `status` once. A field that is absent or null takes its fallback; with JSON_REQUIRED it
-// is an error that names it. After a failure the getters return the least value allowed.
+// reads every field and looks at `status` once. A field that is absent or null takes its fallback; with JSON_REQUIRED
+// it is an error that names it. After a failure the getters return the least value allowed.
 struct json_reader {
     const cJSON *object; // NULL: as if empty
     const char *prefix;  // before the field's name in messages: "" or "rope_scaling."

@@ -7,9 +7,14 @@
 
 static int options_check(const struct model_options *o, struct error *e)
 {
-    if (o->max_num_batched_tokens < 1) return error_set(e, ERR_INVALID, "max_num_batched_tokens: %d is not at least 1", o->max_num_batched_tokens);
-    if (o->max_logits_rows < 1) return error_set(e, ERR_INVALID, "max_logits_rows: %d is not at least 1", o->max_logits_rows);
-    if (o->max_model_len < 0) return error_set(e, ERR_INVALID, "max_model_len: %d is negative", o->max_model_len);
+    const struct { const char *name; int32_t value, min; } sizes[] = {
+        {"max_num_batched_tokens", o->max_num_batched_tokens, 1}, {"max_logits_rows", o->max_logits_rows, 1},
+        {"max_model_len", o->max_model_len, 0},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (sizes[i].value >= sizes[i].min) continue;
+        return error_set(e, ERR_INVALID, "%s: %d is less than %d", sizes[i].name, sizes[i].value, sizes[i].min);
+    }
     if (o->tp_size != 1 || o->tp_rank != 0) {
         return error_set(e, ERR_UNSUPPORTED, "tensor parallelism of %d (rank %d)", o->tp_size, o->tp_rank);
     }

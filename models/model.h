@@ -89,8 +89,8 @@ const struct model_info *model_info_get(const struct model *model);
 // Maps the weights, checks them against the configuration, binds them to the device, allocates the workspace.
 int model_load(struct model *model, const struct kernels *kernels, struct device *device, struct error *e);
 
-// Enqueues embedding .. logits for the batch. *logits is the model's own workspace, [n_logits_rows, vocab_size] F32, row i
-// for batch->logits_rows[i], valid until the next forward. n_logits_rows may be 0 (logits->data is then NULL).
+// Enqueues embedding .. logits for the batch. *logits is the model's own workspace, [n_logits_rows, vocab_size] F32,
+// row i for batch->logits_rows[i], valid until the next forward. n_logits_rows may be 0 (logits->data is then NULL).
 int model_forward(struct model *model, const struct batch *batch, const struct kv_cache *kv, struct tensor *logits,
                   struct error *e);
 

@@ -111,8 +111,9 @@ static int shape_check(const struct walk *k, const struct tensor *t, const struc
                        bool transposed)
 {
     if (found->dtype < 0) return error_set(k->error, ERR_UNSUPPORTED, "%s is none of F32, F16, BF16", found->type);
-    size_t first = t->shape[transposed], second = t->n_dims == 2 ? t->shape[!transposed] : 1;
-    if (found->n_dims == t->n_dims && found->shape[0] == first && (t->n_dims == 1 || found->shape[1] == second)) return 0;
+    size_t first = t->shape[transposed], second = t->shape[!transposed];
+    bool fits = found->n_dims == t->n_dims && found->shape[0] == first;
+    if (fits && (t->n_dims == 1 || found->shape[1] == second)) return 0;
     if (t->n_dims == 1) return error_set(k->error, ERR_FORMAT, "its shape is not [%zu], as config.json has it", first);
     return error_set(k->error, ERR_FORMAT, "its shape is not [%zu, %zu], as config.json has it", first, second);
 }
@@ -152,8 +153,8 @@ static struct norm_weights norm_bind(struct walk *k, int32_t layer, const char *
 }
 
 // One matrix of up to n row blocks. stems[1] NULL: the checkpoint holds them fused, in one tensor.
-static struct weight linear_bind(struct walk *k, int32_t layer, const char *const *stems, const size_t *n_rows, int32_t n,
-                                 size_t n_cols, bool bias)
+static struct weight linear_bind(struct walk *k, int32_t layer, const char *const *stems, const size_t *n_rows,
+                                 int32_t n, size_t n_cols, bool bias)
 {
     bool transposed = k->config->family->transposed;
     char name[MAX_NAME];
@@ -271,8 +272,8 @@ int weights_plan(struct weights *w, const struct model_config *config, const str
     return rc;
 }
 
-int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint, uint64_t seed,
-                 const struct kernels *kernels, struct device *device, struct error *e)
+int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
+                 uint64_t seed, const struct kernels *kernels, struct device *device, struct error *e)
 {
     struct walk k = {.weights = w, .config = config, .checkpoint = checkpoint, .kernels = kernels, .device = device,
                      .error = e};

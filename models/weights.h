@@ -1,7 +1,7 @@
 /* weights.h: a model's weights by their place in it, bound to a checkpoint's tensors or to random numbers.
  *
  * Called by model.c; read by forward.c. One walk over the model serves both steps: weights_plan finds and checks every
- * tensor and adds up its bytes, weights_load does the same again and binds. A tensor is used in place, in the map, except:
+ * tensor and adds up its bytes, weights_load does the same again and binds. A tensor is used in place, in the map, but:
  * - linear weights that the family stores as [in, out] (GPT-2) are copied, transposed;
  * - a tensor whose data is not aligned to its own element size is copied;
  * - dummy weights have no file.
@@ -41,8 +41,8 @@ struct weights {
 int weights_plan(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
                  struct error *e);
 // After weights_plan with the same arguments. The seed is that of dummy weights.
-int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint, uint64_t seed,
-                 const struct kernels *kernels, struct device *device, struct error *e);
+int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
+                 uint64_t seed, const struct kernels *kernels, struct device *device, struct error *e);
 // kernels and device may be NULL before weights_load.
 void weights_free(struct weights *w, const struct kernels *kernels, struct device *device);
 

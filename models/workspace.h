@@ -1,7 +1,7 @@
 /* workspace.h: the activations of one step, in one allocation, planned before it is made.
  *
- * Called by model.c, written by forward.c. T is max_num_batched_tokens, A the activations' type. The attention half and the
- * MLP half of a layer are never alive together and share their bytes.
+ * Called by model.c, written by forward.c. T is max_num_batched_tokens, A the activations' type. The attention half and
+ * the MLP half of a layer are never alive together and share their bytes.
  */
 #ifndef GPTD_MODELS_WORKSPACE_H
 #define GPTD_MODELS_WORKSPACE_H
@@ -18,7 +18,8 @@ struct workspace {
     void *x;                // [T, hidden_dim] A: the residual stream
     void *normed;           // [T, hidden_dim] A
     void *qkv, *attn;       // [T, (n_heads + 2 n_kv_heads) * head_dim], [T, n_heads * head_dim] A
-    void *mlp_in, *mlp_out; // [T, intermediate_dim, twice that when gated], [T, intermediate_dim] A; the same when not gated
+    void *mlp_in;           // [T, intermediate_dim, or twice that: gate, up] A
+    void *mlp_out;          // [T, intermediate_dim] A; mlp_in itself when not gated
     float *cos_sin;         // [T, rope.dim]
     float *inv_freq;        // [rope.dim / 2]
     void *rows;             // [max_logits_rows, hidden_dim] A

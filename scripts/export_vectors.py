@@ -11,11 +11,11 @@ Each case is a directory with a checkpoint as a user would have it, and expected
     metadata   max_model_len: the option to serve with, where the answer depends on it
 
 The reference is transformers, loading the very files (FlashGPT: the module below), in float32 with eager attention.
-Checkpoints in BF16 or F16 are computed in float32 on the rounded weights, and BF16 ones are drawn calmer: what is asked of
-gptd there is its own rounding, not how far a random network amplifies it. Cases of one shape that differ in config.json
-alone share a weights file through a link. A prompt is drawn again until the least distance between the best and the second
-logit on the greedy path is at least MARGIN of the row's standard deviation, so that rounding cannot change a token, and the
-continuation has at least DISTINCT different tokens.
+Checkpoints in BF16 or F16 are computed in float32 on the rounded weights, and some BF16 ones are drawn calmer: what is
+asked of gptd there is its own rounding, not how far a random network amplifies it. Cases of one shape that differ in
+config.json alone share a weights file through a link. A prompt is drawn again until the least distance between the best
+and the second logit on the greedy path is at least MARGIN of the row's standard deviation, so that rounding cannot
+change a token, and the continuation has at least DISTINCT different tokens.
 """
 import argparse
 import json
@@ -84,8 +84,8 @@ class FlashGPT(nn.Module):
 
 
 def randomize(model, seed, gain=1.2):
-    """Weights that make every part matter: scores of spread about gain^2, norms and biases away from 1 and 0, embeddings
-    small enough that a tied model does not only repeat its last token."""
+    """Weights that make every part matter: scores of spread about gain^2, norms and biases away from 1 and 0,
+    embeddings small enough that a tied model does not only repeat its last token."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
@@ -158,7 +158,7 @@ def norms_float32(name):
 
 
 def old_gpt2(directory, seed, **config):
-    """As the first GPT-2 files: no "transformer." before the names, the causal mask and a constant beside the weights."""
+    """As the first GPT-2 files: no "transformer." before the names, a causal mask and a constant beside the weights."""
     gpt2(directory, seed, base=True, choose=all_to(torch.float16), **config)
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -225,9 +225,11 @@ CASES = {
     "llama-yarn-mscale": (llama, dict(rope_parameters={"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4,
                                                        "mscale": 1.5, "mscale_all_dim": 0.5}, **ROPE), 70, {}),
     "mistral-window": (mistral, dict(seed=41, sliding_window=24, **MISTRAL), 90, {}),
-    "mistral-window-null": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=None, **MISTRAL), 90, {}),
+    "mistral-window-null": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=None, **MISTRAL), 90,
+                            {}),
     "mistral-window-wide": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=200, **MISTRAL), 90, {}),
-    "mistral-window-bf16": (mistral, dict(seed=42, gain=0.8, sliding_window=37, choose=all_to(torch.bfloat16), **MISTRAL), 90, {}),
+    "mistral-window-bf16": (mistral, dict(seed=42, gain=0.8, sliding_window=37, choose=all_to(torch.bfloat16),
+                                          **MISTRAL), 90, {}),
 }
 
 
@@ -271,7 +273,8 @@ def export(directory, vocab_size, prompt_len, max_model_len=None):
     else:
         raise SystemExit(f"{directory}: no prompt with a margin of {MARGIN} and {DISTINCT} distinct tokens")
     total, last = prompt_len + len(generated), prompt_len - 1
-    rows = sorted({0, 1, last // 2, last} | {r for r in (prompt_len, prompt_len + 17, total - 2, total - 1) if r < total})
+    later = {row for row in (prompt_len, prompt_len + 17, total - 2, total - 1) if row < total}
+    rows = sorted({0, 1, last // 2, last} | later)
     with torch.no_grad():
         logits = forward(torch.tensor([prompt + generated]))[0]
     tensors = {"prompt": torch.tensor(prompt, dtype=torch.int32), "rows": torch.tensor(rows, dtype=torch.int32),

@@ -14,14 +14,18 @@ static struct tensor cache_tensor(struct rig *r, int32_t dim)
     return t;
 }
 
-static size_t block_bytes(const struct tensor *t) { return t->shape[1] * t->shape[2] * t->shape[3] * dtype_size(t->dtype); }
+static size_t block_bytes(const struct tensor *t)
+{
+    return t->shape[1] * t->shape[2] * t->shape[3] * dtype_size(t->dtype);
+}
 
 // All bits set is NaN in every type: whoever reads a poisoned block is found out.
 static void block_poison(struct rig *r, int32_t block)
 {
     for (int32_t i = 0; i < r->info->n_layers; i++) {
-        struct tensor *t[2] = {&r->layers[i].k, &r->layers[i].v};
-        for (int j = 0; j < 2; j++) memset((char *)t[j]->data + (size_t)block * block_bytes(t[j]), 0xFF, block_bytes(t[j]));
+        const struct tensor *k = &r->layers[i].k, *v = &r->layers[i].v;
+        memset((char *)k->data + (size_t)block * block_bytes(k), 0xFF, block_bytes(k));
+        memset((char *)v->data + (size_t)block * block_bytes(v), 0xFF, block_bytes(v));
     }
 }
 
@@ -81,7 +85,7 @@ void rig_deinit(struct rig *r)
     free(r->block_table);
 }
 
-// Gives back the blocks that no later query can see: the next one, at n_context, sees keys from n_context - window + 1 on.
+// Gives back the blocks that no later query can see: the next, at n_context, sees keys from n_context - window + 1 on.
 static void window_free(struct rig *r)
 {
     int32_t window = r->info->kv_groups[0].window;

@@ -10,9 +10,9 @@
 
 #define FLASHGPT "{\"architectures\":[\"FlashGPT\"],\"vocab_size\":100,\"max_seq_len\":64,\"embed_dim\":48," \
                  "\"num_heads\":3,\"num_layers\":2,\"mlp_ratio\":4}"
-#define GPT2 "{\"architectures\":[\"GPT2LMHeadModel\"],\"vocab_size\":100,\"n_positions\":64,\"n_embd\":48,\"n_head\":3," \
-             "\"n_layer\":2,\"n_inner\":null,\"activation_function\":\"gelu_new\",\"layer_norm_epsilon\":1e-05," \
-             "\"scale_attn_weights\":true,\"bos_token_id\":99,\"eos_token_id\":99}"
+#define GPT2 "{\"architectures\":[\"GPT2LMHeadModel\"],\"vocab_size\":100,\"n_positions\":64,\"n_embd\":48," \
+             "\"n_head\":3,\"n_layer\":2,\"n_inner\":null,\"activation_function\":\"gelu_new\"," \
+             "\"layer_norm_epsilon\":1e-05,\"scale_attn_weights\":true,\"bos_token_id\":99,\"eos_token_id\":99}"
 #define LLAMA "{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"max_position_embeddings\":64," \
               "\"hidden_size\":48,\"num_attention_heads\":6,\"num_key_value_heads\":2,\"num_hidden_layers\":2," \
               "\"intermediate_size\":80,\"rms_norm_eps\":1e-05,\"rope_theta\":10000.0,\"eos_token_id\":[2,3]}"
@@ -128,8 +128,8 @@ START_TEST(generation_config)
     struct error e;
     cJSON *config, *generation;
     static const struct { const char *text; int n; const char *message; } all[] = {
-        {"{\"eos_token_id\":[3,4,5]}", 4, NULL}, {"{\"eos_token_id\":2}", 2, NULL}, {"{\"eos_token_id\":null}", 2, NULL},
-        {"{\"temperature\":0.7}", 2, NULL},
+        {"{\"eos_token_id\":[3,4,5]}", 4, NULL}, {"{\"eos_token_id\":2}", 2, NULL},
+        {"{\"eos_token_id\":null}", 2, NULL}, {"{\"temperature\":0.7}", 2, NULL},
         {"{\"eos_token_id\":100}", 0, "generation_config.json: eos_token_id: not an id below 100"},
         {"{\"eos_token_id\":[-1]}", 0, "eos_token_id"}, {"{\"eos_token_id\":\"a\"}", 0, "eos_token_id"},
         {"{\"eos_token_id\":[1.5]}", 0, "eos_token_id"}, {"{\"eos_token_id\":[[1]]}", 0, "eos_token_id"},
@@ -139,7 +139,8 @@ START_TEST(generation_config)
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         ck_assert_int_eq(json_parse(&generation, all[i].text, strlen(all[i].text), &e), 0);
         int rc = config_parse(&c, config, generation, &e);
-        if (all[i].message) ck_assert_msg(rc < 0 && strstr(e.message, all[i].message), "%s: %s", all[i].text, e.message);
+        const char *message = all[i].message;
+        if (message) ck_assert_msg(rc < 0 && strstr(e.message, message), "%s: %s", all[i].text, e.message);
         else ck_assert_msg(rc == 0 && c.n_eos_token_ids == all[i].n, "%s: %d", all[i].text, c.n_eos_token_ids);
         cJSON_Delete(generation);
     }
@@ -265,7 +266,8 @@ static const struct { const char *config, *key, *value, *message; } unsupported[
     {LLAMA, "rope_scaling", "{\"type\":\"llama3\",\"factor\":8}", "rope_scaling.low_freq_factor: missing"},
     {LLAMA, "rope_scaling", "{\"type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4}",
      "rope_scaling.high_freq_factor: 4 is not above"},
-    {LLAMA, "rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"beta_fast\":-1}", "rope_scaling.beta_fast: -1 is not in"},
+    {LLAMA, "rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"beta_fast\":-1}",
+     "rope_scaling.beta_fast: -1 is not in"},
     {LLAMA, "rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":0}",
      "rope_scaling.original_max_position_embeddings: 0 is not in"},
     {GPT2, "scale_attn_weights", "false", "scale_attn_weights: false is not implemented"},
@@ -304,7 +306,7 @@ static const struct { const char *key, *value; int32_t max_model_len; } lengths[
     {"rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":16}", 64},
     {"rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64}", 256},
     {"rope_scaling", "{\"type\":\"yarn\",\"factor\":4}", 256},
-    {"rope_parameters", "{\"rope_type\":\"yarn\",\"original_max_position_embeddings\":32}", 64}, // the factor is 64 / 32
+    {"rope_parameters", "{\"rope_type\":\"yarn\",\"original_max_position_embeddings\":32}", 64}, // factor 64 / 32
     {"rope_scaling", "{\"type\":\"linear\",\"factor\":1000000}", 1 << 24},
 };
 

@@ -71,7 +71,8 @@ static int parse(struct safetensors *st, const void *bytes, size_t size, struct 
     return safetensors_parse(st, copy, size, e);
 }
 
-#define PAIR "{\"__metadata__\":{\"format\":\"pt\"},\"b\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[4,28]}," \
+#define PAIR "{\"__metadata__\":{\"format\":\"pt\"}," \
+             "\"b\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[4,28]}," \
              "\"a\":{\"dtype\":\"BF16\",\"shape\":[2],\"data_offsets\":[0,4]}}"
 
 START_TEST(good_file)
