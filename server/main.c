@@ -182,7 +182,10 @@ static enum exit_status run(struct options *o, double started)
     struct engine *engine = NULL;
     struct tokenizer *tokenizer = NULL;
     enum exit_status status = EXIT_MODEL;
-    if (engine_create(&engine, &o->engine, &e)) goto fail;
+    if (engine_create(&engine, &o->engine, &e)) {
+        error_prefix(&e, "%s", o->engine.model_dir);
+        goto fail;
+    }
     const struct engine_plan *plan = engine_plan_get(engine);
     if (o->dry_run) {
         plan_print(plan, log_is_json, stdout);

@@ -134,8 +134,8 @@ class Server:
         self.process.stderr.close()
 
     def stop(self, how=signal.SIGTERM, seconds=30):
-        """Ends the process; its exit status. A sanitizer's complaint shows there."""
-        if self.process.poll() is None:
+        """Ends the process (how None: it is ending); its exit status. A sanitizer's complaint shows there."""
+        if how and self.process.poll() is None:
             self.process.send_signal(how)
         try:
             self.process.wait(seconds * scale(1, 4))

@@ -3,7 +3,7 @@
 import json
 import unittest
 
-from harness import Server, ServerTest
+from harness import Server, ServerTest, wait_until
 
 NAN, INF = float("nan"), float("inf")
 HUGE = [2**31, -2**31 - 1, 2**63, -2**63 - 1, 10**30, 1e308]
@@ -15,9 +15,9 @@ STRING_WRONG = [1, 1.5, True, [], {}]
 
 # field: (values that must be refused, values that must be taken)
 FIELDS = {
-    "model": ([5, ["m"], True, {}], []),
-    "prompt": ([5, True, {}, [], [[]], [""], ["a", 1], [1, "a"], [[1], 2], [[1], []], [1.5], [-1], [2**31], [[2**40]],
-                [None], [True], [["a"]], [[[1]]], [10**9], "a\x00b"], [["a", "b"], [1, 2], [[1], [2, 3]]]),
+    "model": ([5, ["m"], True, {}, ""], []),
+    "prompt": ([5, True, {}, [], [[]], ["a", 1], [1, "a"], [[1], 2], [[1], []], [1.5], [-1], [2**31], [[2**40]],
+                [None], [True], [["a"]], [[[1]]], [10**9]], [["a", "b"], [1, 2], [[1], [2, 3]]]),
     "max_tokens": ([-1, *INTEGER_WRONG, 10**7], [0, 1]),
     "n": ([0, -1, 129, *INTEGER_WRONG], [1, 3]),
     "best_of": ([0, -1, 21, *INTEGER_WRONG], [1, 2]),
@@ -25,13 +25,13 @@ FIELDS = {
     "top_p": ([0, -0.1, 1.01, *NUMBER_WRONG], [1e-9, 1]),
     "frequency_penalty": ([-2.01, 2.01, *NUMBER_WRONG], [-2, 2]),
     "presence_penalty": ([-2.01, 2.01, *NUMBER_WRONG], [-2, 2]),
-    "logprobs": ([-1, 6, *[v for v in INTEGER_WRONG if v is not True]], [0, 5]),
+    "logprobs": ([-1, 6, *INTEGER_WRONG], [0, 5]),
     "logit_bias": ([[], "x", 5, True, {"x": 1}, {"-1": 1}, {"2147483648": 1}, {"1000000000": 1}, {"1.5": 1}, {"": 1},
                     {"5": 100.1}, {"5": -100.1}, {"5": "1"}, {"5": None}, {"5": [1]}, {" 5": 1}, {"5 ": 1}, {"0x5": 1}],
                    [{}, {"5": 100}, {"5": -100.0}]),
     "echo": (BOOL_WRONG, [True, False]),
     "stream": (BOOL_WRONG, [True, False]),
-    "stop": (["", [""], ["a", "b", "c", "d", "e"], 5, True, {}, [1], [None], ["a", ""], "a\x00", "x" * 100_000],
+    "stop": (["", [""], ["a", "b", "c", "d", "e"], 5, True, {}, [1], [None], ["a", ""], "x" * 100_000],
              ["x", ["x"], ["a", "b", "c", "d"]]),
     "suffix": ([5, True, []], []),
     "seed": ([2**63, -2**63 - 1, 1.5, "1", True, [1], 10**30, 1e30], [0, -1, 2**63 - 1, -2**63]),
@@ -57,7 +57,7 @@ FIELDS = {
 REFUSED = {
     "prompt_embeds": "AAAA", "use_beam_search": True, "structured_outputs": {"regex": "a"}, "guided_json": {},
     "response_format": {"type": "json_object"}, "nonsense": 1, "Max_tokens": 5, "MAX_TOKENS": 5, "max_tokens ": 5,
-    "maxTokens": 5, "__proto__": 1, "": 1, "messages": [], "tools": [],
+    "maxTokens": 5, "__proto__": 1, "messages": [], "tools": [],
 }
 
 
@@ -69,7 +69,7 @@ class Fields(ServerTest):
         self.assertEqual(error["type"], "invalid_request_error", what)
         self.assertTrue(error["message"], what)
         self.assertNotRegex(error["message"], r"0x[0-9a-f]{6,}", what)
-        self.assertEqual((error["param"] or "").split(".")[0].split("[")[0], param, (what, error))
+        self.assertIn(param, (error["param"] or "").split("."), (what, error))
 
     def test_refused_values(self):
         connection = self.server.connect()
@@ -115,14 +115,14 @@ class Fields(ServerTest):
     def test_together(self):
         for fields, param in (({"n": 3, "best_of": 2}, "best_of"), ({"best_of": 2, "stream": True}, "best_of"),
                               ({"suffix": "x"}, "suffix"), ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-                              ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
-                              ({"stream": True, "stream_options": {"nonsense": True}}, "stream_options"),
+                              ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+                              ({"stream": True, "stream_options": {"nonsense": True}}, "nonsense"),
                               ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options")):
             with self.subTest(**fields):
                 self.refuse(self.server.completions(prompt="Once", **fields), param, fields)
 
     def test_no_such_model(self):
-        for name in ("none-such", "", self.server.name + "/", self.server.name.upper()):
+        for name in ("none-such", self.server.name + "/", self.server.name.upper()):
             answer = self.server.post("/v1/completions", {"model": name, "prompt": "Once"})
             self.assertEqual(answer.status, 404, (name, answer))
             self.assertEqual(answer.error["param"], "model")
@@ -214,11 +214,12 @@ class Limits(ServerTest):
         answer = self.server.post("/v1/completions", body)
         self.assertEqual(answer.status, 413)
         self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
-        chunked = (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-                   + b"400\r\n" + b" " * 1024 + b"\r\n")
-        status, data, closed = self.server.raw(chunked + b"400\r\n" + b" " * 1024 + b"\r\n" * 1 + (b"400\r\n" + b" " * 1024 + b"\r\n") * 8)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunk = b"400\r\n" + b" " * 1024 + b"\r\n"
+        status, data, closed = self.server.raw(head + 5 * chunk + b"0\r\n\r\n")
         self.assertEqual(status, 413, data[:300])
         self.assertTrue(closed)
+        self.assertTrue(self.server.raw(head + 1000 * chunk)[2], "one that does not end is cut")
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000000000\r\n\r\n"
         status, data, closed = self.server.raw(head)
         self.assertEqual(status, 413, data[:300])
@@ -252,14 +253,14 @@ class Overload(unittest.TestCase):
         holder = server.socket()
         holder.sendall(server.completion_bytes(prompt="Once", max_tokens=1500, ignore_eos=True, stream=True))
         holder.recv(100)
-        import harness
-        harness.wait_until(lambda: server.metrics()["gptd_num_requests_running"] == 1, 5, "it runs")
-        refused = server.completions(prompt=[5] * 101, max_tokens=1)  # too many waiting tokens
-        self.assertEqual(refused.status, 429, refused)
+        wait_until(lambda: server.metrics()["gptd_num_requests_running"] == 1, 5, "it runs")
         waiting = [server.socket() for _ in range(2)]
-        for s in waiting:
-            s.sendall(server.completion_bytes(prompt="Once", max_tokens=2))
-        harness.wait_until(lambda: server.metrics()["gptd_num_requests_waiting"] == 2, 5, "two wait")
+        waiting[0].sendall(server.completion_bytes(prompt=[5] * 60, max_tokens=2))
+        wait_until(lambda: server.metrics()["gptd_num_requests_waiting"] == 1, 5, "one waits")
+        refused = server.completions(prompt=[5] * 60, max_tokens=1)  # too many tokens would wait
+        self.assertEqual(refused.status, 429, refused)
+        waiting[1].sendall(server.completion_bytes(prompt="Once", max_tokens=2))
+        wait_until(lambda: server.metrics()["gptd_num_requests_waiting"] == 2, 5, "two wait")
         refused = server.completions(prompt="Once", max_tokens=1)
         self.assertEqual(refused.status, 429, refused)
         self.assertEqual(refused.error["type"], "rate_limit_error")
