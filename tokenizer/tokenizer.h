@@ -32,8 +32,8 @@ bool tokenizer_is_special(const struct tokenizer *t, int32_t id); // control tok
 
 // Encodes text. add_special: put BOS first if the tokenizer does so. Control tokens written out in the text
 // ("</s>") become their ids only if parse_special; each stretch of text between them is then encoded as if it stood
-// alone. User-defined symbols of the model are SentencePiece's own affair: it finds them always, as it does in training. Of
-// added tokens beyond the model's vocabulary, special ones need parse_special, the others do not.
+// alone. User-defined symbols of the model are SentencePiece's own affair: it finds them always, as it does in
+// training. Of added tokens beyond the model's vocabulary, special ones need parse_special, the others do not.
 // *ids is malloc'd, the caller frees; n may be 0.
 // Ids are those of SentencePiece itself, for any length (1 MB takes less than a second; see sentencepiece_wrapper.h).
 // Returns 0, or -1 with a message (text is not UTF-8, out of memory).
