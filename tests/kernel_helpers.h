@@ -12,6 +12,16 @@
 #include "kernels/cpu/convert.h"
 #include "kernels/kernels.h"
 
+// For loops over elements: a passing ck_assert writes to a pipe every time.
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) ck_abort_msg("%s is false", #condition);                                                     \
+    } while (0)
+#define CHECK_MSG(condition, ...)                                                                                      \
+    do {                                                                                                               \
+        if (!(condition)) ck_abort_msg(__VA_ARGS__);                                                                   \
+    } while (0)
+
 static uint64_t rng_state;
 
 static inline void rng_seed(void) // SEED=n repeats a run
@@ -68,6 +78,23 @@ static inline struct device *device_open(const char *isa, int32_t n_threads, boo
     int rc = kernels_cpu()->device_create(&device, &options, &e);
     ck_assert_msg(rc == 0 || rc == ERR_UNSUPPORTED, "%s", e.message);
     return device;
+}
+
+// One device per instruction set of this machine: for (d = device_first(); d; d = device_next(d)).
+static inline struct device *device_next(struct device *device)
+{
+    static int32_t next;
+    if (device)
+        kernels_cpu()->device_destroy(device);
+    else
+        next = 0;
+    for (device = NULL; !device && next < N_ISA_NAMES; next++) device = device_open(isa_names[next], 2, false);
+    return device;
+}
+
+static inline struct device *device_first(void)
+{
+    return device_next(NULL);
 }
 
 static inline struct tensor matrix(void *data, enum dtype dtype, size_t rows, size_t cols)

@@ -171,7 +171,7 @@ static void compare(const struct batch *b, const double *expected, const char *w
     size_t n = (size_t)(b->n_tokens * b->shape.n_heads * b->shape.head_dim);
     double error = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
-        ck_assert_msg(fabs(b->out[i] - expected[i]) < 2e-5, "%s: [%zu] %g instead of %g (D %d, block %d, window %d)", what,
+        CHECK_MSG(fabs(b->out[i] - expected[i]) < 2e-5, "%s: [%zu] %g instead of %g (D %d, block %d, window %d)", what,
                       i, b->out[i], expected[i], b->shape.head_dim, b->shape.block_size, b->shape.window);
         error += (b->out[i] - expected[i]) * (b->out[i] - expected[i]);
         norm += expected[i] * expected[i];

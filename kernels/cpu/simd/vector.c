@@ -87,34 +87,36 @@ static void normalize(float *out, const float *x, float shift, float scale, cons
 
 // ---- activation, rotation -------------------------------------------------------------------------------------------
 
-// Error function, at most 1 ulp off in [-1, 1]: a polynomial in x^2 near 0, 1 - e^-p(|x|) beyond (own minimax fits).
-static inline vec vec_erf(vec x)
+// 1 + erf(x), within 4e-7 relative even where it is close to 0: 1 + x p(x^2) near 0, e^-q(|x|) or 2 - e^-q(|x|) beyond
+// (own minimax fits; q grows up to 10, where e^-q is below 1e-36).
+static inline vec vec_one_plus_erf(vec x)
 {
-    ivec sign = (ivec)x & (int32_t)0x80000000;
-    vec a = (vec)((ivec)x ^ sign), z = x * x;
+    vec a = (vec)((ivec)x & 0x7fffffff), z = x * x;
     vec p = vec_set(-0.000595386023633182f);
     p = vec_fma(p, z, vec_set(0.004985969513654709f));
     p = vec_fma(p, z, vec_set(-0.026761746034026146f));
     p = vec_fma(p, z, vec_set(0.11281683295965195f));
     p = vec_fma(p, z, vec_set(-0.3761247992515564f));
     p = vec_fma(p, z, vec_set(0.12837915122509003f));
-    vec near = vec_fma(p, x, x);
-    vec t = vec_select(a > 4.0f, vec_set(4.0f), a); // erf(4) rounds to 1
-    vec q = vec_set(1.1522289241838735e-05f);
-    q = vec_fma(q, t, vec_set(-0.00032565262517891824f));
-    q = vec_fma(q, t, vec_set(0.0036537633277475834f));
-    q = vec_fma(q, t, vec_set(-0.023785345256328583f));
-    q = vec_fma(q, t, vec_set(0.10626314580440521f));
-    q = vec_fma(q, t, vec_set(0.6351358890533447f));
-    q = vec_fma(q, t, vec_set(1.1286522150039673f));
-    vec far = 1.0f - vec_exp(-q * t);
-    return vec_select(a < 0.93f, near, (vec)((ivec)far | sign));
+    vec near = 1.0f + vec_fma(p, x, x);
+    vec t = vec_select(a > 10.0f, vec_set(10.0f), a);
+    vec q = vec_set(-2.397732146164344e-07f);
+    q = vec_fma(q, t, vec_set(4.030187938042218e-06f));
+    q = vec_fma(q, t, vec_set(-1.1376899237802718e-05f));
+    q = vec_fma(q, t, vec_set(-0.0002700649492908269f));
+    q = vec_fma(q, t, vec_set(0.0036127236671745777f));
+    q = vec_fma(q, t, vec_set(-0.023852046579122543f));
+    q = vec_fma(q, t, vec_set(0.10641583055257797f));
+    q = vec_fma(q, t, vec_set(0.6350291967391968f));
+    q = vec_fma(q, t, vec_set(1.128677487373352f));
+    vec tail = vec_exp(-q * t);
+    return vec_select(a < 0.8f, near, vec_select(x < 0, tail, 2.0f - tail));
 }
 
 static inline __attribute__((always_inline)) vec activation_of(vec x, enum activation kind)
 {
     switch (kind) {
-    case ACT_GELU_ERF: return 0.5f * x * (1.0f + vec_erf(x * 0.70710678118654752f));
+    case ACT_GELU_ERF: return 0.5f * x * vec_one_plus_erf(x * 0.70710678118654752f);
     case ACT_GELU_TANH: // 0.5 x (1 + tanh(u)) = x / (1 + e^-2u), without its cancellation
         return x / (1.0f + vec_exp(-1.5957691216057308f * vec_fma(0.044715f * x * x, x, x)));
     case ACT_SILU: return x / (1.0f + vec_exp(-x));
