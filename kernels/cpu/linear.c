@@ -5,8 +5,9 @@
 
 enum {
     X_BLOCK = 512,            // most rows of x in one pass over the weights
-    PANEL_BYTES = 256 * 1024, // of packed weights per thread: they stay in L2 while the rows of x go by
-    ITEM_BYTES = 256 * 1024,  // of weights read in place per item: long runs, few claims
+    BLOCK_BYTES = 512 * 1024, // of weights per item: they stay in L2 while the rows of x go by
+    RUN_BYTES = 128 * 1024,   // the same when they are read once: one tile holds all rows of x
+    FETCH_TILES = 8,          // the next item's weights are fetched during the last so many tiles of x
 };
 
 // One pass: at most X_BLOCK rows of x times all parts whose weights want x in one type.
@@ -14,14 +15,22 @@ struct pass {
     const struct linear_params *p;
     const struct simd_linear *simd;
     size_t first_x;        // row of p->x
-    int32_t n_x;
+    int32_t n_x, n_x_tiles;
     bool bf16;             // x is rounded to BF16, and the parts are those with BF16 weights
     char *x;               // [n_x, n_cols], rows x_stride bytes apart
     size_t x_stride;
-    char *panels;          // [n_threads, panel_bytes]
-    size_t panel_bytes;
-    int32_t rows_per_item; // of weights
+    size_t rows_per_item;  // of weights
     int32_t first_item[MAX_WEIGHT_PARTS + 1]; // of each part
+    int32_t n_threads;
+};
+
+// An item of a pass: consecutive rows of one part.
+struct block {
+    const struct weight_part *part;
+    size_t first, n_rows; // rows of the part
+    size_t column;        // of the output, where the block's first row goes
+    const char *w;        // its first row; NULL: no such item
+    size_t w_stride;      // bytes
 };
 
 static size_t round_up(size_t n, size_t multiple)
@@ -36,17 +45,10 @@ static size_t row_stride(size_t n_cols, size_t element)
     return stride / 64 % 2 ? stride : stride + 64;
 }
 
-static size_t panel_bytes(size_t n_cols)
-{
-    size_t least = TILE_W * row_stride(n_cols, sizeof(float));
-    return least > PANEL_BYTES ? least : PANEL_BYTES;
-}
-
 size_t linear_scratch_bytes(const struct device *d)
 {
-    size_t dim = (size_t)d->options.max_dim;
     size_t rows = d->options.max_tokens < X_BLOCK ? (size_t)d->options.max_tokens : X_BLOCK;
-    return rows * row_stride(dim, sizeof(float)) + (size_t)thread_pool_size(d->pool) * panel_bytes(dim);
+    return rows * row_stride((size_t)d->options.max_dim, sizeof(float));
 }
 
 static bool part_is_bf16(const struct pass *pass, int32_t part)
@@ -76,64 +78,82 @@ static void load_bias(const struct pass *pass, float bias[TILE_W], const struct 
         pass->simd->widen(bias, (const char *)from->data + first * dtype_size(from->dtype), from->dtype, n);
 }
 
-// All rows of x times rows first .. first + n of a part, which lie at w, w_stride apart, as dtype.
-static void multiply(const struct pass *pass, int32_t part, size_t first, size_t n, const char *w, size_t w_stride,
-                     enum dtype dtype)
+static struct block block_at(const struct pass *pass, int32_t item)
 {
-    const struct weight *weight = pass->p->weight;
-    struct linear_tile t = {.x_stride = pass->x_stride, .w_stride = w_stride, .n_cols = weight->n_cols,
-                            .out_stride = 0, .accumulate = pass->p->accumulate};
-    size_t column = first;
-    for (int32_t i = 0; i < weight->n_parts; i++) {
-        t.out_stride += weight->part[i].n_rows;
-        if (i < part) column += weight->part[i].n_rows;
-    }
+    const struct weight *w = pass->p->weight;
+    struct block b = {.w = NULL};
+    int32_t part = 0;
+    for (; part < w->n_parts && item >= pass->first_item[part + 1]; part++) b.column += w->part[part].n_rows;
+    if (part == w->n_parts) return b;
+    b.part = &w->part[part];
+    b.first = (size_t)(item - pass->first_item[part]) * pass->rows_per_item;
+    b.n_rows = b.part->n_rows - b.first < pass->rows_per_item ? b.part->n_rows - b.first : pass->rows_per_item;
+    b.column += b.first;
+    b.w_stride = w->n_cols * dtype_size(b.part->dtype);
+    b.w = (const char *)b.part->data + b.first * b.w_stride;
+    return b;
+}
+
+// What call number `call` of an item's tiles fetches of the block this thread will probably work on next: TILE_W rows,
+// spread evenly over the item's last tiles of x.
+static const void *rows_to_fetch(const struct pass *pass, const struct block *next, size_t call, size_t calls_per_x_tile)
+{
+    size_t n_tiles = pass->n_x_tiles < FETCH_TILES ? (size_t)pass->n_x_tiles : FETCH_TILES;
+    size_t skipped = ((size_t)pass->n_x_tiles - n_tiles) * calls_per_x_tile;
+    if (!next->w || call < skipped || (call - skipped) % n_tiles) return NULL;
+    size_t row = (call - skipped) / n_tiles * TILE_W;
+    return row < next->n_rows ? next->w + row * next->w_stride : NULL;
+}
+
+static void multiply_block(void *arg, int32_t item, int32_t thread)
+{
+    (void)thread;
+    const struct pass *pass = arg;
+    const struct block b = block_at(pass, item), next = block_at(pass, item + pass->n_threads);
     float bias[TILE_W];
-    t.bias = bias;
+    struct linear_tile t = {.x_stride = pass->x_stride, .w_stride = b.w_stride, .n_cols = pass->p->weight->n_cols,
+                            .bias = bias, .out_stride = pass->p->out.shape[1], .accumulate = pass->p->accumulate};
+    size_t call = 0, calls_per_x_tile = (b.n_rows + TILE_W - 1) / TILE_W;
     for (int32_t i = 0; i < pass->n_x; i += t.n_x) {
         t.n_x = pass->n_x - i < pass->simd->tile_x ? pass->n_x - i : pass->simd->tile_x;
         t.x = pass->x + (size_t)i * pass->x_stride;
-        for (size_t j = 0; j < n; j += TILE_W) {
-            t.w = w + j * w_stride;
-            t.n_w = n - j < TILE_W ? (int32_t)(n - j) : TILE_W;
-            load_bias(pass, bias, &weight->part[part].bias, first + j, (size_t)t.n_w);
-            t.next_w = i == 0 ? (const char *)t.w + TILE_W * w_stride : NULL;
-            t.out = (float *)pass->p->out.data + (pass->first_x + (size_t)i) * t.out_stride + column + j;
-            pass->simd->tile[dtype](&t);
+        float *out = (float *)pass->p->out.data + (pass->first_x + (size_t)i) * t.out_stride + b.column;
+        for (size_t j = 0; j < b.n_rows; j += TILE_W) {
+            t.w = b.w + j * b.w_stride;
+            t.n_w = b.n_rows - j < TILE_W ? (int32_t)(b.n_rows - j) : TILE_W;
+            t.fetch = rows_to_fetch(pass, &next, call++, calls_per_x_tile);
+            load_bias(pass, bias, &b.part->bias, b.first + j, (size_t)t.n_w);
+            t.out = out + j;
+            pass->simd->tile[b.part->dtype](&t);
         }
     }
 }
 
-static void multiply_rows(void *arg, int32_t item, int32_t thread)
-{
-    (void)thread;
-    const struct pass *pass = arg;
-    int32_t part = 0;
-    while (item >= pass->first_item[part + 1]) part++;
-    const struct weight_part *w = &pass->p->weight->part[part];
-    size_t first = (size_t)(item - pass->first_item[part]) * (size_t)pass->rows_per_item;
-    size_t left = w->n_rows - first, stride = pass->p->weight->n_cols * dtype_size(w->dtype);
-    size_t n = left < (size_t)pass->rows_per_item ? left : (size_t)pass->rows_per_item;
-    multiply(pass, part, first, n, (const char *)w->data + first * stride, stride, w->dtype);
-}
-
 // ---- the op ---------------------------------------------------------------------------------------------------------
+
+// Divides each part into items of about the same size, all small enough for L2.
+static void divide(struct pass *pass)
+{
+    const struct weight *w = pass->p->weight;
+    size_t bytes = pass->n_x_tiles > 1 ? BLOCK_BYTES : RUN_BYTES;
+    size_t rows = bytes / (w->n_cols * (pass->bf16 ? sizeof(uint16_t) : sizeof(float))) / TILE_W * TILE_W;
+    pass->rows_per_item = rows < TILE_W ? TILE_W : rows;
+    for (int32_t i = 0; i < w->n_parts; i++) {
+        size_t n = part_is_bf16(pass, i) == pass->bf16 ? w->part[i].n_rows : 0;
+        pass->first_item[i + 1] = pass->first_item[i] + (int32_t)((n + pass->rows_per_item - 1) / pass->rows_per_item);
+    }
+}
 
 static void run_pass(struct device *d, struct pass *pass)
 {
     const struct weight *w = pass->p->weight;
     pass->x_stride = row_stride(w->n_cols, pass->bf16 ? sizeof(uint16_t) : sizeof(float));
-    size_t rows = ITEM_BYTES / (w->n_cols * sizeof(uint16_t)) / TILE_W * TILE_W;
-    pass->rows_per_item = rows < TILE_W ? TILE_W : (int32_t)rows;
-    for (int32_t i = 0; i < w->n_parts; i++) {
-        size_t n = part_is_bf16(pass, i) == pass->bf16 ? w->part[i].n_rows : 0;
-        size_t items = (n + (size_t)pass->rows_per_item - 1) / (size_t)pass->rows_per_item;
-        pass->first_item[i + 1] = pass->first_item[i] + (int32_t)items;
-    }
-    int32_t n_items = pass->first_item[w->n_parts];
-    if (n_items == 0) return;
+    pass->n_x_tiles = (pass->n_x + pass->simd->tile_x - 1) / pass->simd->tile_x;
+    pass->n_threads = thread_pool_size(d->pool);
+    divide(pass);
+    if (pass->first_item[w->n_parts] == 0) return;
     thread_pool_run(d->pool, pass->n_x, prepare_x_row, pass);
-    thread_pool_run(d->pool, n_items, multiply_rows, pass);
+    thread_pool_run(d->pool, pass->first_item[w->n_parts], multiply_block, pass);
 }
 
 static int check(const struct device *d, const struct linear_params *p, struct error *e)

@@ -82,13 +82,13 @@ INLINE void tile(const struct linear_tile *t, enum dtype dtype, int n_x)
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_W; j++) sum[i][j] = vec_zero();
 
-    const char *next = t->next_w;
+    const char *fetch = t->fetch;
     size_t n_steps = t->n_cols / step_cols(dtype), x_offset = 0, w_offset = 0;
     for (size_t s = 0; s < n_steps; s++) {
-        if (next) { // in the order of its addresses: that is how DRAM and the hardware's own prefetch like it
+        if (fetch) { // in the order of its addresses: that is how DRAM and the hardware's own prefetch like it
 #pragma GCC unroll 8
             for (size_t j = 0; j < TILE_W * step_bytes(dtype); j += 64)
-                __builtin_prefetch(next + TILE_W * w_offset + j, 0, 2);
+                __builtin_prefetch(fetch + TILE_W * w_offset + j, 0, 2);
         }
         add_step(dtype, n_x, sum, x, w, x_offset, w_offset);
         x_offset += sizeof(vec);

@@ -19,7 +19,7 @@ struct linear_tile {
     size_t x_stride;
     const void *w;      // [n_w, n_cols], rows w_stride bytes apart, at any address
     size_t w_stride;
-    const void *next_w; // memory the next call reads, TILE_W rows: fetched into L2 meanwhile; NULL: it is there
+    const void *fetch;  // memory to fetch into L2 meanwhile, as long as TILE_W rows of w; NULL: none
     size_t n_cols;
     int32_t n_x, n_w;
     const float *bias;  // [TILE_W]
