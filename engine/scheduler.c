@@ -281,7 +281,8 @@ static void look_at_parked(struct scheduler *s, double now)
 
 // ---- planning -----------------------------------------------------------------------------------------------------------
 
-struct budget { int32_t tokens, logprob_rows; };
+// What is left of a step; fork_slots: slots that choices of requests whose prompt ends in this step are to have.
+struct budget { int32_t tokens, logprob_rows, fork_slots; };
 
 static void unplan(struct plan *plan, struct budget *budget, const struct sequence *seq)
 {
@@ -388,6 +389,8 @@ static void plan_prefill(struct scheduler *s, struct plan *plan, struct budget *
     row.n_tokens = n;
     row.sample = row.start + n == length && length < r->n_prompt + r->params.max_tokens;
     budget->logprob_rows -= n_logprob_rows(seq, row.start, n);
+    if (row.sample && !r->forked)
+        budget->fork_slots += r->n - 1;
     add_row(plan, budget, &row);
 }
 
@@ -404,9 +407,10 @@ static int32_t blocks_promised(const struct scheduler *s, int32_t g)
     return n;
 }
 
-static bool fits(const struct scheduler *s, const struct sequence *seq, const struct prefix_match *match)
+static bool fits(const struct scheduler *s, const struct budget *budget, const struct sequence *seq,
+                 const struct prefix_match *match)
 {
-    if (s->n_free_slots == 0)
+    if (s->n_free_slots <= budget->fork_slots)
         return false;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         int32_t need = request_blocks_needed(&s->config.limits, g, sequence_length(seq));
@@ -438,7 +442,7 @@ static void admit(struct scheduler *s, struct plan *plan, struct budget *budget,
         if (seq->n_pending > 0)
             return; // preempted in flight: its last token is not known yet
         sequence_match_prefix(s, seq, &match);
-        if (!fits(s, seq, &match)) {
+        if (!fits(s, budget, seq, &match)) {
             if (s->n_running == 0 ||
                 s->running[s->n_running - 1]->request->params.priority <= seq->request->params.priority)
                 return;
@@ -506,7 +510,10 @@ static void finish_row(struct scheduler *s, struct plan *plan, const struct plan
 
 void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, double now)
 {
-    struct budget budget = {s->config.limits.max_num_batched_tokens, s->config.max_logits_rows - s->config.max_num_seqs};
+    struct budget budget = {
+        .tokens = s->config.limits.max_num_batched_tokens,
+        .logprob_rows = s->config.max_logits_rows - s->config.max_num_seqs,
+    };
     plan->n_rows = plan->n_tokens = plan->n_outputs = plan->n_entered = 0;
     end_flagged(s, n_signals, now);
     park_slow(s, now);

@@ -8,9 +8,7 @@
 #include <string.h>
 #include <time.h>
 
-_Atomic int fake_fail_sample;
-_Atomic long fake_tokens;
-_Atomic int fake_max_seqs;
+_Atomic int fake_fail_forward, fake_fail_sample;
 
 static uint64_t mix(uint64_t h, uint64_t x)
 {
@@ -23,7 +21,6 @@ static uint64_t mix(uint64_t h, uint64_t x)
 struct model {
     struct model_info info;
     int32_t nan_token, step_us;
-    int64_t fail_at, n_forwards;
     int32_t max_logits_rows;
     float *logits;
     const struct kernels *kernels;
@@ -61,7 +58,6 @@ int model_create(struct model **out, const struct model_options *o, struct error
     info->kv_groups[info->n_kv_groups - 1].window = (int32_t)option(o->dir, "window", 0);
     info->max_dim = 1;
     m->nan_token = (int32_t)option(o->dir, "nan", -1);
-    m->fail_at = option(o->dir, "fail", 0);
     m->step_us = (int32_t)option(o->dir, "us", 0);
     m->max_logits_rows = o->max_logits_rows;
     info->workspace_bytes = (size_t)m->max_logits_rows * (size_t)info->vocab_size * sizeof(float);
@@ -141,12 +137,9 @@ static void fill_logits(const struct model *m, const struct batch *b, const stru
 int model_forward(struct model *m, const struct batch *b, const struct kv_cache *kv, struct tensor *logits,
                   struct error *e)
 {
-    if (++m->n_forwards == m->fail_at)
+    if (atomic_load(&fake_fail_forward) > 0 && atomic_fetch_sub(&fake_fail_forward, 1) == 1)
         return error_set(e, ERR_DEVICE, "the fake device broke, as told");
     assert(b->n_tokens > 0 && b->n_logits_rows <= m->max_logits_rows);
-    atomic_fetch_add(&fake_tokens, b->n_tokens);
-    if (b->n_seqs > atomic_load(&fake_max_seqs))
-        atomic_store(&fake_max_seqs, b->n_seqs);
     for (int32_t g = 0; g < m->info.n_kv_groups; g++)
         write_kv(b, kv, &m->info.kv_groups[g], g);
     for (int32_t row = 0; row < b->n_logits_rows; row++)

@@ -6,7 +6,7 @@
  *
  * model_options.dir: "fake:key=value,..." with
  *   vocab (64), len (4096) longest context, groups (1), window (0; of the last group), eos (0; -1: none),
- *   nan (-1: token id after which logits are NaN), fail (0: never; forward number that fails), us (0: time of a step)
+ *   nan (-1: token id after which logits are NaN), us (0: time of a step)
  * Backends: "fake", and "fake-async", which delivers results no earlier than wait() and poisons them until then.
  */
 #ifndef GPTD_TESTS_FAKE_MODEL_H
@@ -14,8 +14,6 @@
 
 #include "models/model.h"
 
-extern _Atomic int fake_fail_sample; // > 0: the sample op that many calls on fails
-extern _Atomic long fake_tokens;     // tokens all forwards computed
-extern _Atomic int fake_max_seqs;    // most sequences in one batch
+extern _Atomic int fake_fail_forward, fake_fail_sample; // > 0: the call that many on fails
 
 #endif

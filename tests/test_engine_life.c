@@ -463,9 +463,8 @@ END_TEST
 START_TEST(test_device_failure)
 {
     struct engine_options o = options_default();
-    o.model_dir = _i < 2 ? "fake:fail=20" : "fake:";
+    o.model_dir = "fake:us=100";
     o.backend = _i % 2 == 0 ? "fake" : "fake-async";
-    atomic_store(&fake_fail_sample, _i < 2 ? 0 : 20);
     o.max_num_seqs = 3;
     struct engine *engine = engine_begin(&o);
     struct request *r[6];
@@ -474,6 +473,11 @@ START_TEST(test_device_failure)
         request_params(r[i])->n = 1 + i % 3;
         submit(engine, r[i]);
     }
+    struct engine_stats stats;
+    do
+        engine_stats_get(engine, &stats);
+    while (stats.n_running < 3);
+    atomic_store(_i < 2 ? &fake_fail_forward : &fake_fail_sample, 20);
     for (int32_t i = 0; i < 6; i++) {
         wait_done(engine, r[i]);
         ck_assert_int_eq(finish_of(r[i], 0), FINISH_ERROR);
@@ -481,7 +485,6 @@ START_TEST(test_device_failure)
         ck_assert_msg(strncmp(request_error(r[i]), "step of 3 tokens, 3 sequences", 29) == 0, "%s", request_error(r[i]));
     }
     expect_refusal(engine, request_of(3, 3), ERR_DEVICE, "broke, as told");
-    struct engine_stats stats;
     wait_until_idle(engine, &stats);
     ck_assert(stats.failed);
     engine_destroy(engine);
