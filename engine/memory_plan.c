@@ -63,34 +63,39 @@ static int refuse(const struct engine_plan *p, struct error *e)
                      gib(p->history_bytes), gib(p->scratch_bytes), gib(p->kv_cache_bytes), gib(p->memory_bytes));
 }
 
+static size_t bytes_left(struct engine_plan *plan, const struct scheduler_config *config, size_t device_scratch,
+                         int32_t depth)
+{
+    plan->scratch_bytes = device_scratch + tables_bytes(config, depth);
+    size_t fixed = plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->scratch_bytes;
+    return plan->memory_bytes > fixed ? plan->memory_bytes - fixed : 0;
+}
+
 int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, const struct model_info *info,
                      const struct engine_options *options, int32_t depth, struct error *e)
 {
-    size_t device_scratch = plan->scratch_bytes;
+    size_t asked = options->kv_cache_memory_bytes, device_scratch = plan->scratch_bytes, left;
     plan->weights_bytes = info->weights_bytes;
     plan->workspace_bytes = info->workspace_bytes;
     plan->history_bytes = (size_t)config->max_num_seqs * (size_t)config->limits.max_model_len * sizeof(int32_t);
-    // The tables' own size depends on the number of blocks, by a thousandth of a block each: take them without first.
-    plan->scratch_bytes = device_scratch + tables_bytes(config, depth);
-    size_t fixed = plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->scratch_bytes;
-    size_t left = plan->memory_bytes > fixed ? plan->memory_bytes - fixed : 0;
-    size_t asked = options->kv_cache_memory_bytes;
-    plan->kv_cache_bytes = asked > 0 ? share_out(config, info, asked, SIZE_MAX)
-                                     : share_out(config, info, left / 2, (size_t)config->max_num_seqs);
-    plan->scratch_bytes = device_scratch + tables_bytes(config, depth);
+    // The tables grow with the number of blocks they share the memory with: the second pass has them in what is left.
+    for (int32_t pass = 0; pass < 2; pass++) {
+        left = bytes_left(plan, config, device_scratch, depth);
+        plan->kv_cache_bytes = asked > 0 ? share_out(config, info, asked, SIZE_MAX)
+                                         : share_out(config, info, left / 2, (size_t)config->max_num_seqs);
+    }
+    left = bytes_left(plan, config, device_scratch, depth);
+    if (plan->kv_cache_bytes > left || left == 0)
+        return refuse(plan, e);
     plan->block_bytes = 0;
     plan->n_blocks = config->limits.n_blocks[0];
     for (int32_t g = 0; g < config->limits.n_groups; g++) {
-        plan->block_bytes += kv_block_bytes(&info->kv_groups[g], config->limits.block_size);
+        size_t block = kv_block_bytes(&info->kv_groups[g], config->limits.block_size);
+        plan->block_bytes += block;
         if (config->limits.n_blocks[g] < 1)
-            return left == 0 ? refuse(plan, e)
-                             : error_set(e, ERR_NOMEM, "%zu bytes for the KV cache do not hold one block of %zu bytes",
-                                         asked > 0 ? asked : left / 2,
-                                         kv_block_bytes(&info->kv_groups[g], config->limits.block_size));
+            return error_set(e, ERR_NOMEM, "%zu bytes for the KV cache do not hold one block of %zu bytes a group",
+                             asked > 0 ? asked : left / 2, block);
     }
     plan->kv_tokens = (int64_t)plan->n_blocks * config->limits.block_size;
-    fixed = plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->scratch_bytes;
-    if (plan->kv_cache_bytes > plan->memory_bytes || fixed > plan->memory_bytes - plan->kv_cache_bytes)
-        return refuse(plan, e);
     return 0;
 }
