@@ -15,7 +15,8 @@ typedef void (*work_fn)(void *arg, int32_t item, int32_t thread);
 
 // A job is published by storing `ticket` = epoch << 32 | next item. An item is claimed by a compare-and-swap of the
 // whole ticket, so a worker that is late, and has read the fields of a job that is over, can never claim an item of
-// another job: its swap names the old epoch and fails.
+// another job: its swap names the old epoch and fails. Nor can it take the next job's n_items for its own job's: before
+// the fields change, the old ticket is closed (no item left whatever n_items is).
 struct thread_pool {
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int32_t n_done;
@@ -121,6 +122,7 @@ void thread_pool_run(struct thread_pool *pool, int32_t n_items, void (*work)(voi
         return;
     }
     uint32_t epoch = ticket_epoch(atomic_load(&pool->ticket)) + 1;
+    atomic_store(&pool->ticket, (uint64_t)(epoch - 1) << 32 | INT32_MAX);
     atomic_store_explicit(&pool->n_done, 0, memory_order_relaxed);
     atomic_store_explicit(&pool->n_items, n_items, memory_order_release);
     atomic_store_explicit(&pool->work, work, memory_order_release);
