@@ -101,12 +101,14 @@ $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
 # ---- serving ----
 
+TRY = {"model": "$(notdir $(patsubst %/,%,$(MODEL)))", "prompt": "Once upon a time", "max_tokens": 200, "stream": true}
+
 # What a newcomer types: installs what is missing, builds, serves $(MODEL).
 run:
 	@./scripts/setup.sh run
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/gptd
-	@printf '\nTry it from another terminal:\n\n  curl -N http://%s:%s/v1/completions -H "Content-Type: application/json" \\\n    -d %s\n\n' \
-	  '$(HOST)' '$(PORT)' "'"'{"model": "$(notdir $(patsubst %/,%,$(MODEL)))", "prompt": "Once upon a time", "max_tokens": 200, "stream": true}'"'"
+	@printf '\nTry it from another terminal:\n\n  curl -N http://%s:%s/v1/completions -H "%s" \\\n    -d %s\n\n' \
+	  '$(HOST)' '$(PORT)' 'Content-Type: application/json' "'"'$(TRY)'"'"
 	@exec $(BUILD)/gptd --model $(MODEL) --host $(HOST) --port $(PORT)
 
 # ---- tests: one Check suite per tests/test_*.c; suites of the engine run on tests/fake_model.c ----

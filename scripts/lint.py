@@ -26,7 +26,7 @@ ONLY_IN = {
     r"cuda.*|cublas.*": r"kernels/cuda/.*",
 }
 MAX_FILE_LINES = 800
-MAX_COLUMNS = 120
+MAX_COLUMNS = 132
 MAX_FUNCTION_LINES = 120
 LONG_FUNCTIONS_IN = r"kernels/.*|models/forward\.c"  # style.md rule 8
 
@@ -76,7 +76,7 @@ def main():
         if len(lines) > MAX_FILE_LINES:
             complain(len(lines), f"{len(lines)} lines (at most {MAX_FILE_LINES}): two files?")
         for number, line in enumerate(lines, 1):
-            if len(line) > MAX_COLUMNS:
+            if len(line) > MAX_COLUMNS and not path.startswith("scripts/demo/"):
                 complain(number, f"{len(line)} columns (at most {MAX_COLUMNS})")
             if line.rstrip() != line:
                 complain(number, "space at the end of the line")
