@@ -3,6 +3,7 @@
 import json
 import unittest
 
+import harness
 from harness import Server, ServerTest
 
 ROUTES = {"/v1/completions": "post", "/v1/models": "get", "/v1/models/{model}": "get", "/tokenize": "post",
@@ -61,6 +62,9 @@ class Routes(ServerTest):
         answer = self.server.get("/metrics")
         self.assertTrue(answer.headers["Content-Type"].startswith("text/plain"))
         self.server.complete(prompt="Once", max_tokens=5, ignore_eos=True)
+        # The engine's own count may follow the last token by a moment.
+        generated = "gptd_generation_tokens_total"
+        harness.wait_until(lambda: self.server.metrics()[generated] >= before[generated] + 5, 5, "five tokens more")
         after = self.server.metrics()
         reason = 'gptd_request_success_total{finished_reason="length"}'
         self.assertEqual(after[reason] - before[reason], 1)
@@ -145,7 +149,6 @@ class Routes(ServerTest):
     def test_one_log_line_per_request(self):
         answer = self.server.completions(prompt="Once upon", max_tokens=3, ignore_eos=True, headers={"x-request-id": "log-me"})
         self.assertEqual(answer.status, 200)
-        import harness
         harness.wait_until(lambda: any("log-me" in line for line in self.server.log), 5, "the log line")
         entries = [e for e in self.server.log_entries() if e.get("id") == "log-me"]
         self.assertEqual(len(entries), 1)
