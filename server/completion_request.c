@@ -4,6 +4,7 @@
 #include "tokenizer/detokenizer.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,6 +66,14 @@ static int no_memory(struct parse *p) { return http_error_set(p->error, 503, NUL
 
 // What a getter returned.
 static int json_result(struct parse *p, int failed) { return failed ? http_error_from_json(p->error, &p->json) : 0; }
+
+// What a getter returned that looked into the object called name.
+static int nested_result(struct parse *p, const char *name)
+{
+    char param[sizeof p->error->param];
+    snprintf(param, sizeof param, "%s.%s", name, p->json.param);
+    return http_error_from(p->error, &p->json.error, param);
+}
 
 // ---- fields ----
 
@@ -169,7 +178,7 @@ static int parse_stream_options(struct parse *p)
         json_get_bool(options, "include_usage", &p->r->include_usage, &p->json) ||
         json_get_bool(options, "include_obfuscation", &ignored, &p->json) ||
         json_get_bool(options, "continuous_usage_stats", &continuous, &p->json))
-        return json_result(p, -1);
+        return nested_result(p, "stream_options");
     return continuous ? invalid(p, "stream_options", "asks for continuous_usage_stats, which is not supported") : 0;
 }
 
@@ -379,6 +388,7 @@ static int parse_text(struct parse *p, struct completion_prompt *prompt, const c
     const struct completion_limits *l = p->limits;
     size_t length = strlen(text), n;
     char message[256];
+    if (length == 0) return invalid(p, "prompt", "must not be empty");
     int32_t *ids;
     // The cheap check first: so much text cannot fit, whatever its tokens are.
     size_t at_least = l->max_token_bytes ? length / l->max_token_bytes : 0;

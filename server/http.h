@@ -64,6 +64,7 @@ struct exchange {
     int32_t status;               // 0: not answered yet
     bool refused;                 // error is the answer
     bool discard;                 // but first the body is thrown away
+    bool close;                   // the connection ends with the answer
     bool queued;                  // an answer has been given to libmicrohttpd
     bool end;                     // stream: out holds the last of it
     struct {

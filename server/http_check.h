@@ -1,8 +1,8 @@
 /* http_check.h: what libmicrohttpd's lenient parser lets through and a server behind a proxy must not.
  *
  * A request whose end two parties may see at different places is how requests are smuggled; every doubt about its
- * framing is a 400, and the connection ends. (Line folding and bare LF never reach us: 0.9.75 hides them. The proxy
- * configurations we ship refuse them.)
+ * framing is a 400, and the connection ends. (A Content-Length that is no number never gets here: 0.9.75 answers that
+ * itself, with its header twice, and closes.)
  */
 #ifndef GPTD_SERVER_HTTP_CHECK_H
 #define GPTD_SERVER_HTTP_CHECK_H
