@@ -257,6 +257,7 @@ struct kernels {
     void (*free)(struct device *device, void *memory);
     void *(*alloc_host)(struct device *device, size_t bytes);
     void (*free_host)(struct device *device, void *memory);
+    // May be called by several threads at once while weights are loaded.
     int (*copy_in)(struct device *device, void *to, const void *from_host, size_t bytes, struct error *e);
     int (*copy_out)(struct device *device, void *to_host, const void *from, size_t bytes, struct error *e);
     // Puts checkpoint bytes that stay mapped at `host` where ops can read them: the CPU returns `host` itself.

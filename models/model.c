@@ -95,6 +95,8 @@ void model_destroy(struct model *m)
 
 const struct model_info *model_info_get(const struct model *m) { return &m->info; }
 
+const char *model_file_at(const void *address) { return safetensors_file_at(address); }
+
 static int workspace_create(struct model *m, struct error *e)
 {
     struct workspace *w = &m->workspace;
