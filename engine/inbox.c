@@ -55,13 +55,15 @@ static void append(struct inbox *inbox, struct request *r)
     r->submitted = now_seconds();
     r->counted = true;
     r->next = NULL;
-    r->inbox = inbox;
     atomic_fetch_add(&inbox->references, 1);
     atomic_fetch_add(&r->references, 1);
     atomic_fetch_add(&inbox->n_waiting, 1);
     atomic_fetch_add(&inbox->n_waiting_tokens, r->n_prompt);
     *(inbox->last != NULL ? &inbox->last->next : &inbox->first) = r;
     inbox->last = r;
+    atomic_store(&r->inbox, inbox);
+    if (atomic_load(&r->cancelled)) // by somebody who did not see the inbox yet: see request_cancel
+        atomic_fetch_add(&inbox->n_signals, 1);
     inbox->rung = true;
     pthread_cond_signal(&inbox->bell);
 }

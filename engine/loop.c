@@ -132,8 +132,10 @@ static int turn(struct engine *engine, bool *idle, struct error *e)
 {
     double begin = now_seconds(), backend = engine->backend_seconds;
     struct step *step = &engine->steps[engine->n_launched % (uint64_t)engine->depth];
+    // Counted before requests are taken: a signal that is counted is of a request taken here or before.
+    uint64_t n_signals = atomic_load(&engine->inbox->n_signals);
     take_requests(engine, begin);
-    scheduler_plan(&engine->scheduler, &step->plan, atomic_load(&engine->inbox->n_signals), begin);
+    scheduler_plan(&engine->scheduler, &step->plan, n_signals, begin);
     bool planned = step->plan.n_rows > 0;
     int rc = planned ? launch(engine, step, e) : 0;
     uint64_t n_in_flight = engine->n_launched - engine->n_collected;

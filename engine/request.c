@@ -44,6 +44,7 @@ static void free_storage(struct request *r)
     free(r->stop_ids);
     free(r->prompt_hashes);
     r->sequences = NULL;
+    r->n = 0;
     r->prompt_logprobs = NULL;
     r->prompt_top = NULL;
     r->stop_ids = NULL;
@@ -239,9 +240,10 @@ int request_prepare(struct request *r, const struct request_limits *limits, stru
 
 void request_cancel(struct request *r)
 {
-    atomic_store_explicit(&r->cancelled, true, memory_order_relaxed);
-    if (r->inbox != NULL)
-        inbox_signal(r->inbox);
+    atomic_store(&r->cancelled, true);
+    struct inbox *inbox = atomic_load(&r->inbox);
+    if (inbox != NULL)
+        inbox_signal(inbox);
 }
 
 void choice_stop(struct request *r, int32_t choice)

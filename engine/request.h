@@ -52,7 +52,7 @@ struct sequence {
 
 struct request {
     atomic_int references;
-    struct inbox *inbox;          // from submission on; one reference
+    struct inbox *_Atomic inbox;  // from submission on; one reference
     struct request *next;         // in the inbox
     int32_t *prompt;              // [n_prompt]
     int32_t n_prompt;

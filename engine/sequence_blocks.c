@@ -93,6 +93,8 @@ static bool is_shared(const struct scheduler *s, const struct sequence *seq, int
 bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct plan_row *row)
 {
     int32_t at = row->start / s->config.limits.block_size;
+    if (seq->request->n == 1) // only choices of one request share a block that is not full
+        return true;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         if (is_shared(s, seq, g, at) && s->blocks[g].n_free == 0)
             return false;

@@ -336,6 +336,29 @@ START_TEST(test_cancel_at_any_time)
 }
 END_TEST
 
+// A cancellation is heard even if it comes before the engine has seen the request, or before its submission.
+START_TEST(test_cancel_at_once)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:len=100000,us=1000,window=20";
+    struct engine *engine = engine_begin(&o);
+    for (int32_t i = 0; i < 200; i++) {
+        struct request *r = request_of(5, 50000);
+        if (i % 4 == 0)
+            request_cancel(r);
+        submit(engine, r);
+        if (i % 4 > 1)
+            request_cancel(r);
+        if (i % 4 == 1)
+            choice_stop(r, 0);
+        wait_done(engine, r);
+        ck_assert_int_eq(finish_of(r, 0), i % 4 == 1 ? FINISH_STOP : FINISH_CANCELLED);
+        request_release(r);
+    }
+    engine_destroy(engine);
+}
+END_TEST
+
 // Stopping choice 0 before it has computed the prompt must not strand the choices that wait for it.
 START_TEST(test_first_choice_stopped_early)
 {
@@ -580,6 +603,7 @@ int main(void)
     tcase_add_loop_test(tc, test_stop_ids_and_min_tokens, 0, 2);
     tcase_add_test(tc, test_no_tokens_wanted);
     tcase_add_loop_test(tc, test_cancel_at_any_time, 0, 2);
+    tcase_add_test(tc, test_cancel_at_once);
     tcase_add_test(tc, test_first_choice_stopped_early);
     tcase_add_loop_test(tc, test_slow_reader, 0, 2);
     tcase_add_test(tc, test_cancel_with_full_ring);
