@@ -12,7 +12,7 @@ struct http_error {
     int32_t status;      // HTTP status; 0: no error
     int32_t retry_after; // seconds for Retry-After; 0: no such header
     const char *code;    // a constant; NULL: none
-    char param[64];      // the field at fault; "": none
+    char param[128];     // the field at fault ("stream_options.include_usage" within an object); "": none
     char message[512];
 };
 
