@@ -268,3 +268,8 @@ int engine_submit(struct engine *engine, struct request *r, struct error *e)
     int rc = request_prepare(r, &engine->config.limits, e);
     return rc != 0 ? rc : inbox_submit(engine->inbox, r, e);
 }
+
+const char *engine_file_at(const void *address)
+{
+    return model_file_at(address);
+}
