@@ -12,7 +12,7 @@
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-enum { ALIGNMENT = 64, PAGE_BYTES = 4096, HUGE_FROM = 32 << 20 };
+enum { ALIGNMENT = 64, PAGE_BYTES = 4096, HUGE_FROM = 4 << 20 };
 
 // calloc leaves large blocks to the kernel's zero pages: an array costs memory as it is used. The largest ask for huge
 // pages: reading weights through 4 KiB pages reaches 85 % of the bandwidth (Zen 4, one thread).
