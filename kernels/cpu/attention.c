@@ -105,6 +105,7 @@ static void add_values(struct tile *t, struct queries q, struct keys keys, const
     product.b = (const char *)v->b + (size_t)keys.first * v->ldb * dtype_size(v->b_dtype);
     product.n_rows = (q.end - q.first) * t->n_heads;
     product.n_inner = keys.end - keys.first;
+    if (keys.first != 0) product.next = NULL;
     t->op->d->attention->product(&product);
 }
 
@@ -163,20 +164,25 @@ static void attend_block(struct tile *t, int32_t block_start)
         .ldc = ATTENTION_MAX_BLOCK, .lda = dim, .ldb = (size_t)p->block_size, .b_dtype = p->cache.k.dtype,
         .n_rows = n_rows, .n_inner = p->head_dim, .n_cols = (int32_t)round_up((size_t)last.end),
     };
+    struct attention_product v = {
+        .lda = ATTENTION_MAX_BLOCK, .ldc = t->op->out_cols, .n_cols = (int32_t)t->op->out_cols, .accumulate = true,
+        .b = (char *)p->cache.v.data + tile * element, .b_dtype = p->cache.v.dtype, .ldb = dim,
+    };
+    // Few rows wait for memory: the next block's tiles are on their way while this one's are used.
+    int32_t next_start = block_start + p->block_size;
+    if (!unpack && next_start < t->position + t->n_queries) {
+        size_t next = attention_tile(p, t->seq, t->kv_head, next_start);
+        k.next = (char *)p->cache.k.data + next * element, v.next = (char *)p->cache.v.data + next * element;
+    }
     if (unpack) {
         simd->unpack(t->k, k.ldb, k.b, k.b_dtype, dim, k.ldb);
         k.b = t->k, k.b_dtype = DTYPE_F32;
     }
     simd->product(&k);
     softmax_rows(t, q, block_start, k.n_cols);
-
-    struct attention_product v = {
-        .lda = ATTENTION_MAX_BLOCK, .ldc = t->op->out_cols, .n_cols = (int32_t)t->op->out_cols, .accumulate = true,
-        .b = (char *)p->cache.v.data + tile * element, .b_dtype = p->cache.v.dtype, .ldb = dim,
-    };
     if (unpack || dim != t->op->out_cols) {
         simd->unpack(t->v, t->op->out_cols, v.b, v.b_dtype, (size_t)last.end, dim);
-        v.b = t->v, v.b_dtype = DTYPE_F32, v.ldb = t->op->out_cols;
+        v.b = t->v, v.b_dtype = DTYPE_F32, v.ldb = t->op->out_cols, v.next = NULL;
     }
     if (first.first == last.first && first.end == last.end)
         add_values(t, q, first, &v);

@@ -16,9 +16,9 @@ enum { TILE_ROWS = 6, TILE_VECS = 2 };
 enum { TILE_ROWS = 2, TILE_VECS = 4 };
 #endif
 
-// One register tile: rows first .. first+rows-1, vecs vectors of columns from col. rows, vecs and dtype are constants.
+// One register tile: rows first .. first+rows-1, vecs vectors of columns from col. rows, vecs, dtype, fetch: constants.
 INLINE void product_tile(const struct attention_product *p, size_t first, size_t col, int rows, int vecs,
-                         enum dtype dtype)
+                         enum dtype dtype, bool fetch)
 {
     vec sum[TILE_ROWS][4];
     float *c = p->c + first * p->ldc + col;
@@ -28,11 +28,13 @@ INLINE void product_tile(const struct attention_product *p, size_t first, size_t
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++)
             sum[r][v] = p->accumulate ? vec_load(c + (size_t)r * p->ldc + v * VEC_LANES) : (vec){0};
-    size_t n_inner = (size_t)p->n_inner, lda = p->lda, ldb = p->ldb;
+    size_t n_inner = (size_t)p->n_inner, lda = p->lda, ldb = p->ldb, size = dtype == DTYPE_F32 ? 4 : 2;
     for (size_t k = 0; k < n_inner; k++) {
         vec b[4];
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++) b[v] = vec_load_any(p->b, dtype, k * ldb + col + (size_t)(v * VEC_LANES));
+        for (size_t byte = 0; fetch && byte < (size_t)(vecs * VEC_LANES) * size; byte += 64)
+            __builtin_prefetch((const char *)p->next + (k * ldb + col) * size + byte);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -44,19 +46,27 @@ INLINE void product_tile(const struct attention_product *p, size_t first, size_t
         for (int v = 0; v < vecs; v++) vec_store(c + (size_t)r * p->ldc + v * VEC_LANES, sum[r][v]);
 }
 
-INLINE void product_rows(const struct attention_product *p, size_t first, int rows, int vecs, enum dtype dtype)
+INLINE void product_cols(const struct attention_product *p, size_t first, int rows, int vecs, enum dtype dtype, bool fetch)
 {
     size_t n_cols = (size_t)p->n_cols, col = 0;
     for (; col + (size_t)(vecs * VEC_LANES) <= n_cols; col += (size_t)(vecs * VEC_LANES))
-        product_tile(p, first, col, rows, vecs, dtype);
-    for (; col < n_cols; col += VEC_LANES) product_tile(p, first, col, rows, 1, dtype);
+        product_tile(p, first, col, rows, vecs, dtype, fetch);
+    for (; col < n_cols; col += VEC_LANES) product_tile(p, first, col, rows, 1, dtype, fetch);
+}
+
+INLINE void product_rows(const struct attention_product *p, size_t first, int rows, int vecs, enum dtype dtype)
+{
+    if (first == 0 && p->next)
+        product_cols(p, first, rows, vecs, dtype, true);
+    else
+        product_cols(p, first, rows, vecs, dtype, false);
 }
 
 INLINE void product_dtype(const struct attention_product *p, enum dtype dtype)
 {
     size_t row = 0, n_rows = (size_t)p->n_rows;
     for (; row + TILE_ROWS <= n_rows; row += TILE_ROWS) product_rows(p, row, TILE_ROWS, TILE_VECS, dtype);
-    for (; row + 4 <= n_rows; row += 4) product_rows(p, row, TILE_ROWS < 4 ? TILE_ROWS : 4, TILE_VECS, dtype);
+    for (; TILE_ROWS > 4 && row + 4 <= n_rows; row += 4) product_rows(p, row, 4, TILE_VECS, dtype);
     for (; row + 2 <= n_rows; row += 2) product_rows(p, row, 2, 4, dtype);
     if (row < n_rows) product_rows(p, row, 1, 4, dtype);
 }
@@ -100,7 +110,7 @@ static float softmax(float *scores, int32_t n_cols, int32_t first, int32_t end, 
         vec_store(scores + j, e);
         sum += e;
     }
-    float factor = vec_exp(vec_set(state->max - max))[0];
+    float factor = max == state->max ? 1 : vec_exp(vec_set(state->max - max))[0];
     state->sum = state->sum * factor + vec_sum(sum);
     state->max = max;
     return factor;

@@ -19,6 +19,7 @@ struct attention_product {
     enum dtype b_dtype;
     int32_t n_rows, n_inner, n_cols; // n_cols divides by ATTENTION_TILE_COLS
     bool accumulate;
+    const void *next; // what a later product reads in b's place: fetched into the caches meanwhile; NULL: nothing
 };
 
 // A row's running softmax: out so far is acc / sum, with all exponentials relative to max.

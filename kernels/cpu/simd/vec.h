@@ -124,21 +124,46 @@ static inline vec vec_max(vec a, vec b) // a > b ? a : b; so b where either is N
 #endif
 }
 
-static inline float vec_sum(vec x)
+static inline float vec_sum(vec x) // by halves
 {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float t[VEC_LANES];
     vec_store(t, x);
     for (int w = VEC_LANES / 2; w > 0; w /= 2)
         for (int i = 0; i < w; i++) t[i] += t[i + w];
     return t[0];
+#endif
 }
 
-static inline float vec_highest(vec x) // NaN lanes are passed over
+static inline float vec_highest(vec x) // any number where a lane is NaN
 {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float highest = -INFINITY;
     for (int i = 0; i < VEC_LANES; i++)
         if (x[i] > highest) highest = x[i];
     return highest;
+#endif
+}
+
+// The high and low halves of x * m, element by element.
+static inline void vec_multiply_wide(uvec x, uint32_t m, uvec *high, uvec *low)
+{
+    *low = x * m;
+#if defined(__AVX512F__)
+    __m512i factor = _mm512_set1_epi32((int)m), even = _mm512_mul_epu32((__m512i)x, factor);
+    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), factor);
+    *high = (uvec)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+#elif defined(__AVX2__)
+    __m256i factor = _mm256_set1_epi32((int)m), even = _mm256_mul_epu32((__m256i)x, factor);
+    __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), factor);
+    *high = (uvec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+    for (int j = 0; j < VEC_LANES; j++) (*high)[j] = (uint32_t)((uint64_t)x[j] * m >> 32);
+#endif
 }
 
 // e^x to about 1 ulp; 0 below -87 (results would be subnormal), infinity above 88.37. Polynomial: Cephes expf.

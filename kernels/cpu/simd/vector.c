@@ -241,18 +241,18 @@ static inline void philox_words(uint32_t *words, uint32_t first_id, uint64_t see
     for (int j = 0; j < VEC_LANES; j++) c0[j] = first_id / 4 + (uint32_t)j;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < PHILOX_ROUNDS; round++) {
-        uvec high0, high1;
-        for (int j = 0; j < VEC_LANES; j++) {
-            high0[j] = (uint32_t)((uint64_t)PHILOX_M0 * c0[j] >> 32);
-            high1[j] = (uint32_t)((uint64_t)PHILOX_M1 * c2[j] >> 32);
-        }
-        uvec low0 = c0 * PHILOX_M0, low1 = c2 * PHILOX_M1;
+        uvec high0, low0, high1, low1;
+        vec_multiply_wide(c0, PHILOX_M0, &high0, &low0);
+        vec_multiply_wide(c2, PHILOX_M1, &high1, &low1);
         c0 = high1 ^ c1 ^ k0, c2 = high0 ^ c3 ^ k1;
         c1 = low1, c3 = low0;
         k0 += PHILOX_W0, k1 += PHILOX_W1;
     }
+    uint32_t c[4][VEC_LANES];
+    memcpy(c[0], &c0, sizeof(c0)), memcpy(c[1], &c1, sizeof(c1));
+    memcpy(c[2], &c2, sizeof(c2)), memcpy(c[3], &c3, sizeof(c3));
     for (int j = 0; j < VEC_LANES; j++)
-        words[4 * j] = c0[j], words[4 * j + 1] = c1[j], words[4 * j + 2] = c2[j], words[4 * j + 3] = c3[j];
+        for (int k = 0; k < 4; k++) words[4 * j + k] = c[k][j];
 }
 
 // g = -log(-log(u)) with u = 1 - w, w = (word + 1/2) / 2^32: so the large g, which win, have the finest steps.
@@ -273,10 +273,11 @@ static int32_t gumbel_argmax(const float *x, size_t n, uint64_t seed, int32_t po
     vec best = vec_set(-INFINITY);
     ivec best_start = {0}; // x index of the vector where the lane's best stands
     for (size_t i = 0; i < n; i += STEP) {
-        bool any = false;
+        int32_t any = 0;
         size_t end = i + STEP < n ? i + STEP : n;
-        for (size_t j = i; j < end; j++) any |= x[j] > -INFINITY;
-        if (!any) continue;
+        if (end - i == STEP)
+            for (size_t j = 0; j < STEP; j++) any |= x[i + j] > -INFINITY;
+        if (end - i == STEP && !any) continue;
         philox_words(words, (uint32_t)i, seed, position, choice);
         for (size_t j = i; j < end; j += VEC_LANES) {
             vec y;
