@@ -433,7 +433,7 @@ static int check_total(struct parse *p)
         total += r->prompts[i].n_ids + (int64_t)r->params.max_tokens * r->params.n;
     if (total <= max) return 0;
     return http_error_set(p->error, 400, NULL, "max_tokens",
-                          "the prompts and choices may come to %lld tokens; the most in one request is %lld",
+                          "'max_tokens': all prompts and choices may come to %lld tokens; the most is %lld",
                           (long long)total, (long long)max);
 }
 

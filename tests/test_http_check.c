@@ -1,0 +1,84 @@
+/* Request framing: what is taken, and every doubt refused. */
+#include "server/http_check.h"
+
+#include <check.h>
+#include <string.h>
+
+// Headers as "Name: value" lines; \n between them.
+static int check(const char *version, const char *lines, struct http_framing *framing, struct http_error *e)
+{
+    struct http_headers h = {0};
+    while (*lines) {
+        const char *end = strchr(lines, '\n'), *colon = strchr(lines, ':');
+        if (!end) end = lines + strlen(lines);
+        ck_assert(colon && colon < end);
+        const char *value = colon[1] == ' ' ? colon + 2 : colon + 1;
+        h.list[h.n++] = (struct http_header){lines, value, (size_t)(colon - lines), (size_t)(end - value)};
+        lines = *end ? end + 1 : end;
+    }
+    *e = (struct http_error){0};
+    return http_check(&h, version, framing, e);
+}
+
+START_TEST(taken)
+{
+    struct http_framing f;
+    struct http_error e;
+    ck_assert_int_eq(check("HTTP/1.1", "Host: x", &f, &e), 0);
+    ck_assert(!f.has_length && !f.chunked);
+    ck_assert_int_eq(check("HTTP/1.1", "host: x\ncontent-length: 17\nX: a\tb", &f, &e), 0);
+    ck_assert(f.has_length && f.length == 17 && !f.chunked);
+    ck_assert_int_eq(check("HTTP/1.1", "Host: x\nTransfer-Encoding: Chunked", &f, &e), 0);
+    ck_assert(f.chunked && !f.has_length);
+    ck_assert_int_eq(check("HTTP/1.0", "Content-Length: 0", &f, &e), 0);
+    ck_assert_int_eq(check("HTTP/1.1", "Host: x\nX-Text: \xc3\xa4", &f, &e), 0);
+    ck_assert_int_eq(check("HTTP/1.1", "Host: x\nContent-Length: 1844674407370955160", &f, &e), 0);
+}
+END_TEST
+
+START_TEST(refused)
+{
+    static const char *const wrong[] = {
+        "X: y", "Host: a\nHost: a", "Host: a\nhost: b",
+        "Host: x\nContent-Length: 1\nContent-Length: 1", "Host: x\nContent-Length: 1\ncontent-length: 2",
+        "Host: x\nContent-Length: 1\nTransfer-Encoding: chunked", "Host: x\nTransfer-Encoding: gzip",
+        "Host: x\nTransfer-Encoding: gzip, chunked", "Host: x\nTransfer-Encoding: chunked, chunked",
+        "Host: x\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked", "Host: x\nTransfer-Encoding:",
+        "Host: x\nContent-Length: -1", "Host: x\nContent-Length: +1", "Host: x\nContent-Length: 1 ",
+        "Host: x\nContent-Length:", "Host: x\nContent-Length: 0x1", "Host: x\nContent-Length: 99999999999999999999",
+        "Host: x\nContent-Length: 1,1", "Host: x\nContent-Length : 1", "Host: x\nContent-Length\t: 1",
+        "Host: x\nX-A: a\x01", "Host: x\nX-A: a\x7f", "Host: x\nX-A: a\rb", "Host: x\nX A: a", "Host: x\nX\x80: a",
+        "Host: x\n: a",
+    };
+    struct http_framing f;
+    struct http_error e;
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        ck_assert_msg(check("HTTP/1.1", wrong[i], &f, &e) != 0, "%s", wrong[i]);
+        ck_assert_int_eq(e.status, 400);
+    }
+    ck_assert_int_ne(check("HTTP/1.0", "Transfer-Encoding: chunked", &f, &e), 0);
+    ck_assert_int_ne(check("HTTP/2.0", "Host: x", &f, &e), 0);
+    ck_assert_int_eq(e.status, 505);
+
+    struct http_headers h = {.n = 1, .list = {{"Host", "a\0b", 4, 3}}};
+    ck_assert_int_ne(http_check(&h, "HTTP/1.1", &f, &e), 0);
+    h.list[0] = (struct http_header){"Host", "a", 4, 1};
+    h.overflow = true;
+    ck_assert_int_ne(http_check(&h, "HTTP/1.1", &f, &e), 0);
+    ck_assert_int_eq(e.status, 431);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("http_check");
+    TCase *tc = tcase_create("framing");
+    tcase_add_test(tc, taken);
+    tcase_add_test(tc, refused);
+    suite_add_tcase(suite, tc);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
