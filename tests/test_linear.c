@@ -24,7 +24,10 @@ static uint32_t random_u32(void)
     return (uint32_t)(seed >> 32);
 }
 
-static int32_t random_int(int32_t low, int32_t high) { return low + (int32_t)(random_u32() % (uint32_t)(high - low + 1)); }
+static int32_t random_int(int32_t low, int32_t high)
+{
+    return low + (int32_t)(random_u32() % (uint32_t)(high - low + 1));
+}
 
 // About normal: the sum of four uniform numbers.
 static float random_normal(void)
@@ -64,7 +67,8 @@ struct product {
     float *x;      // [T, K]
 };
 
-static void product_init(struct product *p, size_t T, size_t K, int32_t n_parts, int32_t max_rows, const enum dtype *dtype)
+static void product_init(struct product *p, size_t T, size_t K, int32_t n_parts, int32_t max_rows,
+                         const enum dtype *dtype)
 {
     *p = (struct product){.weight = {.n_parts = n_parts, .n_cols = K}};
     for (int32_t i = 0; i < n_parts; i++) {
@@ -167,7 +171,8 @@ static void check_rows_alone(struct device *d, const struct product *p, size_t T
         memset(some, 0xFF, n * p->n_rows * sizeof *some);
         ck_assert_int_eq(multiply(d, p, first, n, some, false), 0);
         ck_assert_msg(!memcmp(some, all + first * p->n_rows, n * p->n_rows * sizeof *some),
-                      "K %zu: rows %zu..%zu of %zu differ from the same rows alone", p->weight.n_cols, first, first + n, T);
+                      "K %zu: rows %zu..%zu of %zu differ from the same rows alone", p->weight.n_cols, first,
+                      first + n, T);
     }
     free(some);
 }

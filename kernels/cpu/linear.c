@@ -1,19 +1,21 @@
 /* linear.c: out[T, N] = x[T, K] w[N, K]^T (+ bias) (+ out), weights in place in the mapped checkpoint.
  *
- * x is F32 in memory; for one pass its rows are copied into scratch, rounded to BF16 where the CPU multiplies BF16 and the
- * weights are BF16, with zeros up to a whole vector. Each output element is one dot product whose order of summation is
- * fixed (simd/linear.h): its bits depend on neither T nor the threads.
+ * x is F32 in memory; for one pass its rows are copied into scratch, rounded to BF16 where the CPU multiplies BF16 and
+ * the weights are BF16, with zeros up to a whole vector. Each output element is one dot product whose order of summation
+ * is fixed (simd/linear.h): its bits depend on neither T nor the threads.
  *
- * Work: 2 T N K FLOPs; bytes: N K sizeof(w) + 4 T (N + K). T = 1 is bound by the memory, T from about 16 by the FMA units.
- * Items are blocks of rows of w that fit L2; the thread passes all rows of x over its block, one tile of x at a time, while
- * it fetches the block it will probably take next.
+ * Work: 2 T N K FLOPs; bytes: N K sizeof(w) + 4 T (N + K). T = 1 is bound by the memory, T from about 16 by the FMA
+ * units. Items are blocks of rows of w that fit L2; the thread passes all rows of x over its block, one tile of x at a
+ * time, while it fetches the block it will probably take next.
  *
- * Measured (2 Zen 4 cores of a shared host, 2026-11; tests/bench/bench_cpu, all products of a Llama of 1.1 B, share of the
- * ceiling of the same run, over several runs): T = 1 BF16 93 to 102 % of the read bandwidth; T = 64 BF16 71 to 83 %,
- * F32 73 to 82 %; T = 512 BF16 72 to 85 %, F32 76 to 92 %, F16 79 to 84 %.
- * Tried without gain: packing the weights (nothing to win: the kernel runs at 95 % of its peak out of L2 as they lie);
- * fetching the next tile of x as well; blocks of 1 MiB (spill from L2); fetching four rows ahead in each row's own stream
- * instead of in the order of addresses (T = 1: 24 against 27 GB/s a thread).
+ * Measured (2 Zen 4 cores of a busy, shared host, 2026-11; tests/bench/bench_cpu, all products of a Llama of 1.1 B,
+ * lowest and highest share of the ceiling of the same run): T = 64 BF16 71 to 83 %, F32 73 to 82 %; T = 512 BF16 72 to
+ * 85 %, F32 76 to 92 %, F16 79 to 84 %; T = 1 BF16 81 to 102 % of the read bandwidth (which moved between 32 and
+ * 57 GB/s, so that a run's ceiling and its products need not have had the same).
+ * Tried without gain: packing the weights (not tried further: the kernel has 95 % of its peak out of L2 as they lie);
+ * fetching the next tile of x as well; blocks of 1 MiB (spill from L2); fetching ahead in each row's own stream instead
+ * of in the order of addresses (a model loop of T = 1, one thread: 18.7 against 24.7 GB/s when both fetch four rows
+ * ahead, the former into L1).
  */
 #include <string.h>
 
@@ -113,7 +115,8 @@ static struct block block_at(const struct pass *pass, int32_t item)
 
 // What call number `call` of an item's tiles fetches of the block this thread will probably work on next: TILE_W rows,
 // spread evenly over the item's last tiles of x.
-static const void *rows_to_fetch(const struct pass *pass, const struct block *next, size_t call, size_t calls_per_x_tile)
+static const void *rows_to_fetch(const struct pass *pass, const struct block *next, size_t call,
+                                 size_t calls_per_x_tile)
 {
     size_t n_tiles = pass->n_x_tiles < FETCH_TILES ? (size_t)pass->n_x_tiles : FETCH_TILES;
     size_t skipped = ((size_t)pass->n_x_tiles - n_tiles) * calls_per_x_tile;

@@ -9,7 +9,8 @@
 
 #include "kernels/cpu/machine.h"
 
-enum { SPIN_NS = 100000 }; // how long a worker looks for the next op before it sleeps: ops of one step follow within 20 µs
+// How long a worker looks for the next op before it sleeps: the ops of a step follow one another within 20 µs.
+enum { SPIN_NS = 100000 };
 
 typedef void (*work_fn)(void *arg, int32_t item, int32_t thread);
 
@@ -87,7 +88,8 @@ static void wait_for_news(struct thread_pool *pool, uint32_t seen)
         }
     } while (now_ns() < end);
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add(&pool->n_sleeping, 1); // before the last look at the ticket: the publisher looks here after storing it
+    // Before the last look at the ticket: the publisher stores the ticket first and then looks here.
+    atomic_fetch_add(&pool->n_sleeping, 1);
     while (!has_news(pool, seen)) pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->n_sleeping, 1);
     pthread_mutex_unlock(&pool->mutex);

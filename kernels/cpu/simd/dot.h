@@ -1,4 +1,4 @@
-/* simd/dot.h: one vector of F32 lanes in the instruction set a file is compiled for, and what simd/linear.c does with it.
+/* simd/dot.h: one vector of F32 lanes in the instruction set simd/linear.c is compiled for, and what it does with it.
  *
  * A plain C fallback (GCC vector extensions, lowered to what the machine has) stands for every other instruction set.
  */
