@@ -377,6 +377,15 @@ START_TEST(test_first_choice_stopped_early)
     ck_assert_int_eq(finish_of(r, 1), FINISH_LENGTH);
     ck_assert_int_eq(finish_of(r, 2), FINISH_STOP);
     request_release(r);
+    r = request_of(150, 2000);
+    request_params(r)->n = 2;
+    submit(engine, r);
+    wait_running(engine);
+    choice_stop(r, 1); // heard while choice 1 is on no list; it must count once it is
+    while (request_available(r, 0) < 5)
+        wait_for_news(engine);
+    ck_assert_int_eq(finish_of(r, 1), FINISH_STOP);
+    request_release(r);
     engine_destroy(engine);
 }
 END_TEST

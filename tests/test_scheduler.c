@@ -187,6 +187,8 @@ static void check_plan(const struct trace *t, const struct plan *plan)
         const struct plan_row *row = &plan->rows[i];
         n += row->n_tokens;
         ck_assert(row->n_tokens > 0 && row->sequence->state == SEQUENCE_RUNNING);
+        for (int32_t k = 0; k < plan->n_entered; k++) // a token still on the device lies in the slot it left
+            ck_assert(plan->entered[k] != row->sequence || row->sequence->n_pending == row->sample);
         for (int32_t k = 0; k < i; k++)
             ck_assert(plan->rows[k].sequence != row->sequence);
     }
