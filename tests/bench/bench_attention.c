@@ -2,8 +2,9 @@
  * Usage: bench_attention [--threads N]
  *
  * FLOPs: 4 * head_dim per (query, q head, key seen). Bytes: every K and V element of the context once a call. Layers: as
- * many caches as exceed 256 MB, in turn, so that no cache of the CPU serves one twice. Times are the best of several, as
- * the ceilings are. The ceiling is the larger of FLOPs / FMA peak and bytes / read bandwidth; `standard` is the reference attention's time over flash's.
+ * many caches as fill 256 MB, in turn, so that no cache of the CPU serves one twice. Times are the best of several, as the
+ * ceilings are: the larger of FLOPs / FMA peak and bytes / read bandwidth. `standard` is the time of the reference
+ * attention over that of flash.
  */
 #include <math.h>
 #include <stdio.h>
