@@ -2,8 +2,8 @@
  *
  * The engine owns the model, the KV cache and the device, and one thread that runs plan -> launch -> collect -> commit.
  * server/ is its only caller; it never sees tensors, and the engine never sees HTTP, JSON or text.
- * Crossing points, and there are no others: engine_submit (a bounded queue), one single-producer single-consumer ring of
- * tokens per choice, atomic cancel flags, and an eventfd signalled once per step in which some ring got something.
+ * Crossing points, and there are no others: engine_submit (a bounded queue), one single-producer single-consumer ring
+ * of tokens per choice, atomic cancel flags, and an eventfd signalled once per step in which some ring got something.
  *
  * A request: request_create fills the ids and sizes the rings; the caller sets `params`; engine_submit hands it over.
  * Both sides hold it from then on; request_release drops the server's hold at any time (running: it is cancelled).

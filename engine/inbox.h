@@ -1,7 +1,7 @@
 /* inbox.h: the way into the engine: a bounded queue of requests, and the bell that wakes the engine thread.
  *
- * Any thread submits, signals and wakes; the engine thread takes and sleeps. Requests hold a reference, so that cancelling
- * or reading one is safe after the engine is gone. A request counts as waiting until it is first admitted or ends.
+ * Any thread submits, signals and wakes; the engine thread takes and sleeps. Requests hold a reference, so that
+ * cancelling or reading one is safe after the engine is gone. A request counts as waiting until it is first admitted or ends.
  */
 #ifndef GPTD_ENGINE_INBOX_H
 #define GPTD_ENGINE_INBOX_H

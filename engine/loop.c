@@ -10,17 +10,18 @@ static double now_seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// ---- launch -------------------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 
 static int write_histories(struct engine *engine, const struct plan *plan, struct error *e)
 {
+    const struct kernels *k = engine->kernels;
     for (int32_t i = 0; i < plan->n_entered; i++) {
         const struct sequence *seq = plan->entered[i];
         const struct request *r = seq->request;
-        int rc = engine->kernels->history_write(engine->device, engine->history, seq->slot, 0, r->prompt, r->n_prompt, e);
+        int rc = k->history_write(engine->device, engine->history, seq->slot, 0, r->prompt, r->n_prompt, e);
         if (rc == 0 && seq->n_generated > 0)
-            rc = engine->kernels->history_write(engine->device, engine->history, seq->slot, r->n_prompt, seq->generated,
-                                                seq->n_generated, e);
+            rc = k->history_write(engine->device, engine->history, seq->slot, r->n_prompt, seq->generated,
+                                  seq->n_generated, e);
         if (rc != 0)
             return rc;
     }
@@ -71,7 +72,7 @@ static int launch(struct engine *engine, struct step *step, struct error *e)
                                   step->batch.n_seqs, step->batch.n_logits_rows) : 0;
 }
 
-// ---- collect ------------------------------------------------------------------------------------------------------------
+// ---- collect --------------------------------------------------------------------------------------------------------
 
 static int collect(struct engine *engine, struct error *e)
 {
@@ -98,7 +99,7 @@ static void notify(struct engine *engine)
     (void)ignored;
 }
 
-// ---- the loop -----------------------------------------------------------------------------------------------------------
+// ---- the loop -------------------------------------------------------------------------------------------------------
 
 static void take_requests(struct engine *engine, double now)
 {
@@ -173,7 +174,7 @@ void *engine_loop(void *arg)
     return NULL;
 }
 
-// ---- statistics ---------------------------------------------------------------------------------------------------------
+// ---- statistics -----------------------------------------------------------------------------------------------------
 
 #define SHARE(field, value) atomic_store_explicit(&engine->stats.field, (value), memory_order_relaxed)
 #define SHARED(field) atomic_load_explicit(&engine->stats.field, memory_order_relaxed)

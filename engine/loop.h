@@ -2,8 +2,8 @@
  *
  * On a device that works on its own, step N + 1 is launched before step N is read: sampled ids reach it through the
  * history on the device, and the host's work hides behind the device's. Where ops are done when they return, as on the
- * CPU, a step is collected right after its launch, so that its tokens are not published a step late: the same loop with a
- * pipeline one step deep.
+ * CPU, a step is collected right after its launch, so that its tokens are not published a step late: the same loop with
+ * a pipeline one step deep.
  */
 #ifndef GPTD_ENGINE_LOOP_H
 #define GPTD_ENGINE_LOOP_H

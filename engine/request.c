@@ -67,7 +67,7 @@ void request_unref(struct request *r)
     free(r);
 }
 
-// ---- checks -----------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------------------------------
 
 static int check_ids(const char *field, const int32_t *ids, int32_t n, int32_t vocab_size, struct error *e)
 {
@@ -157,7 +157,7 @@ static int check_size(const struct request *r, const struct request_limits *limi
     return 0;
 }
 
-// ---- storage ----------------------------------------------------------------------------------------------------------
+// ---- storage --------------------------------------------------------------------------------------------------------
 
 static int sequence_init(struct sequence *s, struct request *r, int32_t index, int32_t block_size)
 {
@@ -236,7 +236,7 @@ int request_prepare(struct request *r, const struct request_limits *limits, stru
     return 0;
 }
 
-// ---- the server's side --------------------------------------------------------------------------------------------------
+// ---- the server's side ----------------------------------------------------------------------------------------------
 
 void request_cancel(struct request *r)
 {

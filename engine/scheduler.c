@@ -34,7 +34,7 @@ void plan_layout(struct plan *plan, struct arena *arena, const struct scheduler_
     ARENA_ARRAY(arena, plan->entered, config->max_num_seqs);
 }
 
-// ---- lists and order ----------------------------------------------------------------------------------------------------
+// ---- lists and order ------------------------------------------------------------------------------------------------
 
 static bool goes_before(const struct sequence *a, const struct sequence *b)
 {
@@ -103,7 +103,7 @@ static void stop_running(struct scheduler *s, struct sequence *seq, bool forget)
     seq->slot = -1;
 }
 
-// ---- ends ---------------------------------------------------------------------------------------------------------------
+// ---- ends -----------------------------------------------------------------------------------------------------------
 
 // The engine lets go of a request when all its sequences have ended and no plan names them.
 static void retire(struct sequence *seq)
@@ -191,7 +191,7 @@ void scheduler_add(struct scheduler *s, struct request *r, double now)
         wait_from_end(s, &r->sequences[0]);
 }
 
-// ---- cancellation, slow readers -----------------------------------------------------------------------------------------
+// ---- cancellation, slow readers -------------------------------------------------------------------------------------
 
 static void end_if_flagged(struct scheduler *s, struct sequence *seq, double now)
 {
@@ -248,7 +248,7 @@ static void park(struct scheduler *s, struct sequence *seq, double now)
     seq->parked_used = token_ring_used(&seq->ring);
     seq->parked_since = now;
     list_insert_before(&s->parked, seq, NULL);
-    atomic_store(&seq->parked, true); // sequentially consistent, before the ring is looked at again: see token_ring_read
+    atomic_store(&seq->parked, true); // before the ring is looked at again: pairs with token_ring_read
 }
 
 static void park_slow(struct scheduler *s, double now)
@@ -279,7 +279,7 @@ static void look_at_parked(struct scheduler *s, double now)
     }
 }
 
-// ---- planning -----------------------------------------------------------------------------------------------------------
+// ---- planning -------------------------------------------------------------------------------------------------------
 
 // What is left of a step; fork_slots: slots that choices of requests whose prompt ends in this step are to have.
 struct budget { int32_t tokens, logprob_rows, fork_slots; };
@@ -457,7 +457,7 @@ static void admit(struct scheduler *s, struct plan *plan, struct budget *budget,
     }
 }
 
-// ---- the plan made final ------------------------------------------------------------------------------------------------
+// ---- the plan made final --------------------------------------------------------------------------------------------
 
 static void add_output(struct plan *plan, struct sequence *seq, int32_t token, int32_t position, int32_t entry)
 {
@@ -531,7 +531,7 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
         finish_row(s, plan, &plan->rows[i]);
 }
 
-// ---- commit -------------------------------------------------------------------------------------------------------------
+// ---- commit ---------------------------------------------------------------------------------------------------------
 
 static void store_prompt_logprob(struct request *r, int32_t entry, const struct sample_result *result)
 {
@@ -613,7 +613,7 @@ void plan_drop(const struct plan *plan)
         unreference(plan->rows[i].sequence);
 }
 
-// ---- state --------------------------------------------------------------------------------------------------------------
+// ---- state ----------------------------------------------------------------------------------------------------------
 
 bool scheduler_busy(const struct scheduler *s)
 {

@@ -6,8 +6,8 @@
  *
  * Order is (priority, arrival, choice) everywhere. Decodes are planned first, then prefill chunks of what runs, then
  * admissions, strictly from the head of the waiting list. A running sequence that lacks a block takes it from the
- * youngest one, which is queued again and computed anew (from the prefix cache where its blocks survive); the oldest thus
- * always advances. A waiting sequence displaces running ones of strictly lower priority only.
+ * youngest one, which is queued again and computed anew (from the prefix cache where its blocks survive); the oldest
+ * thus always advances. A waiting sequence displaces running ones of strictly lower priority only.
  *
  * Everything a step frees or reuses is safe while earlier steps are still on the device: its stream runs in order.
  */

@@ -1,7 +1,7 @@
 /* The engine as its caller sees it, on tests/fake_model.c: alone = batched = chunked = cached = preempted = forked. */
 #include "tests/engine_jobs.h"
 
-// ---- the same answer every time -----------------------------------------------------------------------------------------
+// ---- the same answer every time -------------------------------------------------------------------------------------
 
 struct variant {
     const char *model, *backend;
