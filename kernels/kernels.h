@@ -130,7 +130,8 @@ struct rope_table_params {
 };
 
 // One layer's paged cache: K and V each [n_blocks, n_kv_heads, block_size, head_dim]: one block of one head is one
-// contiguous tile. How a tile lies inside is the backend's own: the CPU keeps K tiles transposed, [head_dim, block_size].
+// contiguous tile. How a tile lies inside is the backend's own: the CPU keeps those of K
+// transposed, [head_dim, block_size].
 struct kv_layer {
     struct tensor k, v;
 };

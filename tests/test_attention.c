@@ -91,7 +91,8 @@ static void batch_init(struct batch *b, const struct shape *s, struct device *de
         b->cu_seqlens_q[q + 1] = b->cu_seqlens_q[q] + s->n_q[q];
     }
     b->n_tokens = b->cu_seqlens_q[s->n_seqs];
-    size_t tokens = (size_t)b->n_tokens, dim = (size_t)s->head_dim, row = (size_t)(s->n_heads + 2 * s->n_kv_heads) * dim;
+    size_t tokens = (size_t)b->n_tokens, dim = (size_t)s->head_dim;
+    size_t row = (size_t)(s->n_heads + 2 * s->n_kv_heads) * dim;
     size_t cache = (size_t)(n_blocks * s->n_kv_heads * s->block_size) * dim;
     b->block_table = malloc((size_t)(s->n_seqs * b->params.max_blocks) * sizeof(int32_t));
     b->qkv = rng_normals(tokens * row, 1);
@@ -303,8 +304,8 @@ END_TEST
 START_TEST(test_later_tokens_do_not_matter)
 {
     for (int32_t i = 0; i < 8; i++) {
-        struct shape s = {.n_heads = 1 << i % 4, .n_kv_heads = 1, .head_dim = 32, .block_size = 16, .window = i < 4 ? 0 : 7,
-                          .dtype = DTYPE_BF16, .n_seqs = 1, .n_q = {40}, .context = {40}};
+        struct shape s = {.n_heads = 1 << i % 4, .n_kv_heads = 1, .head_dim = 32, .block_size = 16,
+                          .window = i < 4 ? 0 : 7, .dtype = DTYPE_BF16, .n_seqs = 1, .n_q = {40}, .context = {40}};
         struct device *device = device_open(NULL, 2, false);
         struct batch b;
         batch_init(&b, &s, device);

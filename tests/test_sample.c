@@ -10,8 +10,8 @@ static const struct history history = {history_tokens, SLOTS, MAX_LEN};
 
 static struct sample_row plain_row(void)
 {
-    return (struct sample_row){.position = 10, .n_prompt = 4, .target = -1, .n_logprobs = -1, .temperature = 1, .top_p = 1,
-                               .repetition_penalty = 1};
+    return (struct sample_row){.position = 10, .n_prompt = 4, .target = -1, .n_logprobs = -1, .temperature = 1,
+                               .top_p = 1, .repetition_penalty = 1};
 }
 
 static struct sample_result sample_one(struct device *device, float *logits, size_t vocab_size, struct sample_row row)
@@ -97,8 +97,8 @@ static void check_draw(const struct sample_row *row, const float *x, size_t n, i
     int32_t expected = naive_draw(row, x, n);
     double tolerance = 1e-5 * (fabs(x[expected]) / row->temperature + 20);
     CHECK_MSG(id >= 0 && naive_value(row, x, id) >= naive_value(row, x, expected) - tolerance,
-              "%d (logit %g) instead of %d (logit %g): V %zu, T %g, k %d, p %g, min_p %g", id, id < 0 ? 0 : x[id], expected,
-              x[expected], n, row->temperature, row->top_k, row->top_p, row->min_p);
+              "%d (logit %g) instead of %d (logit %g): V %zu, T %g, k %d, p %g, min_p %g", id, id < 0 ? 0 : x[id],
+              expected, x[expected], n, row->temperature, row->top_k, row->top_p, row->min_p);
 }
 
 static float *random_logits(size_t n, bool ties)
@@ -157,7 +157,8 @@ START_TEST(test_large_vocabulary)
     for (struct device *device = device_first(); device; device = device_next(device))
         for (int32_t i = 0; i < 6; i++) {
             struct sample_row row = plain_row();
-            row.seed = rng_next(), row.top_k = i % 3 == 1 ? 50 : 0, row.top_p = i % 3 == 2 ? 0.9f : 1, row.temperature = 0.8f;
+            row.seed = rng_next(), row.temperature = 0.8f;
+            row.top_k = i % 3 == 1 ? 50 : 0, row.top_p = i % 3 == 2 ? 0.9f : 1;
             memcpy(x, logits, V * sizeof(*x));
             if (naive_filter(&row, x, V)) check_draw(&row, x, V, sample_one(device, logits, V, row).id);
         }
@@ -244,7 +245,8 @@ static void naive_process(const struct sample_row *row, float *x, size_t n)
     for (int32_t i = 0; i < row->n_bad_words; i++) {
         const int32_t *word = row->bad_word_ids + row->bad_word_offsets[i];
         int32_t length = row->bad_word_offsets[i + 1] - row->bad_word_offsets[i];
-        if (ends_in(context + row->n_prompt, row->position - row->n_prompt, word, length - 1)) x[word[length - 1]] = -INFINITY;
+        if (ends_in(context + row->n_prompt, row->position - row->n_prompt, word, length - 1))
+            x[word[length - 1]] = -INFINITY;
     }
     for (int32_t i = 0; i < row->n_banned_ids; i++) x[row->banned_ids[i]] = -INFINITY;
     naive_penalties(row, context, x, n);
@@ -265,7 +267,8 @@ START_TEST(test_processors)
         for (int32_t j = 0; j < 8; j++) logits[j] += 6;
         memcpy(x, logits, sizeof(x));
         struct sample_row row = plain_row();
-        row.history_row = rng_below(SLOTS), row.position = rng_below(MAX_LEN), row.n_prompt = rng_below(row.position + 1);
+        row.history_row = rng_below(SLOTS), row.position = rng_below(MAX_LEN);
+        row.n_prompt = rng_below(row.position + 1);
         row.temperature = i & 1 ? 0 : 0.9f, row.seed = rng_next();
         if (rng_below(4) == 0) row.allowed_ids = allowed, row.n_allowed_ids = 5;
         if (rng_below(4) == 0) row.banned_ids = banned, row.n_banned_ids = 2;

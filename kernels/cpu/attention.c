@@ -3,10 +3,10 @@
  *
  * Item: the queries of one sequence and KV head, at most MAX_ROWS rows; a row is one (query, q head of that KV head).
  * The item walks the KV blocks that any of its rows sees, in ascending order:
- *     scores [rows, keys] = Q x K tile;  mask, softmax against the running maximum;  acc [rows, head_dim] += P x V tile.
- * A row's own arithmetic (order of the dot products, of the blocks, of the sums) is the same in every item it can be in,
- * so its result is the same bit for bit, alone or in a chunk of any size. A key that a row does not see never reaches its
- * acc, not even times zero: what follows in the sequence cannot matter, and unused slots may hold anything.
+ *     scores [rows, keys] = Q x K tile; mask, softmax against the running maximum; acc [rows, head_dim] += P x V tile.
+ * A row's own arithmetic (order of the dot products, of the blocks, of the sums) is the same in every item it can be
+ * in, so its result is the same bit for bit, alone or in a chunk of any size. A key that a row does not see never
+ * reaches its acc, not even times zero: what follows in the sequence cannot matter, unused slots may hold anything.
  *
  * FLOPs: 4 * head_dim per (row, key seen). Bytes: 2 * head_dim elements of the cache per (KV head, item, key).
  */
@@ -160,7 +160,8 @@ static void attend_block(struct tile *t, int32_t block_start)
     bool unpack = n_rows > UNPACK_ROWS && p->cache.k.dtype != DTYPE_F32;
 
     struct attention_product k = {
-        .c = t->scores + row * ATTENTION_MAX_BLOCK, .a = t->q + row * dim, .b = (char *)p->cache.k.data + tile * element,
+        .c = t->scores + row * ATTENTION_MAX_BLOCK, .a = t->q + row * dim,
+        .b = (char *)p->cache.k.data + tile * element,
         .ldc = ATTENTION_MAX_BLOCK, .lda = dim, .ldb = (size_t)p->block_size, .b_dtype = p->cache.k.dtype,
         .n_rows = n_rows, .n_inner = p->head_dim, .n_cols = (int32_t)round_up((size_t)last.end),
     };

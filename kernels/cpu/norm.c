@@ -1,5 +1,8 @@
-/* norm.c: RMS and layer norm, with the residual added first. As PyTorch in F32: RMS x * (1 / sqrt(mean(x^2) + eps)) * w;
- * layer (x - mean) * (1 / sqrt(var + eps)) * w + b, the variance from a second pass. */
+/* norm.c: RMS and layer norm, with the residual added first.
+ *
+ * As PyTorch in F32: RMS x * (1 / sqrt(mean(x^2) + eps)) * w; layer (x - mean) * (1 / sqrt(var + eps)) * w + b, the
+ * variance from a second pass.
+ */
 #include <math.h>
 
 #include "kernels/cpu/rows.h"

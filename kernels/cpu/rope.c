@@ -1,7 +1,7 @@
 /* rope.c: rotary positions and the write of K and V into the paged cache.
  *
- * This backend keeps each K tile transposed, [head_dim, block_size]: attention then multiplies Q with the tile as it lies
- * (simd/attention.h), and a token's K is one column. V tiles lie as [block_size, head_dim].
+ * This backend keeps each K tile transposed, [head_dim, block_size]: attention then multiplies Q with the tile as it
+ * lies (simd/attention.h), and a token's K is one column. V tiles lie as [block_size, head_dim].
  */
 #include <math.h>
 #include <string.h>

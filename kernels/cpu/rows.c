@@ -45,7 +45,8 @@ int cpu_copy_blocks(struct device *d, struct kv_layer cache, const int32_t *from
     int64_t n_blocks = (int64_t)cache.k.shape[0];
     for (int32_t i = 0; i < n; i++) {
         if (from[i] < 0 || from[i] >= n_blocks || to[i] < 0 || to[i] >= n_blocks || from[i] == to[i])
-            return error_set(e, ERR_INVALID, "copy_blocks: block %d to %d of %lld", from[i], to[i], (long long)n_blocks);
+            return error_set(e, ERR_INVALID, "copy_blocks: block %d to %d of %lld", from[i], to[i],
+                             (long long)n_blocks);
         copy_block(&cache.k, from[i], to[i]);
         copy_block(&cache.v, from[i], to[i]);
     }

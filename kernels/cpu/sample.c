@@ -1,7 +1,7 @@
 /* sample.c: from a row of logits to a token: processors, filters, the draw, log-probabilities. Item: one row.
  *
- * The logits stay as they are, for the log-probabilities. Scratch of a thread: a copy of the
- * row, as large an array for counts or probabilities, and the buckets of the filters.
+ * The logits stay as they are, for the log-probabilities. Scratch of a thread: a copy of the row, as large an array for
+ * counts or probabilities, and the buckets of the filters.
  *
  * top_k and top_p without a sort: tempered logits minus the highest are <= 0, so their magnitudes' bits order them as
  * integers, the likeliest lowest. Three passes over those 31 bits, each narrowing to the bucket (of up to 2048) where
@@ -238,7 +238,8 @@ static void sample_item(void *arg, int32_t item, int32_t thread)
     struct sampler s = {
         .v = op->d->vector, .row = row, .history = p->history, .vocab_size = vocab_size,
         .raw = row_of(&p->logits, (size_t)row->logits_row), .work = (float *)scratch,
-        .weights = (float *)(scratch + array_bytes(vocab_size)), .buckets = (double *)(scratch + 2 * array_bytes(vocab_size)),
+        .weights = (float *)(scratch + array_bytes(vocab_size)),
+        .buckets = (double *)(scratch + 2 * array_bytes(vocab_size)),
     };
     struct sample_result *r = &p->results[item];
     *r = (struct sample_result){.id = row->target};

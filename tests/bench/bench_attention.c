@@ -1,10 +1,10 @@
 /* bench_attention: the CPU backend's attention and sampling, against the machine's ceilings measured in the same run.
  * Usage: bench_attention [--threads N]
  *
- * FLOPs: 4 * head_dim per (query, q head, key seen). Bytes: every K and V element of the context once a call. Layers: as
- * many caches as fill 256 MB, in turn, so that no cache of the CPU serves one twice. Times are the best of several, as the
- * ceilings are: the larger of FLOPs / FMA peak and bytes / read bandwidth. `standard` is the time of the reference
- * attention over that of flash.
+ * FLOPs: 4 * head_dim per (query, q head, key seen). Bytes: every K and V element of the context once a call. Layers:
+ * as many caches as fill 256 MB, in turn, so that no cache of the CPU serves one twice. Times are the best of several,
+ * as the ceilings are: the larger of FLOPs / FMA peak and bytes / read bandwidth. `standard` is the time of the
+ * reference attention over that of flash.
  */
 #include <math.h>
 #include <stdio.h>
@@ -103,7 +103,8 @@ static void attention_row(struct bench *b, const struct shape *s, const struct r
     double seconds = best(times, repeats);
     if (r->n_q <= 512) standard = attention_once(b, b->standard, s, r) / seconds;
     for (int32_t i = 0; i < r->n_q; i++) keys += r->context - i;
-    double flops = 4.0 * s->head_dim * s->n_heads * keys * r->n_seqs, bytes = 2.0 * (double)elements * (double)dtype_size(s->dtype);
+    double flops = 4.0 * s->head_dim * s->n_heads * keys * r->n_seqs;
+    double bytes = 2.0 * (double)elements * (double)dtype_size(s->dtype);
     double ceiling = fmax(flops / b->ceilings.fma_flops, bytes / b->ceilings.read_bytes_per_s);
     printf("%-16s %-14s %10.1f %8.2f %8.1f %7.1f %% %8.1f\n", s->name, r->name, seconds * 1e6, bytes / seconds * 1e-9,
            flops / seconds * 1e-9, 100 * ceiling / seconds, standard);
@@ -195,7 +196,8 @@ int main(int argc, char **argv)
     create(&b, n_threads);
     printf("%s\nceilings: read %.1f GB/s, FMA %.0f GFLOP/s\n", b.k->device_description(b.flash),
            b.ceilings.read_bytes_per_s * 1e-9, b.ceilings.fma_flops * 1e-9);
-    printf("%-16s %-14s %10s %8s %8s %9s %8s\n", "q/kv heads x dim", "run", "us", "GB/s", "GFLOP/s", "ceiling", "standard");
+    printf("%-16s %-14s %10s %8s %8s %9s %8s\n", "q/kv heads x dim", "run", "us", "GB/s", "GFLOP/s", "ceiling",
+           "standard");
     sample_rows(&b);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) attention_rows(&b, &shapes[i]);
     b.k->free(b.flash, b.cache.k.data);

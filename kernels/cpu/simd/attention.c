@@ -47,7 +47,8 @@ INLINE void product_tile(const struct attention_product *p, size_t first, size_t
         for (int v = 0; v < vecs; v++) vec_store(c + (size_t)r * p->ldc + v * VEC_LANES, sum[r][v]);
 }
 
-INLINE void product_cols(const struct attention_product *p, size_t first, int rows, int vecs, enum dtype dtype, bool fetch)
+INLINE void product_cols(const struct attention_product *p, size_t first, int rows, int vecs, enum dtype dtype,
+                         bool fetch)
 {
     size_t n_cols = (size_t)p->n_cols, col = 0;
     for (; col + (size_t)(vecs * VEC_LANES) <= n_cols; col += (size_t)(vecs * VEC_LANES))
@@ -121,7 +122,8 @@ static void unpack(float *out, size_t ld, const void *x, enum dtype dtype, size_
 {
     for (size_t r = 0; r < n_rows; r++) {
         size_t c = 0;
-        for (; c + VEC_LANES <= n_cols; c += VEC_LANES) vec_store(out + r * ld + c, vec_load_any(x, dtype, r * n_cols + c));
+        for (; c + VEC_LANES <= n_cols; c += VEC_LANES)
+            vec_store(out + r * ld + c, vec_load_any(x, dtype, r * n_cols + c));
         for (; c < n_cols; c++) out[r * ld + c] = element_get(x, dtype, r * n_cols + c);
         for (; c < ld; c++) out[r * ld + c] = 0;
     }

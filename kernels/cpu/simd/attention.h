@@ -1,6 +1,6 @@
 /* attention.h: the inner loops of flash attention: a small matrix product and one row of the online softmax.
  *
- * Both products of attention are the same one here, because the cache keeps each K tile transposed (kernels/cpu/rope.c):
+ * Both products of attention are the same one, because the cache keeps each K tile transposed (kernels/cpu/rope.c):
  * scores = Q [rows, head_dim] x K tile [head_dim, keys], out += P [rows, keys] x V tile [keys, head_dim].
  */
 #ifndef GPTD_KERNELS_CPU_SIMD_ATTENTION_H

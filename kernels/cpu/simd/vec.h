@@ -1,4 +1,4 @@
-/* vec.h: a vector of floats as wide as the instruction set that this file is compiled for, and its elementary functions.
+/* vec.h: a vector of floats as wide as the instruction set that it is compiled for, and its elementary functions.
  *
  * Included by simd/ *.c only. Arithmetic is the compiler's own on vector types; what needs an instruction by name (FMA,
  * conversions) is here once per set. Every lane goes through the same code, so a result never depends on its lane.
@@ -25,7 +25,7 @@ enum { VEC_LANES = 4 };
 typedef float vec __attribute__((vector_size(4 * VEC_LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * VEC_LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VEC_LANES)));
-typedef float vec_memory __attribute__((vector_size(4 * VEC_LANES), aligned(1), may_alias)); // in memory, at any address
+typedef float vec_memory __attribute__((vector_size(4 * VEC_LANES), aligned(1), may_alias)); // at any address
 
 static inline vec vec_set(float x)
 {
