@@ -305,5 +305,6 @@ static int32_t gumbel_argmax(const float *x, size_t n, uint64_t seed, int32_t po
 const struct simd_vector SIMD_NAME(simd_vector) = {
     .load = load, .store = store, .add = add, .scale = scale, .sum = sum, .sum_squares = sum_squares,
     .normalize = normalize, .activate = activate, .rotate = rotate, .highest = highest, .find = find,
-    .find_above = find_above, .rank = rank, .sum_exp = sum_exp, .exps = exps, .temper = temper, .gumbel_argmax = gumbel_argmax,
+    .find_above = find_above, .rank = rank, .sum_exp = sum_exp, .exps = exps, .temper = temper,
+    .gumbel_argmax = gumbel_argmax,
 };
