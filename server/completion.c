@@ -205,10 +205,20 @@ static int collect_choice(struct completion *c, struct choice *ch, struct http_e
     return 0;
 }
 
+static bool lost_something(const struct completion *c, const struct choice *ch)
+{
+    return c->scratch.failed || ch->text.failed || ch->tokens.failed || ch->token_logprobs.failed ||
+           ch->top_logprobs.failed || ch->text_offset.failed || ch->token_ids.failed;
+}
+
 int completion_collect(struct completion *c, struct http_error *e)
 {
-    for (int32_t i = 0; i < c->n_choices; i++)
-        if (!c->choices[i].finish && collect_choice(c, &c->choices[i], e)) return -1;
+    for (int32_t i = 0; i < c->n_choices; i++) {
+        struct choice *ch = &c->choices[i];
+        if (ch->finish) continue;
+        if (collect_choice(c, ch, e)) return -1;
+        if (lost_something(c, ch)) return http_error_set(e, 503, NULL, NULL, "out of memory");
+    }
     return 0;
 }
 

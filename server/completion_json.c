@@ -146,7 +146,6 @@ void completion_write_head(struct text_buffer *out, const char *id, int64_t crea
 // Takes the text of from.
 static void move_text(struct text_buffer *out, struct text_buffer *from)
 {
-    if (from->failed) out->failed = true;
     text_append(out, from->data, from->length);
     text_clear(from);
 }
@@ -216,14 +215,11 @@ static void write_prompt_logprobs(struct text_buffer *out, const struct completi
 
 bool choice_has_news(const struct choice *ch)
 {
-    bool failed = ch->text.failed || ch->tokens.failed || ch->token_ids.failed;
-    return failed || ch->text.length || ch->tokens.length || ch->token_ids.length ||
-           (ch->finish && !ch->finish_written);
+    return ch->text.length || ch->tokens.length || ch->token_ids.length || (ch->finish && !ch->finish_written);
 }
 
 void choice_write(struct text_buffer *out, const struct completion *c, struct choice *ch, int32_t index)
 {
-    if (ch->text.failed) out->failed = true;
     text_string(out, "{\"text\":");
     text_json_string(out, ch->text.data ? ch->text.data : "", ch->text.length);
     text_clear(&ch->text);
