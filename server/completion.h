@@ -1,8 +1,8 @@
 /* completion.h: a running completion: prompts times choices, from token rings to text.
  *
  * completion_collect reads what the engine has written, and appends to each choice what is certain of it: text that can
- * no longer be part of a stop string or of a split character, and log-probabilities as JSON fragments. Whoever writes an
- * answer takes it from there and clears it; a stream does so each step, a whole answer once at the end, so that the
+ * no longer be part of a stop string or of a split character, and log-probabilities as JSON fragments. Whoever writes
+ * an answer takes it from there and clears it; a stream does so each step, a whole answer once at the end, so that the
  * two cannot differ.
  */
 #ifndef GPTD_SERVER_COMPLETION_H

@@ -1,7 +1,7 @@
 /* completion_json.h: the JSON of completions, written piece by piece into text buffers (no tree per token).
  *
- * Two kinds of functions: those that append to a choice's fragments as its tokens come, and those that put the fragments
- * into an answer or a chunk, which empties them.
+ * Two kinds of functions: those that append to a choice's fragments as its tokens come, and those that put the
+ * fragments into an answer or a chunk, which empties them.
  */
 #ifndef GPTD_SERVER_COMPLETION_JSON_H
 #define GPTD_SERVER_COMPLETION_JSON_H

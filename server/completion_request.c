@@ -101,8 +101,8 @@ static int check_model(struct parse *p)
         return json_result(p, -1);
     for (size_t i = 0; i < o->n_served_model_names; i++)
         if (!strcmp(o->served_model_names[i], model)) return 0;
-    return http_error_set(p->error, 404, "model_not_found", "model", "the model `%.*s` does not exist", clip(model, 200),
-                          model);
+    return http_error_set(p->error, 404, "model_not_found", "model", "the model `%.*s` does not exist",
+                          clip(model, 200), model);
 }
 
 static int parse_bools(struct parse *p)
@@ -189,9 +189,10 @@ static int parse_stops(struct parse *p)
     if (json_get_strings(p->body.root, "stop", 1, MAX_STOPS, 1, STOP_MAX_BYTES, stops, &n, &p->json))
         return json_result(p, -1);
     if (n == 0) return 0;
-    if (!p->limits->tokenizer) return invalid(p, "stop", "needs a tokenizer, which this model does not have: use stop_token_ids");
+    if (!p->limits->tokenizer) return invalid(p, "stop", "needs a tokenizer: use stop_token_ids");
     struct error e;
-    return stop_matcher_create(&p->r->stop, stops, n, p->r->include_stop, &e) ? http_error_from(p->error, &e, "stop") : 0;
+    int failed = stop_matcher_create(&p->r->stop, stops, n, p->r->include_stop, &e);
+    return failed ? http_error_from(p->error, &e, "stop") : 0;
 }
 
 static int parse_id_lists(struct parse *p)
@@ -334,7 +335,7 @@ static int check_n_prompts(struct parse *p, size_t n)
     if (n == 0) return invalid(p, "prompt", "must not be empty");
     if (n > (size_t)o->max_prompts || n * (size_t)p->r->params.n > (size_t)o->max_choices)
         return http_error_set(p->error, 400, NULL, "prompt",
-                              "'prompt': %zu prompts with %d choices each; the most is %d prompts and %d choices in all",
+                              "'prompt': %zu prompts with %d choices each; the most is %d prompts, %d choices in all",
                               n, p->r->params.n, o->max_prompts, o->max_choices);
     p->r->prompts = calloc(n, sizeof *p->r->prompts);
     if (!p->r->prompts) return no_memory(p);
@@ -358,8 +359,8 @@ static int set_ids(struct parse *p, struct completion_prompt *prompt, const int3
     if (check_context(p, n)) return -1;
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= vocab_size)
-            return http_error_set(p->error, 400, NULL, "prompt", "'prompt': token id %d is outside the vocabulary of %d",
-                                  ids[i], vocab_size);
+            return http_error_set(p->error, 400, NULL, "prompt",
+                                  "'prompt': token id %d is outside the vocabulary of %d", ids[i], vocab_size);
     prompt->ids = malloc(n * sizeof *ids);
     if (!prompt->ids) return no_memory(p);
     memcpy(prompt->ids, ids, n * sizeof *ids);

@@ -1,8 +1,8 @@
 /* completion_request.h: the body of POST /v1/completions, checked and tokenized.
  *
  * Everything that can be wrong with a request is found here, with the field's name, before the engine sees any of it.
- * Fields of OpenAI's and vLLM's request classes that cannot change our answer are accepted and ignored; those that would,
- * and that we don't have, and unknown ones, are refused by name.
+ * Fields of OpenAI's and vLLM's request classes that cannot change our answer are accepted and ignored; those that
+ * would, and that we don't have, and unknown ones, are refused by name.
  */
 #ifndef GPTD_SERVER_COMPLETION_REQUEST_H
 #define GPTD_SERVER_COMPLETION_REQUEST_H
@@ -39,8 +39,8 @@ struct completion_request {
     struct stop_matcher *stop;         // NULL: no stop strings
 };
 
-// Parses body ([length] bytes and a NUL), which it may change. api_key (may be NULL) keeps the prefix cache of its owner
-// apart. Slow for long prompts. On failure there is nothing to free.
+// Parses body ([length] bytes and a NUL), which it may change. api_key (may be NULL) keeps the prefix cache of its
+// owner apart. Slow for long prompts. On failure there is nothing to free.
 int completion_request_parse(struct completion_request *r, char *body, size_t length, const char *api_key,
                              const struct completion_limits *limits, struct http_error *e);
 void completion_request_deinit(struct completion_request *r);

@@ -325,9 +325,9 @@ static int check_quiesced(struct exchange *x)
     return http_error_set(&x->error, 503, NULL, NULL, "the server is shutting down");
 }
 
-// What the parser hides. It cuts lines at their ends by writing NULs over them, so that a request's headers as they came
-// lie one after another; a bare line feed, a folded line or a NUL within a value leave another picture. This is how
-// 0.9.75 works, and it is looked at there alone: from 1.0 on the library refuses these itself.
+// What the parser hides. It cuts lines at their ends by writing NULs over them, so that a request's headers lie one
+// after another as they came; a bare line feed, a folded line or a NUL within a value leave another picture. This is
+// how 0.9.75 works, and it is looked at there alone: from 1.0 on the library refuses these itself.
 static int check_layout(const struct http_headers *h, const char *version, struct http_error *e)
 {
     if (strcmp(MHD_get_version(), "0.9.75")) return 0;
@@ -494,7 +494,8 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
     atomic_fetch_sub(&h->n_active, 1);
 }
 
-static void on_connection(void *cls, struct MHD_Connection *mhd, void **context, enum MHD_ConnectionNotificationCode what)
+static void on_connection(void *cls, struct MHD_Connection *mhd, void **context,
+                          enum MHD_ConnectionNotificationCode what)
 {
     struct http *h = cls;
     struct connection *c = *context;

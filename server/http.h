@@ -1,8 +1,8 @@
 /* http.h: HTTP exchanges for the route handlers, who know nothing of libmicrohttpd. http.c is the one file that does.
  *
  * An exchange is one request and its answer. Its handler runs on an event loop once the whole request is there and must
- * not block: it answers, or returns EXCHANGE_WAIT and is called again when the route's `ready` says so, when the deadline
- * it left in the exchange is due, or when the client has gone. While it waits its connection costs nothing.
+ * not block: it answers, or returns EXCHANGE_WAIT and is called again when the route's `ready` says so, when the
+ * deadline it left in the exchange is due, or when the client has gone. While it waits its connection costs nothing.
  * http.c keeps the limits (connections, body, deadlines), checks headers and keys, and logs and counts each exchange.
  */
 #ifndef GPTD_SERVER_HTTP_H

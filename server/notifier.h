@@ -1,7 +1,7 @@
 /* notifier.h: who waits for the engine, and the thread that tells them.
  *
- * The engine writes its token rings and signals one eventfd a step; it must never pay for waking connections. This thread
- * waits on that eventfd, asks everyone on its list whether there is something for him, and resumes those alone.
+ * The engine writes its token rings and signals one eventfd a step; it must never pay for waking connections. This
+ * thread waits on that eventfd, asks everyone on its list whether there is something for him, and resumes those alone.
  * One lock orders waiting against waking: `ready` is asked under it before anyone goes to sleep, so no wake-up is lost.
  */
 #ifndef GPTD_SERVER_NOTIFIER_H

@@ -31,7 +31,7 @@ struct server_options {
     int32_t max_choices;                   // prompts x best_of in one request
     int64_t max_request_tokens;            // sum over choices of prompt + max_tokens; 0: 256 contexts
     int32_t max_logprobs;                  // largest `logprobs` and `prompt_logprobs`; the engine's own
-    double header_timeout;                 // from the first byte (a new connection: from accept) to the end of the headers
+    double header_timeout;                 // from the request line (a new connection: from accept) to the headers' end
     double body_timeout;                   // from the end of the headers to the end of the body
     double idle_timeout;                   // between requests of one connection
     double request_timeout;                // from the end of the body to the last token; 0: none
@@ -54,7 +54,7 @@ int server_start(struct server *s, struct error *e);
 // Takes requests from now on. The engine has been started.
 int server_open(struct server *s, struct error *e);
 uint16_t server_port(const struct server *s);
-// Begins to drain and returns: not ready at once; after drain_delay no new connection, 503 on those that are kept alive.
+// Begins to drain and returns: not ready at once; after drain_delay no new connection, 503 on those kept alive.
 void server_drain(struct server *s);
 // Takes the steps of a drain as their time comes; true when nothing is left to wait for. Cheap: call it every few ms.
 bool server_drained(struct server *s);

@@ -29,7 +29,7 @@ void text_printf(struct text_buffer *b, const char *format, ...) __attribute__((
 void text_int(struct text_buffer *b, int64_t value);
 // A JSON string with its quotes. bytes is valid UTF-8.
 void text_json_string(struct text_buffer *b, const char *bytes, size_t n);
-// A JSON number: the fewest digits that read back as the same float. JSON has no infinities: they become -9999 and 9999.
+// A JSON number: the fewest digits that read back as the same float; -9999 and 9999 for infinities, which JSON lacks.
 void text_json_float(struct text_buffer *b, float value);
 
 #endif

@@ -36,7 +36,8 @@ struct watch {
 double watchdog_now(void);
 
 // event is called on the watchdog's thread with its lock held, so that no watch goes away meanwhile: it must not call
-// the watchdog. A watch stays due (gone) until its phase or deadline changes: it is told about again, each second (tick).
+// the watchdog. A watch stays due (gone) until its phase or deadline changes: it is told about again, each second
+// (tick).
 int watchdog_create(struct watchdog **out, void (*event)(struct watch *w, enum watch_event what), struct error *e);
 int watchdog_start(struct watchdog *d, struct error *e);
 void watchdog_add(struct watchdog *d, struct watch *w);

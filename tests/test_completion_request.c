@@ -17,7 +17,8 @@ static struct completion_limits limits;
 static void setup(void)
 {
     char error[256];
-    ck_assert_msg(tokenizer_create(&tokenizer, "tests/vectors/tokenizer/unigram_bytes", error, sizeof error) == 0, "%s", error);
+    int failed = tokenizer_create(&tokenizer, "tests/vectors/tokenizer/unigram_bytes", error, sizeof error);
+    ck_assert_msg(failed == 0, "%s", error);
     server_options_init(&options);
     options.served_model_names = names;
     options.n_served_model_names = 2;
@@ -125,7 +126,8 @@ START_TEST(ends_of_ranges)
         "\"user\":\"\"", "\"min_tokens\":16", "\"stop_token_ids\":[]", "\"stop_token_ids\":[0,5]",
         "\"allowed_token_ids\":[1]", "\"bad_words\":[]", "\"bad_words\":[\"a\",\"two words\"]",
         "\"priority\":-2147483648", "\"cache_salt\":\"s\"", "\"store\":true", "\"metadata\":{\"a\":\"b\"}",
-        "\"service_tier\":\"auto\"", "\"prompt_cache_key\":\"k\"", "\"use_beam_search\":false", "\"prompt\":[\"a\",\"b\"]",
+        "\"service_tier\":\"auto\"", "\"prompt_cache_key\":\"k\"", "\"use_beam_search\":false",
+        "\"prompt\":[\"a\",\"b\"]",
         "\"prompt\":[1,2]", "\"prompt\":[[1],[2,3]]",
     };
     for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) {
@@ -202,10 +204,12 @@ static const struct {
                    "\"logit_bias\":{\"\":1}|\"logit_bias\":{\"1 \":1}|\"logit_bias\":{\"99999999999999999999\":1}"},
     {"echo", "\"echo\":1|\"echo\":\"true\""},
     {"stream", "\"stream\":1|\"stream\":\"true\""},
-    {"stop", "\"stop\":\"\"|\"stop\":[]|\"stop\":[\"\"]|\"stop\":[\"a\",\"b\",\"c\",\"d\",\"e\"]|\"stop\":1|\"stop\":[1]"},
+    {"stop", "\"stop\":\"\"|\"stop\":[]|\"stop\":[\"\"]|\"stop\":[\"a\",\"b\",\"c\",\"d\",\"e\"]|"
+             "\"stop\":1|\"stop\":[1]"},
     {"suffix", "\"suffix\":\"x\"|\"suffix\":1"},
     {"seed", "\"seed\":1.5|\"seed\":9223372036854775808|\"seed\":-9223372036854775809|\"seed\":\"1\"|\"seed\":true"},
-    {"stream_options", "\"stream_options\":{}|\"stream\":false,\"stream_options\":{}|\"stream\":true,\"stream_options\":1"},
+    {"stream_options", "\"stream_options\":{}|\"stream\":false,\"stream_options\":{}|"
+                       "\"stream\":true,\"stream_options\":1"},
     {"stream_options.include_usage", "\"stream\":true,\"stream_options\":{\"include_usage\":1}"},
     {"stream_options.x", "\"stream\":true,\"stream_options\":{\"x\":1}"},
     {"user", "\"user\":1|\"user\":[]"},
@@ -225,9 +229,11 @@ static const struct {
     {"prompt_embeds", "\"prompt_embeds\":\"AAAA\""},
     {"nonsense", "\"nonsense\":1|\"nonsense\":null"},
     {"Temperature", "\"Temperature\":1"},
-    {"prompt", "\"prompt\":\"\"|\"prompt\":[]|\"prompt\":[[]]|\"prompt\":[\"\"]|\"prompt\":1|\"prompt\":null|\"prompt\":{}|"
+    {"prompt", "\"prompt\":\"\"|\"prompt\":[]|\"prompt\":[[]]|\"prompt\":[\"\"]|\"prompt\":1|\"prompt\":null|"
+               "\"prompt\":{}|"
                "\"prompt\":[1,\"a\"]|\"prompt\":[\"a\",1]|\"prompt\":[[1],2]|\"prompt\":[-1]|\"prompt\":[1000000]|"
-               "\"prompt\":[2147483648]|\"prompt\":[1.5]|\"prompt\":[[1],[]]|\"prompt\":[\"a\",\"b\",\"c\",\"d\",\"e\"]|"
+               "\"prompt\":[2147483648]|\"prompt\":[1.5]|\"prompt\":[[1],[]]|"
+               "\"prompt\":[\"a\",\"b\",\"c\",\"d\",\"e\"]|"
                "\"prompt\":[\"a\",\"b\",\"c\",\"d\"],\"n\":11|\"prompt\":[null]|\"prompt\":[[\"a\"]]"},
 };
 
@@ -250,13 +256,15 @@ START_TEST(models)
     ck_assert_int_ne(parse(&r, "{\"model\":\"other\",\"prompt\":\"a\"}", &e), 0);
     ck_assert_int_eq(e.status, 404);
     ck_assert_str_eq(e.code, "model_not_found");
-    static const char *const wrong[] = {"{\"prompt\":\"a\"}", "{\"model\":null,\"prompt\":\"a\"}", "{\"model\":1,\"prompt\":\"a\"}"};
+    static const char *const wrong[] = {
+        "{\"prompt\":\"a\"}", "{\"model\":null,\"prompt\":\"a\"}", "{\"model\":1,\"prompt\":\"a\"}"};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         ck_assert_int_ne(parse(&r, wrong[i], &e), 0);
         ck_assert_int_eq(e.status, 400);
         ck_assert_str_eq(e.param, "model");
     }
-    static const char *const broken[] = {"", "{", "[]", "1", "{}x", "{\"model\":\"m\",\"model\":\"m\",\"prompt\":\"a\"}"};
+    static const char *const broken[] = {
+        "", "{", "[]", "1", "{}x", "{\"model\":\"m\",\"model\":\"m\",\"prompt\":\"a\"}"};
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
         ck_assert_msg(parse(&r, broken[i], &e) != 0, "%s", broken[i]);
         ck_assert_int_eq(e.status, 400);

@@ -121,7 +121,8 @@ static const struct {
     const char *path, *body;
 } kinds[] = {
     {"/v1/completions", "{\"model\":\"demo\",\"prompt\":\"Once upon\",\"max_tokens\":6,\"temperature\":0}"},
-    {"/v1/completions", "{\"model\":\"demo\",\"prompt\":[\"Once\",\"Say\"],\"n\":2,\"seed\":1,\"max_tokens\":4,\"logprobs\":2,"
+    {"/v1/completions", "{\"model\":\"demo\",\"prompt\":[\"Once\",\"Say\"],\"n\":2,\"seed\":1,\"max_tokens\":4,"
+                        "\"logprobs\":2,"
                         "\"echo\":true,\"stop\":[\"zzz\",\"yy\"],\"logit_bias\":{\"5\":1},\"stop_token_ids\":[9],"
                         "\"allowed_token_ids\":[300,301,302,303],\"bad_words\":[\"bad\"],\"return_token_ids\":true}"},
     {"/v1/completions", "{\"model\":\"demo\",\"prompt\":[5,6,7],\"max_tokens\":8,\"temperature\":0,\"stream\":true,"

@@ -22,7 +22,8 @@ START_TEST(numbers)
     static const struct {
         int64_t value;
         const char *text;
-    } cases[] = {{0, "0"}, {7, "7"}, {-1, "-1"}, {INT64_MAX, "9223372036854775807"}, {INT64_MIN, "-9223372036854775808"}};
+    } cases[] = {
+        {0, "0"}, {7, "7"}, {-1, "-1"}, {INT64_MAX, "9223372036854775807"}, {INT64_MIN, "-9223372036854775808"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct text_buffer b = {0};
         text_int(&b, cases[i].value);
