@@ -182,7 +182,7 @@ static inline vec vec_exp(vec x)
     p = vec_fma(p, r, vec_set(1.6666665459e-1f));
     p = vec_fma(p, r, vec_set(5.0000001201e-1f));
     p = vec_fma(p, r * r, r) + 1.0f;
-    p = p * (vec)(((ivec)shifted + 127) << 23); // 2^n: n stands in the last bits of `shifted`
+    p = p * (vec)(((uvec)shifted + 127) << 23); // 2^n: n stands in the last bits of `shifted`
     p = vec_select(x < low, vec_set(0), p);
     return vec_select(x > high, vec_set(INFINITY), p);
 }
