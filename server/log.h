@@ -1,8 +1,8 @@
 /* log.h: what the process says on stderr, one line at a time.
  *
- * Called by server/ from any thread. Lines are readable text, or one JSON object each; one write(2) a line, so that lines
- * of several threads never mix. Logging never blocks: when stderr is a pipe that nobody empties, lines are dropped and
- * counted, and the next line that gets through is preceded by their number.
+ * Called by server/ from any thread. Lines are readable text, or one JSON object each; one write(2) a line, so
+ * that lines of several threads never mix. Logging never blocks: when stderr is a pipe that nobody empties, lines are
+ * dropped and counted, and the next line that gets through is preceded by their number.
  * There is one log per process, hence no object. Before log_init: text, level info.
  */
 #ifndef GPTD_SERVER_LOG_H

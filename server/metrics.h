@@ -1,7 +1,7 @@
 /* metrics.h: counters and histograms of the server, rendered as Prometheus text (format 0.0.4).
  *
- * Called by server/ from any thread, never by the engine: its gauges and counters are read from engine_stats_get at each
- * scrape. Names are vLLM's under the prefix gptd_, with its model_name label, so that its dashboards carry over.
+ * Called by server/ from any thread, never by the engine: its gauges and counters are read from engine_stats_get at
+ * each scrape. Names are vLLM's under the prefix gptd_, with its model_name label, so that its dashboards carry over.
  * A call takes one short mutex; nothing allocates but metrics_render.
  */
 #ifndef GPTD_SERVER_METRICS_H
@@ -26,8 +26,9 @@ void metrics_http(struct metrics *m, const char *method, const char *route, int3
 // seconds / n. The first token of a choice is not one of them.
 void metrics_inter_token(struct metrics *m, int32_t n, double seconds);
 
-// A request of the engine has ended. times as the engine gives them (0: never got there, not observed); generation_tokens
-// over all choices; reason: FINISH_STOP, _LENGTH count as such, _CANCELLED and _SLOW as "abort", _ERROR as "error".
+// A request of the engine has ended. times as the engine gives them (0: never got there, not observed);
+// generation_tokens over all choices; reason: FINISH_STOP, _LENGTH count as such, _CANCELLED and _SLOW as "abort", _ERROR
+// as "error".
 void metrics_request(struct metrics *m, const struct request_times *times, enum finish_reason reason,
                      int32_t prompt_tokens, int32_t generation_tokens);
 

@@ -1,6 +1,7 @@
 /* plan.h: the memory plan, for people and for programs.
  *
- * Called by main for --dry-run. Every figure is the engine's own (engine_plan_get), computed before anything is allocated.
+ * Called by main for --dry-run. Every figure is the engine's own (engine_plan_get), computed before anything is
+ * allocated.
  */
 #ifndef GPTD_SERVER_PLAN_H
 #define GPTD_SERVER_PLAN_H

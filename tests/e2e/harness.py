@@ -85,7 +85,8 @@ def join_events(events):
         for choice in event["choices"]:
             text, reason, ids = joined.get(choice["index"], ("", None, []))
             assert reason is None, f"choice {choice['index']} goes on after its end"
-            joined[choice["index"]] = (text + choice["text"], choice["finish_reason"], ids + choice.get("token_ids", []))
+            ids = ids + choice.get("token_ids", [])
+            joined[choice["index"]] = (text + choice["text"], choice["finish_reason"], ids)
     return joined
 
 
@@ -99,7 +100,8 @@ class Server:
         self.process = subprocess.Popen(
             [SERVER, "--model", self.model, "--host", "127.0.0.1", "--port", "0", "--drain-delay", "0",
              "--log-format", "json", *flags],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**NOT_VARIABLES, **(env or {})})
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env={**NOT_VARIABLES, **(env or {})})
         self.log, self.port, self.ready_after = [], None, None
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -217,7 +219,8 @@ class Server:
         """Until nothing runs, nothing waits and every KV block is free."""
         def idle():
             m = self.metrics()
-            return not (m["gptd_num_requests_running"] or m["gptd_num_requests_waiting"] or m["gptd_kv_cache_usage_ratio"])
+            names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
+            return not any(m["gptd_" + name] for name in names)
         wait_until(idle, seconds, "nothing runs, every block is free")
 
     # ---- raw sockets ----

@@ -16,7 +16,8 @@ except ImportError:
 @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
 class Curl(ServerTest):
     def curl(self, *arguments, data=None):
-        command = ["curl", "-sS", "--max-time", "60", f"http://127.0.0.1:{self.server.port}{arguments[0]}", *arguments[1:]]
+        url = f"http://127.0.0.1:{self.server.port}{arguments[0]}"
+        command = ["curl", "-sS", "--max-time", "60", url, *arguments[1:]]
         if data is not None:
             command += ["-H", "Content-Type: application/json", "--data-binary", "@-"]
         done = subprocess.run(command, input=json.dumps(data).encode(), capture_output=True, timeout=90)
@@ -56,7 +57,8 @@ class OpenAIClient(ServerTest):
         super().tearDownClass()
 
     def create(self, **fields):
-        return self.client.completions.create(model=self.server.name, **{"prompt": "Once upon a time", "max_tokens": 16, **fields})
+        fields = {"prompt": "Once upon a time", "max_tokens": 16, **fields}
+        return self.client.completions.create(model=self.server.name, **fields)
 
     def test_plain(self):
         answer = self.create(temperature=0, logprobs=2, n=2, seed=3, stop=["\n\n\n"], user="me")

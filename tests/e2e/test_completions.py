@@ -114,8 +114,9 @@ class Completions(ServerTest):
         self.assertEqual(body["usage"]["prompt_tokens"], sum(len(self.server.tokenize(p)) for p in prompts))
 
     def test_n(self):
-        one = self.server.text(PROMPT, seed=21, max_tokens=20, temperature=1.5)
-        many = [c["text"] for c in self.server.complete(prompt=PROMPT, n=5, seed=21, max_tokens=20, temperature=1.5)["choices"]]
+        fields = {"prompt": PROMPT, "seed": 21, "max_tokens": 20, "temperature": 1.5}
+        one = self.server.text(**fields)
+        many = [c["text"] for c in self.server.complete(n=5, **fields)["choices"]]
         self.assertEqual(many[0], one)
         self.assertGreater(len(set(many)), 1)
         greedy = [c["text"] for c in self.server.complete(prompt=PROMPT, n=3, **GREEDY)["choices"]]
@@ -182,7 +183,7 @@ class Completions(ServerTest):
             self.assertNotIn(None, logprobs["token_logprobs"][1:])
 
     def test_scored_equals_generated(self):
-        # Decode and prefill compute the same bits: what was generated, scored as a prompt, has the same log-probabilities.
+        # Decode and prefill compute the same bits: what was generated has the same log-probabilities as a prompt.
         ids = self.server.tokenize(PROMPT)
         choice = self.server.complete(prompt=ids, logprobs=0, seed=77, max_tokens=30, ignore_eos=True,
                                       return_token_ids=True, skip_special_tokens=False)["choices"][0]
@@ -217,9 +218,10 @@ class Completions(ServerTest):
             cut = whole[:whole.index(stop)]
             for stops in (stop, [stop], ["\x01never", stop], [stop + "\x01", stop]):
                 with self.subTest(stops=stops):
-                    choice = self.server.complete(prompt=PROMPT, temperature=0, max_tokens=60, stop=stops)["choices"][0]
+                    fields = {"prompt": PROMPT, "temperature": 0, "max_tokens": 60, "stop": stops}
+                    choice = self.server.complete(**fields)["choices"][0]
                     self.assertEqual((choice["text"], choice["finish_reason"]), (cut, "stop"))
-                    text, reason, _ = join_events(self.server.stream(prompt=PROMPT, temperature=0, max_tokens=60, stop=stops))[0]
+                    text, reason, _ = join_events(self.server.stream(**fields))[0]
                     self.assertEqual((text, reason), (cut, "stop"))
             kept = self.server.text(PROMPT, temperature=0, max_tokens=60, stop=stop, include_stop_str_in_output=True)
             self.assertEqual(kept, cut + stop)
@@ -265,8 +267,8 @@ class Completions(ServerTest):
         without = self.server.complete(logit_bias={str(greedy[0]): -100}, **GREEDY, **fields)["choices"][0]["token_ids"]
         self.assertNotIn(greedy[0], without)
         allowed = sorted(set(greedy))[:3]
-        chosen = self.server.complete(allowed_token_ids=allowed, seed=4, max_tokens=20, **fields)["choices"][0]["token_ids"]
-        self.assertLessEqual(set(chosen), set(allowed))
+        choice = self.server.complete(allowed_token_ids=allowed, seed=4, max_tokens=20, **fields)["choices"][0]
+        self.assertLessEqual(set(choice["token_ids"]), set(allowed))
 
     def test_bad_words(self):
         whole = self.server.text(PROMPT, temperature=0, max_tokens=40)
@@ -309,7 +311,7 @@ class Completions(ServerTest):
         # High temperature on a byte-fallback vocabulary: broken characters must come out as U+FFFD, the same both ways.
         for seed in range(6):
             fields = {"prompt": PROMPT, "seed": seed, "temperature": 2, "max_tokens": 60, "ignore_eos": True}
-            self.assertEqual(join_events(self.server.stream(**fields))[0][0], self.server.complete(**fields)["choices"][0]["text"])
+            self.assertEqual(join_events(self.server.stream(**fields))[0][0], self.server.text(**fields))
 
     def test_empty_prompt(self):
         answer = self.server.completions(prompt="", max_tokens=4)
@@ -339,7 +341,8 @@ class TokenIdsOnly(TinyServerTest):
         self.assertEqual(len(choice["token_ids"]), 9)
         self.assertTrue(all(0 <= i < TINY_CONFIG["vocab_size"] for i in choice["token_ids"]))
         self.assertEqual(body["usage"]["prompt_tokens"], 3)
-        self.assertEqual(join_events(self.server.stream(prompt=[5, 6, 7], max_tokens=9, seed=1))[0][2], choice["token_ids"])
+        events = self.server.stream(prompt=[5, 6, 7], max_tokens=9, seed=1)
+        self.assertEqual(join_events(events)[0][2], choice["token_ids"])
 
     def test_same_after_restart(self):
         # Random weights, but the same ones every time.

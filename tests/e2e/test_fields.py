@@ -86,8 +86,8 @@ class Fields(ServerTest):
         for field, (_, taken) in FIELDS.items():
             for value in taken:
                 with self.subTest(field=field, value=value):
-                    answer = self.server.completions(**{"prompt": "Once", "max_tokens": 2 if field != "min_tokens" else 16,
-                                                        field: value})
+                    max_tokens = 16 if field == "min_tokens" else 2
+                    answer = self.server.completions(**{"prompt": "Once", "max_tokens": max_tokens, field: value})
                     self.assertEqual(answer.status, 200, (field, value, answer))
 
     def test_not_finite(self):
@@ -105,8 +105,9 @@ class Fields(ServerTest):
                 self.assertEqual(answer.error["param"], field)
 
     def test_required(self):
-        for body, param in (({"prompt": "Once"}, "model"), ({"model": self.server.name}, "prompt"),
-                            ({"model": None, "prompt": "Once"}, "model"), ({"model": self.server.name, "prompt": None}, "prompt")):
+        name = self.server.name
+        for body, param in (({"prompt": "Once"}, "model"), ({"model": name}, "prompt"),
+                            ({"model": None, "prompt": "Once"}, "model"), ({"model": name, "prompt": None}, "prompt")):
             self.refuse(self.server.post("/v1/completions", body), param, body)
 
     def test_user_may_not_be_null(self):
@@ -198,10 +199,11 @@ class Fields(ServerTest):
 
     def test_many_values(self):
         # Under the size limit, but far more values than any request has.
+        once = {"model": self.server.name, "prompt": "Once"}
         for body in ('{"model":"x","prompt":"Once","metadata":[%s]}' % ",".join(["0"] * 1_000_000),
                      '{"model":"x","prompt":"Once","metadata":{%s}}' % ",".join(f'"k{i}":0' for i in range(150_000)),
-                     json.dumps({"model": self.server.name, "prompt": "Once", "stop_token_ids": [1] * 500_000}),
-                     json.dumps({"model": self.server.name, "prompt": "Once", "logit_bias": {str(i): 1 for i in range(100_000)}})):
+                     json.dumps({**once, "stop_token_ids": [1] * 500_000}),
+                     json.dumps({**once, "logit_bias": {str(i): 1 for i in range(100_000)}})):
             answer = self.server.post("/v1/completions", body)
             self.assertEqual(answer.status, 400, answer)
 
@@ -214,13 +216,13 @@ class Limits(ServerTest):
         answer = self.server.post("/v1/completions", body)
         self.assertEqual(answer.status, 413)
         self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
         chunk = b"400\r\n" + b" " * 1024 + b"\r\n"
-        status, data, closed = self.server.raw(head + 5 * chunk + b"0\r\n\r\n")
+        status, data, closed = self.server.raw(chunked + 5 * chunk + b"0\r\n\r\n")
         self.assertEqual(status, 413, data[:300])
-        self.assertTrue(self.server.raw(head + 1000 * chunk)[2], "one that does not end is cut")
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000000000\r\n\r\n"
-        status, data, closed = self.server.raw(head)
+        self.assertTrue(self.server.raw(chunked + 1000 * chunk)[2], "one that does not end is cut")
+        status, data, closed = self.server.raw(head + b"Content-Length: 100000000000\r\n\r\n")
         self.assertEqual(status, 413, data[:300])
         self.assertTrue(closed)
         exact = json.dumps({"model": self.server.name, "prompt": "Once", "max_tokens": 1})
@@ -243,7 +245,8 @@ class Limits(ServerTest):
             self.assertEqual(answer.status, 415, kind)
             self.assertEqual(answer.error["type"], "invalid_request_error")
         for kind in ("application/json", "application/json; charset=utf-8", "Application/JSON"):
-            self.assertEqual(self.server.post("/v1/completions", body, headers={"Content-Type": kind}).status, 200, kind)
+            answer = self.server.post("/v1/completions", body, headers={"Content-Type": kind})
+            self.assertEqual(answer.status, 200, kind)
 
 
 class Overload(unittest.TestCase):

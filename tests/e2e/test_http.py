@@ -7,7 +7,7 @@ import struct
 import time
 import unittest
 
-from harness import Server, ServerTest, parse_events, read_to_end, read_until, readable, wait_until
+from harness import Server, ServerTest, parse_events, read_to_end, read_until, readable, scale, wait_until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -72,14 +72,16 @@ class Framing(ServerTest):
 
     def test_nul_in_a_header(self):
         # libmicrohttpd 0.9.75 ends the value there and shows nobody the rest: a 400, or the value up to the NUL.
-        status, answer, _ = self.server.raw(HEAD + b"X-A: a\0b\r\nConnection: close\r\n" + self.length + b"\r\n" + self.body)
+        head = HEAD + b"X-A: a\0b\r\nConnection: close\r\n"
+        status, answer, _ = self.server.raw(head + self.length + b"\r\n" + self.body)
         self.assertIn(status, (200, 400), answer[:300])
         self.assertTrue(answer.endswith(b"}"), "and nothing after the answer")
 
     def test_oversized_head(self):
         for data in (b"GET /health HTTP/1.1\r\nHost: x\r\nX-Big: " + b"a" * 200_000 + b"\r\n\r\n",
                      b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-                     b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: a\r\n" % i for i in range(20_000)) + b"\r\n"):
+                     b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: a\r\n" % i for i in range(20_000))
+                     + b"\r\n"):
             status, answer, closed = self.server.raw(data)
             self.assertIn(status, (None, 400, 413, 414, 431), answer[:200])
             self.assertTrue(closed)
@@ -87,8 +89,8 @@ class Framing(ServerTest):
 
     def test_not_http(self):
         for data in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 300 + b"\r\n\r\n",
-                     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /health\r\n\r\n", b"GET\r\n\r\n", b"\r\n" * 50 + b"x\r\n\r\n",
-                     b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n"):
+                     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /health\r\n\r\n", b"GET\r\n\r\n",
+                     b"\r\n" * 50 + b"x\r\n\r\n", b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n"):
             status, answer, closed = self.server.raw(data + b"Connection: close\r\n\r\n", timeout=12)
             self.assertTrue(status is None or 400 <= status < 600, (data[:20], answer[:200]))
             self.assertTrue(closed, data[:20])
@@ -258,7 +260,8 @@ class SlowAndGone(ServerTest):
     def test_client_that_never_reads(self):
         fds = self.server.metrics()["process_open_fds"]
         s = self.server.socket(receive_buffer=4096)
-        s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=1800, n=8, ignore_eos=True, stream=True, logprobs=5))
+        s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=scale(1800, 300), n=8, logprobs=5, stream=True,
+                                               ignore_eos=True))
         time.sleep(1)
         self.server.wait_idle(40)
         wait_until(lambda: self.server.metrics()["process_open_fds"] <= fds, 20, "its connection is closed")

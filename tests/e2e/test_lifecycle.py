@@ -1,5 +1,7 @@
 """Starting, draining, ending; options as a user meets them; what an idle server costs."""
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -38,8 +40,8 @@ class Start(unittest.TestCase):
         self.assertEqual((status, err), (0, ""))
         for word in ("weights", "workspace", "history", "KV cache", "blocks", "tokens", "total"):
             self.assertIn(word, out)
-        status, out, _ = gptd("--model", harness.MODEL, "--dry-run", "--log-format", "json", "--kv-cache-memory-bytes", "64M",
-                              "--block-size", "16")
+        status, out, _ = gptd("--model", harness.MODEL, "--dry-run", "--log-format", "json", "--block-size", "16",
+                              "--kv-cache-memory-bytes", "64M")
         plan = json.loads(out)
         self.assertEqual(status, 0)
         self.assertLessEqual(plan["kv_cache_bytes"], 64 << 20)
@@ -159,13 +161,74 @@ class Start(unittest.TestCase):
             self.assertTrue(any("model.safetensors" in line for line in server.log), server.log[-3:])
 
 
+    def test_hosts(self):
+        for host in ("localhost", "::1"):
+            try:
+                socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+            except OSError:
+                if host == "::1":
+                    continue  # no IPv6 on this machine
+            server = Server("--host", host)
+            with contextlib.closing(http.client.HTTPConnection(host, server.port, timeout=20)) as connection:
+                self.assertEqual(server.get("/ready", connection=connection).status, 200)
+            server.check_stopped()
+
+    def test_nobody_reads_the_log(self):
+        # A full pipe at stderr must not stop the server.
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            port = s.getsockname()[1]
+        command = [harness.SERVER, "--model", harness.MODEL, "--port", str(port), "--drain-delay", "0"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=harness.NOT_VARIABLES)
+
+        def ask():
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            headers = {"x-request-id": "x" * 100, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", "{}", headers)
+            answer = connection.getresponse()
+            answer.read()
+            connection.close()
+            return answer.status
+
+        def answers():
+            try:
+                return ask() == 400
+            except OSError:
+                return False
+
+        wait_until(answers, 20, "it answers")
+        for _ in range(600):  # of more than 200 bytes each: over the 64 KiB of a pipe
+            self.assertEqual(ask(), 400)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+        self.assertLess(len(process.stderr.read()), 600 * 200)
+        process.stderr.close()
+
+    def test_as_pid_1(self):
+        # As in a container: the kernel drops signals that PID 1 has no handler for.
+        try:
+            subprocess.run(["unshare", "--pid", "--fork", "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            self.skipTest("unshare --pid needs root")
+        command = ["unshare", "--pid", "--fork", "--kill-child",
+                   harness.SERVER, "--model", harness.MODEL, "--port", "0", "--drain-delay", "0"]
+        outer = subprocess.Popen(command, stderr=subprocess.PIPE, env=harness.NOT_VARIABLES)
+        for line in outer.stderr:
+            if b"ready" in line:
+                break
+        with open(f"/proc/{outer.pid}/task/{outer.pid}/children") as f:
+            pid = int(f.read().split()[0])
+        os.kill(pid, signal.SIGTERM)
+        self.assertEqual(outer.wait(20), 0)
+        outer.stderr.close()
+
+
 class End(unittest.TestCase):
     def streams(self, server, count, max_tokens):
         out = []
         for i in range(count):
             s = server.socket(60)
-            s.sendall(server.completion_bytes("Connection: close\r\n", prompt="Once upon", seed=i, max_tokens=max_tokens,
-                                              ignore_eos=True, stream=True))
+            s.sendall(server.completion_bytes("Connection: close\r\n", prompt="Once upon", seed=i, stream=True,
+                                              max_tokens=max_tokens, ignore_eos=True))
             out.append(s)
         return [(s, read_until(s, b"data: ")) for s in out]
 
@@ -207,7 +270,8 @@ class End(unittest.TestCase):
         time.sleep(0.5)
         if server.process.poll() is None:  # a kept connection is told to go elsewhere
             try:
-                answer = server.request("POST", "/v1/completions", {"model": server.name, "prompt": "x"}, connection=connection)
+                body = {"model": server.name, "prompt": "x"}
+                answer = server.request("POST", "/v1/completions", body, connection=connection)
                 self.assertEqual(answer.status, 503)
                 self.assertGreaterEqual(int(answer.headers["Retry-After"]), 1)
                 self.assertEqual(answer.headers["Connection"].lower(), "close")
@@ -280,7 +344,8 @@ class Costs(unittest.TestCase):
 
         one_round()
         first, second = one_round(), one_round()
-        wait_until(lambda: server.metrics()["process_open_fds"] <= first["process_open_fds"] + 2, 10, "descriptors are back")
+        most = first["process_open_fds"] + 2
+        wait_until(lambda: server.metrics()["process_open_fds"] <= most, 10, "descriptors are back")
         growth = second["process_resident_memory_bytes"] - first["process_resident_memory_bytes"]
         print(f"\nresident memory after {scale(60, 10)} more rounds: {growth / 1024:+.0f} KiB")
         if not harness.QUICK:  # a sanitizer keeps what is freed

@@ -11,6 +11,35 @@ ROUTES = {"/v1/completions": "post", "/v1/models": "get", "/v1/models/{model}": 
           "/openapi.json": "get"}
 
 
+KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+         "null": type(None)}
+
+
+def schema_problems(value, schema, spec, where):
+    """What is wrong with value by the parts of JSON Schema that openapi.json uses in answers."""
+    while "$ref" in schema:
+        schema = spec["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    if "oneOf" in schema:
+        if sum(not list(schema_problems(value, s, spec, where)) for s in schema["oneOf"]) != 1:
+            yield f"{where}: not one of {len(schema['oneOf'])}"
+        return
+    kinds = schema.get("type", list(KINDS))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not any(isinstance(value, KINDS[k]) and not (isinstance(value, bool) and k != "boolean") for k in kinds):
+        yield f"{where}: {value!r} is not {kinds}"
+        return
+    if "enum" in schema and value not in schema["enum"] or "const" in schema and value != schema["const"]:
+        yield f"{where}: {value!r} is not allowed"
+    if isinstance(value, dict):
+        yield from (f"{where}: lacks {name}" for name in schema.get("required", ()) if name not in value)
+        other = schema.get("additionalProperties", {})
+        for key, item in value.items():
+            yield from schema_problems(item, schema.get("properties", {}).get(key, other), spec, f"{where}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from schema_problems(item, schema.get("items", {}), spec, f"{where}[{i}]")
+
+
 class Routes(ServerTest):
     def test_models(self):
         body = self.server.get("/v1/models").json()
@@ -107,6 +136,31 @@ class Routes(ServerTest):
                 self.assertIn(part, node, reference)
                 node = node[part]
 
+    def test_openapi_says_what_is(self):
+        # Real answers, checked against the schemas they are described by.
+        spec, name = self.server.get("/openapi.json").json(), self.server.name
+        schemas = spec["components"]["schemas"]
+        fields = {"prompt": "Once", "max_tokens": 3, "ignore_eos": True, "logprobs": 1, "prompt_logprobs": 1,
+                  "return_token_ids": True, "n": 2}
+        answers = [("Completion", self.server.complete(**fields)), ("Completion", self.server.complete(prompt="Once")),
+                   ("Error", self.server.completions(prompt=5).json()),
+                   ("ModelList", self.server.get("/v1/models").json()),
+                   ("Model", self.server.get(f"/v1/models/{name}").json()),
+                   ("Status", self.server.get("/health").json()),
+                   ("TokenizeResponse", self.server.post("/tokenize", {"prompt": "a", "return_token_strs": True}).json()),
+                   ("DetokenizeResponse", self.server.post("/detokenize", {"tokens": [5]}).json())]
+        events = self.server.stream(**fields, stream_options={"include_usage": True})
+        for schema, answer in answers + [("CompletionChunk", e) for e in events]:
+            problems = list(schema_problems(answer, schemas[schema], spec, schema))
+            self.assertEqual(problems, [], answer)
+            self.assertLessEqual(set(answer), set(schemas[schema]["properties"]))
+        # Every field it lists is known to the server.
+        for field in schemas["CompletionRequest"]["properties"]:
+            if field not in ("model", "prompt", "user"):
+                answer = self.server.completions(prompt="Once", max_tokens=None if field == "max_tokens" else 1,
+                                                 **({field: None} if field != "max_tokens" else {}))
+                self.assertEqual(answer.status, 200, (field, answer))
+
     def test_not_found(self):
         for path in ("/", "/v1", "/v1/completion", "/v1/completions/", "/v2/completions", "/health/x", "/../etc/passwd",
                      "/%00", "/v1/chat/completionsx"):
@@ -139,15 +193,14 @@ class Routes(ServerTest):
         connection = self.server.connect()
         for _ in range(5):
             self.assertEqual(self.server.get("/health", connection=connection).status, 200)
-            answer = self.server.request("POST", "/v1/completions", {"model": self.server.name, "prompt": "a", "max_tokens": 2},
-                                         connection=connection)
-            self.assertEqual(answer.status, 200)
-            answer = self.server.request("POST", "/v1/completions", {"model": self.server.name}, connection=connection)
-            self.assertEqual(answer.status, 400)
+            body = {"model": self.server.name, "prompt": "a", "max_tokens": 2}
+            self.assertEqual(self.server.post("/v1/completions", body, connection=connection).status, 200)
+            self.assertEqual(self.server.post("/v1/completions", {}, connection=connection).status, 400)
         connection.close()
 
     def test_one_log_line_per_request(self):
-        answer = self.server.completions(prompt="Once upon", max_tokens=3, ignore_eos=True, headers={"x-request-id": "log-me"})
+        answer = self.server.completions(prompt="Once upon", max_tokens=3, ignore_eos=True,
+                                         headers={"x-request-id": "log-me"})
         self.assertEqual(answer.status, 200)
         harness.wait_until(lambda: any("log-me" in line for line in self.server.log), 5, "the log line")
         entries = [e for e in self.server.log_entries() if e.get("id") == "log-me"]
@@ -166,8 +219,8 @@ class Keys(unittest.TestCase):
         server = Server("--api-key", "sk-one", env={"GPTD_SERVED_MODEL_NAME": "front,back"})
         server.name = "front"
         completion = {"model": "front", "prompt": "Once", "max_tokens": 1}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sk-one"}, {"Authorization": "Bearer sk-on"},
-                        {"Authorization": "Bearer sk-one2"}, {"Authorization": "Bearer "}, {"Authorization": "Basic sk-one"}):
+        wrong = ("Bearer wrong", "sk-one", "Bearer sk-on", "Bearer sk-one2", "Bearer ", "Basic sk-one")
+        for headers in ({}, *({"Authorization": value} for value in wrong)):
             for method, path, body in (("POST", "/v1/completions", completion), ("GET", "/v1/models", None),
                                        ("POST", "/tokenize", completion), ("GET", "/metrics", None)):
                 answer = server.request(method, path, body, headers=headers)
