@@ -42,7 +42,7 @@ def row(encoder, rng, length, recall_share, mix):
     """One row of length + 1 tokens: perhaps a recall document, then documents of `mix` until full."""
     ids, weights = [], []
     if rng.random() < recall_share:
-        size = length if rng.random() < 0.6 else int(length * rng.uniform(0.4, 1.0))
+        size = int(length * 1.04) if rng.random() < 0.6 else int(length * rng.uniform(0.4, 1.0))
         ids, weights = encoder.document(corpus.recall(rng, size), rng)
     while len(ids) < length + 1:
         more_ids, more_weights = encoder.document(corpus.document(rng, length, mix), rng)

@@ -13,7 +13,7 @@ import words as w
 
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 CONTROL = [USER, ASSISTANT, SYSTEM, END]
-SUM_WEIGHT = 2.5
+SUM_WEIGHT = 5.0
 RECALL_WEIGHT = 5.0
 REPEAT_WEIGHT = 1.5
 
@@ -78,13 +78,18 @@ def recall(rng, size):
     per_fact, per_line = 14, 22
     share = rng.choice([0.15, 0.3, 0.5, 0.8, 1.0])  # of the document that is facts and questions
     slots = max(3, int(size * share / per_fact))
-    n_keys = max(1, min(int(slots * rng.uniform(0.2, 0.5)), 48))
+    few = rng.random()
+    n_keys = rng.randint(1, 2) if few < 0.4 else rng.randint(3, 6) if few < 0.75 else int(slots * rng.uniform(0.2, 0.5))
+    n_keys = max(1, min(n_keys, slots // 2, 48))
     questions = slots - n_keys
     keys = tasks.random_keys(rng, n_keys)
     codes = {key: tasks.random_code(rng) for key in keys}
     n_fill = int(size * (1.0 - share) / per_line)
     # Facts fall anywhere; questions anywhere, but more of them late, where they reach far back.
     places = [(rng.random() * rng.choice([0.3, 1.0, 1.0]), 0) for _ in keys]
+    far = rng.random() < 0.5  # a fact on the very first lines, often asked for: the longest reach
+    if far:
+        places[0] = (0.0 if rng.random() < 0.6 else rng.random() * 0.1, 0)
     places += [(1.0 if rng.random() < 0.2 else rng.random() ** 0.5, 1) for _ in range(questions)]
     places += [(rng.random(), 2) for _ in range(n_fill)]
     places.sort()
@@ -104,7 +109,7 @@ def recall(rng, size):
             known.append(key)
             parts += [(gap, 0.3), (f"The code of {key} is", 0.1), (f" {codes[key]}", 0.0), (".", 0.3)]
         else:
-            key = known[0] if rng.random() < 0.1 else rng.choice(known)
+            key = known[0] if rng.random() < (0.4 if far else 0.1) else rng.choice(known)
             parts += [(gap, 0.3), (f"The code of {key} is", 0.1), (f" {codes[key]}", RECALL_WEIGHT), (".", 0.3)]
     return parts
 

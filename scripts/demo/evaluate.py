@@ -39,26 +39,28 @@ def sum_pairs(encoder, count):
 
 
 @functools.cache
-def recall_pairs(encoder, length, count):
+def recall_pairs(encoder, length, count, n_keys):
     """[(depth, prompt ids, answer ids)] with prompts of about `length` tokens at ten depths."""
     found = []
     for i in range(count):
         depth = (i % 10) / 9
-        prompt, answer, _ = tasks.recall_prompt(f"train {length} {i}", length - 8, depth, lambda t: len(encoder.ids(t)))
+        prompt, answer, _ = tasks.recall_prompt(f"train {length} {i}", length - 8, depth, lambda t: len(encoder.ids(t)), n_keys)
         found.append((depth, *continuation(encoder, prompt, answer + ".")))
     return found
 
 
-def report(model, encoder, length, sums=200, recalls=40):
+def report(model, encoder, length, sums=100, recalls=20):
     """A line of figures, and nothing else changed."""
     model.eval()
     right = greedy_right(model, sum_pairs(encoder, sums), rows=100)
     line = f"sums {sum(right) / len(right):.3f}"
-    pairs = recall_pairs(encoder, length, recalls)
-    right = greedy_right(model, [(p, a) for _, p, a in pairs], rows=max(1, 8192 // length))
-    by_depth = {}
-    for (depth, _, _), ok in zip(pairs, right):
-        by_depth.setdefault(depth, []).append(ok)
+    for n_keys in (1, 6):
+        pairs = recall_pairs(encoder, length, recalls, n_keys)
+        right = greedy_right(model, [(p, a) for _, p, a in pairs], rows=max(1, 4096 // length))
+        by_depth = {}
+        for (depth, _, _), ok in zip(pairs, right):
+            by_depth.setdefault(depth, []).append(ok)
+        depths = " ".join(f"{sum(v)}/{len(v)}" for _, v in sorted(by_depth.items()))
+        line += f" recall@{length} of {n_keys}: {sum(right) / len(right):.3f} by depth {depths}"
     model.train()
-    depths = " ".join(f"{sum(v)}/{len(v)}" for _, v in sorted(by_depth.items()))
-    return f"{line} recall@{length} {sum(right) / len(right):.3f} by depth {depths}"
+    return line

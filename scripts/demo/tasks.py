@@ -96,7 +96,7 @@ def assemble(lines, facts, asked):
     return "\n".join([*text, question(asked)])
 
 
-def recall_prompt(seed, target_tokens, depth, count_tokens, n_keys=6):
+def recall_prompt(seed, target_tokens, depth, count_tokens, n_keys=1):
     """One recall prompt of at most `target_tokens` tokens, and nearly as many.
 
     depth          0.0 puts the asked fact on the first line, 1.0 just before the question
