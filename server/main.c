@@ -94,7 +94,7 @@ static int signals_init(void)
 // Room for the connections and the few files beside them; fewer connections where the system does not allow it.
 static void raise_file_limit(struct server_options *o)
 {
-    enum { OTHER_FILES = 64 };
+    enum { OTHER_FILES = 192 };
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit)) return;
     rlim_t wanted = (rlim_t)o->max_connections + OTHER_FILES;
