@@ -150,12 +150,13 @@ check-asan:
 	@build/venv/bin/python tests/e2e/run.py --server build/asan/gptd --quick
 
 # Thread sanitizer over what has threads.
-THREADED_TESTS = $(filter %/test_engine %/test_engine_% %/test_thread_pool %/test_http %/test_server%,$(TESTS))
+THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,thread_pool engine engine_life notifier log tokenizer)
 check-tsan:
-	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all tests
+	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded
-	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick
-.PHONY: check-threaded
+	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick Sameness Crowd SlowAndGone End Framing
+.PHONY: check-threaded threaded-tests
+threaded-tests: $(THREADED_TESTS)
 check-threaded: $(THREADED_TESTS)
 	@set -e; for t in $^; do $$t; done
 
@@ -165,12 +166,15 @@ FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/tests/fuzz/%,$(wildcard tests/fuzz
 .PHONY: check-fuzz fuzz-targets
 check-fuzz:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/fuzz SAN=fuzzer CC=clang CXX=clang++ fuzz-targets
-	@set -e; for f in build/fuzz/tests/fuzz/fuzz_*; do echo "== $$f"; mkdir -p build/fuzz/corpus/$$(basename $$f); \
-	  $$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
-	    -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$(basename $$f) \
-	    $$(ls -d tests/fuzz/corpus/$$(basename $$f) 2>/dev/null) 2>&1 | tail -n 8; done
+	@set -e; for t in $(notdir $(FUZZERS)); do mkdir -p build/fuzz/corpus/$$t; \
+	  build/fuzz/tests/fuzz/$$t -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$t $$(ls -d tests/fuzz/corpus/$$t 2>/dev/null) \
+	    >build/fuzz/$$t.log 2>&1 || { tail -n 60 build/fuzz/$$t.log; exit 1; }; \
+	  echo "$$t: $$(awk '/number_of_executed_units/ {print $$2}' build/fuzz/$$t.log) inputs, nothing found"; done
 fuzz-targets: $(FUZZERS)
-$(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_GPTD)
+# They read files and requests: no engine, no kernels.
+LIBS_FUZZED := $(addprefix $(BUILD)/lib,server.a models.a tokenizer.a) $(call objects,kernels/error.c kernels/dtype.c)
+$(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_FUZZED)
 	@mkdir -p $(@D)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(LIBS_SYSTEM)
