@@ -8,29 +8,6 @@ enum { QUEUED_PER_WORKER = 16 };
 
 static const double LAST_WORDS = 1.0; // seconds that a stop waits for answers to go out
 
-void server_options_init(struct server_options *options)
-{
-    *options = (struct server_options){
-        .host = "127.0.0.1",
-        .port = 8000,
-        .http_threads = 2,
-        .tokenizer_threads = 1,
-        .max_connections = 1024,
-        .max_body_bytes = 16 << 20,
-        .max_prompts = 1024,
-        .max_choices = 2048,
-        .max_logprobs = 5,
-        .header_timeout = 10,
-        .body_timeout = 30,
-        .idle_timeout = 75,
-        .request_timeout = 600,
-        .send_timeout = 60,
-        .keep_alive_interval = 15,
-        .stall_timeout = 30,
-        .drain_delay = 3,
-    };
-}
-
 static size_t longest_token(const struct tokenizer *t)
 {
     size_t longest = 0, n;

@@ -14,7 +14,7 @@
 #include "engine/engine.h"
 #include "tokenizer/tokenizer.h"
 
-// Strings and arrays are borrowed and must outlive the server. Times are in seconds.
+// Strings and arrays are borrowed and must outlive the server. Times are in seconds. Defaults: options.c.
 struct server_options {
     const char *host;                      // address to bind, numeric or a name: "127.0.0.1", "0.0.0.0", "::"
     uint16_t port;                         // 0: any free one, see server_port
@@ -40,9 +40,6 @@ struct server_options {
     double stall_timeout;                  // an engine with work that makes no step for so long is not healthy
     double drain_delay;                    // how long a draining server goes on accepting
 };
-
-// The defaults: 127.0.0.1:8000, 2 event loops, no keys. served_model_names is left empty.
-void server_options_init(struct server_options *options);
 
 struct server;
 

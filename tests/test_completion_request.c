@@ -19,7 +19,6 @@ static void setup(void)
     char error[256];
     int failed = tokenizer_create(&tokenizer, "tests/vectors/tokenizer/unigram_bytes", error, sizeof error);
     ck_assert_msg(failed == 0, "%s", error);
-    server_options_init(&options);
     options.served_model_names = names;
     options.n_served_model_names = 2;
     options.max_prompts = 4;

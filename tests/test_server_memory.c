@@ -53,7 +53,12 @@ static void setup(void)
 {
     static const char *const names[] = {"demo"};
     struct error e;
-    struct server_options options;
+    static const struct server_options options = {
+        .host = "127.0.0.1", .served_model_names = names, .n_served_model_names = 1, .http_threads = 2,
+        .tokenizer_threads = 1, .max_connections = 64, .max_body_bytes = 1 << 20, .max_prompts = 64,
+        .max_choices = 64, .max_logprobs = 5, .header_timeout = 10, .body_timeout = 30, .idle_timeout = 75,
+        .request_timeout = 600, .send_timeout = 60, .keep_alive_interval = 15, .stall_timeout = 30,
+    };
     struct engine_options engine_options = {
         .model_dir = "models/demo", .backend = "cpu", .prefix_caching = true, .n_threads = 1, .max_num_seqs = 8,
         .max_num_batched_tokens = 64, .block_size = 16, .kv_cache_memory_bytes = 4 << 20, .max_queue_requests = 64,
@@ -63,10 +68,6 @@ static void setup(void)
     log_init(open("/dev/null", O_WRONLY), LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     ck_assert_msg(engine_create(&engine, &engine_options, &e) == 0, "%s", e.message);
     ck_assert_int_eq(tokenizer_create(&tokenizer, "models/demo", e.message, sizeof e.message), 0);
-    server_options_init(&options);
-    options.port = 0;
-    options.served_model_names = names;
-    options.n_served_model_names = 1;
     ck_assert_msg(server_create(&server, &options, engine, tokenizer, &e) == 0, "%s", e.message);
     ck_assert_msg(server_start(server, &e) == 0, "%s", e.message);
     ck_assert_msg(engine_start(engine, &e) == 0, "%s", e.message);
