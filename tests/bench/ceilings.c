@@ -117,7 +117,7 @@ static double best_seconds(struct thread_pool *pool, void (*work)(void *, int32_
     return best;
 }
 
-int ceilings_measure(struct ceilings *c, struct thread_pool *pool, struct error *e)
+int ceilings_read(double *bytes_per_s, struct thread_pool *pool, struct error *e)
 {
     size_t n_threads = (size_t)thread_pool_size(pool);
     char *memory = mmap(NULL, READ_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -125,10 +125,17 @@ int ceilings_measure(struct ceilings *c, struct thread_pool *pool, struct error 
     madvise(memory, READ_BYTES, MADV_HUGEPAGE);
     memset(memory, 0x5A, READ_BYTES);
     struct try t = {.loops = choose_loops(), .memory = memory, .bytes = READ_BYTES / n_threads / 4096 * 4096};
-    c->read_bytes_per_s = (double)(t.bytes * n_threads) / best_seconds(pool, run_read, &t);
+    *bytes_per_s = (double)(t.bytes * n_threads) / best_seconds(pool, run_read, &t);
     munmap(memory, READ_BYTES);
+    return 0;
+}
 
-    double fmas = (double)n_threads * N_ROUNDS * N_CHAINS * t.loops.vector_bytes / 4;
+int ceilings_measure(struct ceilings *c, struct thread_pool *pool, struct error *e)
+{
+    int rc = ceilings_read(&c->read_bytes_per_s, pool, e);
+    if (rc) return rc;
+    struct try t = {.loops = choose_loops()};
+    double fmas = (double)thread_pool_size(pool) * N_ROUNDS * N_CHAINS * t.loops.vector_bytes / 4;
     t.arithmetic = t.loops.fma;
     c->fma_flops = c->bf16_flops = 2 * fmas / best_seconds(pool, run_arithmetic, &t);
     if (t.loops.bf16) {

@@ -10,6 +10,8 @@ struct ceilings {
     double bf16_flops;       // the same of vdpbf16ps (a lane: 4); fma_flops where the CPU does not have it
 };
 
+// The first of them alone: memory shared with other machines' loads gives now more, now less.
+int ceilings_read(double *bytes_per_s, struct thread_pool *pool, struct error *e);
 int ceilings_measure(struct ceilings *c, struct thread_pool *pool, struct error *e);
 
 double bench_now(void); // seconds, monotonic
