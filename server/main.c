@@ -183,7 +183,8 @@ static enum exit_status run(struct options *o, double started)
     struct tokenizer *tokenizer = NULL;
     enum exit_status status = EXIT_MODEL;
     if (engine_create(&engine, &o->engine, &e)) {
-        error_prefix(&e, "%s", o->engine.model_dir);
+        const char *dir = o->engine.model_dir;
+        if (strncmp(e.message, dir, strlen(dir)) != 0) error_prefix(&e, "%s", dir); // a file's error has its path
         goto fail;
     }
     const struct engine_plan *plan = engine_plan_get(engine);
