@@ -86,41 +86,53 @@ void completion_write_logprob(const struct completion *c, struct choice *ch, con
     write_top(&ch->top_logprobs, c, token, n_top);
 }
 
-// Where the prompt's tokens begin in its text, in code points. The text lacks what is only in the ids: a control token
-// that is skipped, and the space the tokenizer puts before the first word.
-struct prompt_offsets {
-    const struct completion *c;
-    size_t n_chars, n_text;
-    bool at_start;
-};
-
-static size_t next_offset(struct prompt_offsets *p, const char *text, int32_t id)
+// Whether the text of a prompt has the control token that is its i-th: not one that is skipped or that was put before
+// what was sent.
+static bool shows_special(const struct completion *c, const struct completion_prompt *p, int32_t i, const char *bytes,
+                          size_t n)
 {
-    size_t n = 0, offset = p->n_chars, n_chars = 0;
-    const struct tokenizer *t = p->c->tokenizer;
-    const char *bytes = t ? tokenizer_token_bytes(t, id, &n) : NULL;
-    if (!bytes || (tokenizer_is_special(t, id) && p->c->request.skip_special_tokens)) return offset;
-    for (size_t i = 0; i < n; i++) n_chars += ((unsigned char)bytes[i] & 0xc0) != 0x80;
-    bool added_space = p->at_start && n > 0 && bytes[0] == ' ' && text && text[0] != ' ';
-    p->at_start = false;
-    p->n_chars += n_chars - added_space;
-    if (p->n_chars > p->n_text) p->n_chars = p->n_text;
-    return offset;
+    if (!p->text_was_sent) return !c->request.skip_special_tokens;
+    return i > 0 || (n <= p->text_length && !memcmp(p->text, bytes, n));
+}
+
+// Code points of the prompt's i-th token in its text.
+static size_t shown_chars(const struct completion *c, const struct completion_prompt *p, int32_t i)
+{
+    size_t n = 0, n_chars = 0;
+    const char *bytes = c->tokenizer ? tokenizer_token_bytes(c->tokenizer, p->ids[i], &n) : NULL;
+    if (!bytes || (tokenizer_is_special(c->tokenizer, p->ids[i]) && !shows_special(c, p, i, bytes, n))) return 0;
+    for (size_t j = 0; j < n; j++) n_chars += ((unsigned char)bytes[j] & 0xc0) != 0x80;
+    return n_chars;
+}
+
+// Index of the token with the space that the tokenizer puts before the first word, which the text lacks, or -1.
+static int32_t find_added_space(const struct completion *c, const struct completion_prompt *p, size_t n_text)
+{
+    size_t n_shown = 0, n;
+    for (int32_t i = 0; i < p->n_ids; i++) n_shown += shown_chars(c, p, i);
+    if (n_shown <= n_text) return -1;
+    for (int32_t i = 0; i < p->n_ids; i++) {
+        const char *bytes = c->tokenizer ? tokenizer_token_bytes(c->tokenizer, p->ids[i], &n) : NULL;
+        if (bytes && !tokenizer_is_special(c->tokenizer, p->ids[i])) return n > 0 && bytes[0] == ' ' ? i : -1;
+    }
+    return -1;
 }
 
 void completion_write_prompt_logprobs(const struct completion *c, struct choice *ch, const struct token_out *tokens)
 {
     const struct completion_prompt *prompt = ch->prompt;
-    struct prompt_offsets offsets = {c, 0, prompt->text ? utf8_length(prompt->text, prompt->text_length) : 0, true};
+    size_t offset = 0, n_text = prompt->text ? utf8_length(prompt->text, prompt->text_length) : 0;
+    int32_t added_space = find_added_space(c, prompt, n_text);
     for (int32_t i = 0; i < prompt->n_ids; i++) {
-        size_t offset = next_offset(&offsets, prompt->text, tokens[i].id);
         if (i > 0) {
             completion_write_logprob(c, ch, &tokens[i], c->request.logprobs, offset);
-            continue;
+        } else {
+            begin_entry(c, ch, tokens[0].id, offset);
+            text_string(&ch->token_logprobs, "null");
+            text_string(&ch->top_logprobs, "null");
         }
-        begin_entry(c, ch, tokens[0].id, offset);
-        text_string(&ch->token_logprobs, "null");
-        text_string(&ch->top_logprobs, "null");
+        offset += shown_chars(c, prompt, i) - (i == added_space);
+        if (offset > n_text) offset = n_text;
     }
 }
 

@@ -404,6 +404,7 @@ static int parse_text(struct parse *p, struct completion_prompt *prompt, const c
     if (failed || !p->r->echo) return failed;
     prompt->text = strdup(text);
     prompt->text_length = length;
+    prompt->text_was_sent = true;
     return prompt->text ? 0 : no_memory(p);
 }
 

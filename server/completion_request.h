@@ -26,6 +26,7 @@ struct completion_prompt {
     int32_t n_ids;
     char *text;         // for echo: what was sent, or the ids as text; NULL: no echo or no tokenizer
     size_t text_length; // bytes
+    bool text_was_sent; // text is the client's, not made of the ids
 };
 
 struct completion_request {

@@ -182,6 +182,26 @@ class Completions(ServerTest):
             self.assertIsNone(logprobs["token_logprobs"][0])
             self.assertNotIn(None, logprobs["token_logprobs"][1:])
 
+    def test_prompt_offsets(self):
+        # Where each of the prompt's tokens begins in the text that is returned, whatever the tokenizer adds or skips.
+        turns = "<|user|>\nHi é😀 there<|end|>\n<|assistant|>\n"
+        for prompt in (PROMPT, " one", "  two  spaces", "é😀 x", turns, "Hi<|end|> there"):
+            ids = self.server.tokenize(prompt)
+            for sent, skip in ((prompt, True), (prompt, False), (ids, True), (ids, False)):
+                with self.subTest(sent=sent, skip=skip):
+                    choice = self.server.complete(prompt=sent, echo=True, logprobs=0, max_tokens=0,
+                                                  skip_special_tokens=skip)["choices"][0]
+                    text, logprobs = choice["text"], choice["logprobs"]
+                    self.check_logprobs(logprobs, 0)
+                    begins = logprobs["text_offset"]
+                    pieces = [text[i:j] for i, j in zip(begins, begins[1:] + [len(text)])]
+                    self.assertEqual("".join(pieces), text)
+                    for token, piece in zip(logprobs["tokens"], pieces):
+                        if token.startswith("bytes:"):
+                            self.assertLessEqual(len(piece), 1)
+                        elif piece or not token.startswith(("<", " ")):
+                            self.assertIn(piece, (token, token.removeprefix(" ")))
+
     def test_scored_equals_generated(self):
         # Decode and prefill compute the same bits: what was generated has the same log-probabilities as a prompt.
         ids = self.server.tokenize(PROMPT)
