@@ -138,6 +138,8 @@ static int turn(struct engine *engine, bool *idle, struct error *e)
     take_requests(engine, begin);
     scheduler_plan(&engine->scheduler, &step->plan, n_signals, begin);
     bool planned = step->plan.n_rows > 0;
+    if (planned && engine->n_launched == engine->n_collected)
+        engine_publish_stats(engine); // work begins: a device that hangs in its first step is seen, too
     int rc = planned ? launch(engine, step, e) : 0;
     uint64_t n_in_flight = engine->n_launched - engine->n_collected;
     *idle = n_in_flight == 0;

@@ -617,7 +617,7 @@ void plan_drop(const struct plan *plan)
 
 bool scheduler_busy(const struct scheduler *s)
 {
-    return s->n_running > 0 || s->waiting.first != NULL || s->parked.first != NULL;
+    return s->n_running > 0 || s->waiting.first != NULL;
 }
 
 double scheduler_deadline(const struct scheduler *s)

@@ -81,7 +81,8 @@ void scheduler_commit(struct scheduler *s, const struct plan *plan, const struct
 void scheduler_end_all(struct scheduler *s, enum finish_reason reason, const struct error *why, double now);
 void plan_drop(const struct plan *plan);
 
-// Whether anything runs, waits or is parked; when a parked sequence's time is up (seconds; 0: none is parked).
+// Whether anything runs or waits (who is parked waits for his reader, not for the engine); when a parked sequence's
+// time is up (seconds; 0: none is parked).
 bool scheduler_busy(const struct scheduler *s);
 double scheduler_deadline(const struct scheduler *s);
 // Proves what block_manager_check proves, with the references counted from the tables of what runs. For tests: scratch

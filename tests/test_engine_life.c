@@ -436,6 +436,29 @@ START_TEST(test_slow_reader)
 }
 END_TEST
 
+// Who has nothing to do but to wait for a slow reader is not stuck, however long it waits.
+START_TEST(test_parked_is_not_stuck)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:len=6000,window=20";
+    o.slow_client_timeout = 3; // seconds
+    struct engine *engine = engine_begin(&o);
+    struct request *r = request_of(5, 5000);
+    submit(engine, r);
+    while (request_available(r, 0) < RING)
+        wait_for_news(engine);
+    struct engine_stats before, after;
+    wait_until_idle(engine, &before);
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    engine_stats_get(engine, &after);
+    ck_assert(!request_done(r));
+    ck_assert_int_eq(after.n_running, 0);
+    ck_assert(after.last_step > before.last_step);
+    request_release(r);
+    engine_destroy(engine);
+}
+END_TEST
+
 START_TEST(test_cancel_with_full_ring)
 {
     struct engine_options o = options_default();
@@ -450,6 +473,40 @@ START_TEST(test_cancel_with_full_ring)
     request_cancel(r);
     wait_done(engine, r);
     ck_assert_int_eq(finish_of(r, 0), FINISH_CANCELLED);
+    request_release(r);
+    engine_destroy(engine);
+}
+END_TEST
+
+// ---- windows --------------------------------------------------------------------------------------------------------
+
+// What lies behind the window is freed: a generation of any length holds as many blocks as a short one.
+START_TEST(test_window_holds_constant_memory)
+{
+    enum { WINDOW = 40, BLOCK = 16, N = 5000, MOST = (WINDOW + BLOCK - 1) / BLOCK + 1 };
+    struct engine_options o = options_default();
+    o.model_dir = "fake:len=6000,window=40";
+    o.backend = _i == 0 ? "fake" : "fake-async";
+    o.kv_cache_memory_bytes = 12 * 256; // bytes; the whole text would take 313 blocks
+    struct engine *engine = engine_begin(&o);
+    struct request *r = request_of(5, N);
+    submit(engine, r);
+    struct token_out out[100];
+    struct engine_stats stats;
+    int32_t n = 0, n_looks = 0;
+    while (choice_finish(r, 0, NULL) == FINISH_NONE) {
+        wait_for_news(engine);
+        n += request_read(r, 0, out, 100);
+        engine_stats_get(engine, &stats);
+        n_looks += stats.n_running == 1 && n > WINDOW;
+        ck_assert_int_eq(stats.n_blocks, 12);
+        ck_assert_msg(stats.n_blocks - stats.n_free_blocks <= MOST, "%d blocks are held after %d tokens",
+                      stats.n_blocks - stats.n_free_blocks, n);
+    }
+    ck_assert_int_eq(choice_finish(r, 0, NULL), FINISH_LENGTH);
+    ck_assert_int_eq(n, N);
+    ck_assert_int_gt(n_looks, 0);
+    ck_assert_uint_eq(stats.n_preemptions, 0);
     request_release(r);
     engine_destroy(engine);
 }
@@ -599,6 +656,32 @@ START_TEST(test_idle_costs_nothing)
 }
 END_TEST
 
+// The first step after a rest counts as work from its launch on, not from its end: it may never end.
+START_TEST(test_first_step_is_work)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:us=200000"; // a step takes so long
+    struct engine *engine = engine_begin(&o);
+    struct request *r = request_of(10, 1);
+    struct engine_stats stats;
+    wait_until_idle(engine, &stats);
+    submit(engine, r);
+    do
+        engine_stats_get(engine, &stats);
+    while (stats.n_waiting > 0);
+    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    engine_stats_get(engine, &stats);
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    ck_assert(!request_done(r));
+    ck_assert(stats.busy);
+    ck_assert((double)t.tv_sec + 1e-9 * (double)t.tv_nsec - stats.last_step > 0.04);
+    wait_done(engine, r);
+    request_release(r);
+    engine_destroy(engine);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("engine_life");
@@ -615,12 +698,15 @@ int main(void)
     tcase_add_test(tc, test_cancel_at_once);
     tcase_add_test(tc, test_first_choice_stopped_early);
     tcase_add_loop_test(tc, test_slow_reader, 0, 2);
+    tcase_add_test(tc, test_parked_is_not_stuck);
     tcase_add_test(tc, test_cancel_with_full_ring);
+    tcase_add_loop_test(tc, test_window_holds_constant_memory, 0, 2);
     tcase_add_loop_test(tc, test_nan_fails_one_sequence, 0, 2);
     tcase_add_loop_test(tc, test_device_failure, 0, 4);
     tcase_add_test(tc, test_drain);
     tcase_add_loop_test(tc, test_destroy_while_running, 0, 2);
     tcase_add_test(tc, test_idle_costs_nothing);
+    tcase_add_test(tc, test_first_step_is_work);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -303,7 +303,7 @@ START_TEST(test_random_trace)
             read_some(t, false);
         if (t->n_sims > 0 && rand() % 40 == 0)
             interfere(t);
-        busy = scheduler_busy(&t->s) || t->n_committed < t->n_planned;
+        busy = scheduler_busy(&t->s) || t->s.parked.first != NULL || t->n_committed < t->n_planned;
     }
     for (int32_t i = 0; i < MAX_LEN; i++)
         read_some(t, true);
