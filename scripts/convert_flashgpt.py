@@ -16,13 +16,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+try:
+    import torch
+    from safetensors.torch import save_file
+except ImportError as error:
+    torch, missing = None, error  # --help works without
 
 LAYER = re.compile(r"blocks\.(\d+)\.")
 NAMES = re.compile(r"((token_embed|pos_embed|lm_head|norm|blocks\.\d+\.(norm[12]|attn\.(qkv_proj|out_proj)|mlp\.[03]))"
                    r"\.weight|(norm|blocks\.\d+\.(norm[12]|mlp\.[03]))\.bias)$")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load_state_dict(path):
@@ -85,6 +88,8 @@ def main(arguments=None):
     parser.add_argument("--eos-token-id", type=int, help="the id that ends a text")
     parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model to put beside the weights")
     args = parser.parse_args(arguments)
+    if not torch:
+        raise SystemExit(f"PyTorch and safetensors are needed: {missing}")
 
     tensors, left_out = split_known(load_state_dict(args.state_dict))
     if left_out:
@@ -94,8 +99,8 @@ def main(arguments=None):
         config["tie_word_embeddings"] = False
     if args.eos_token_id is not None:
         config["eos_token_id"] = args.eos_token_id
-    tensors = {name: t.to(DTYPES[args.dtype]) if args.dtype else t for name, t in tensors.items()}
-    unknown = sorted({str(t.dtype) for t in tensors.values()} - {str(d) for d in DTYPES.values()})
+    tensors = {name: t.to(getattr(torch, args.dtype)) if args.dtype else t for name, t in tensors.items()}
+    unknown = sorted({str(t.dtype) for t in tensors.values()} - {f"torch.{name}" for name in DTYPES})
     if unknown:
         raise SystemExit(f"{', '.join(unknown)} weights: choose a --dtype")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """convert_flashgpt.py: a state_dict saved in each of the usual ways becomes the same checkpoint. Needs PyTorch."""
 import json
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -70,6 +71,18 @@ class Convert(unittest.TestCase):
             error, tensors = self.convert(saved, heads=heads)
             self.assertIsNone(tensors)
             self.assertIn(message, error)
+
+    def test_without_pytorch(self):
+        def run(*arguments):
+            code = "import sys; sys.modules['torch'] = None; import convert_flashgpt; convert_flashgpt.main()"
+            return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT / "scripts", text=True,
+                                  capture_output=True)
+        told = run("--help")
+        self.assertEqual((told.returncode, told.stderr), (0, ""))
+        self.assertIn("--num-heads", told.stdout)
+        refused = run("model.pt", "--num-heads", "3", "--out", "nowhere")
+        self.assertEqual(refused.returncode, 1)
+        self.assertTrue(refused.stderr.startswith("PyTorch and safetensors are needed"), refused.stderr)
 
 
 if __name__ == "__main__":
