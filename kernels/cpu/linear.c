@@ -8,14 +8,14 @@
  * units. Items are blocks of rows of w that fit L2; the thread passes all rows of x over its block, one tile of x at a
  * time, while it fetches the block it will probably take next.
  *
- * Measured (2 Zen 4 cores of a busy, shared host, 2026-11; tests/bench/bench_cpu, all products of a Llama of 1.1 B,
- * lowest and highest share of the ceiling of the same run): T = 64 BF16 71 to 83 %, F32 73 to 82 %; T = 512 BF16 72 to
- * 85 %, F32 76 to 92 %, F16 79 to 84 %; T = 1 BF16 81 to 102 % of the read bandwidth (which moved between 32 and
- * 57 GB/s, so that a run's ceiling and its products need not have had the same).
+ * Measured (2 Zen 4 cores of a shared host, 2026-11; tests/bench/bench_cpu, all products of a Llama of 1.1 B, share of the
+ * ceiling of the same run): T = 512 BF16 76 %, F32 82 %, F16 80 %; T = 64 BF16 69 %, F32 84 %, F16 82 %; T = 1 BF16 40 GB/s,
+ * which is 60 to 80 % of the read bandwidth where both are read in turns (the host gives 33 to 61 GB/s from one minute
+ * to the next).
  * Tried without gain: packing the weights (not tried further: the kernel has 95 % of its peak out of L2 as they lie);
- * fetching the next tile of x as well; blocks of 1 MiB (spill from L2); fetching ahead in each row's own stream instead
- * of in the order of addresses (a model loop of T = 1, one thread: 18.7 against 24.7 GB/s when both fetch four rows
- * ahead, the former into L1).
+ * fetching the next tile of x as well; blocks of 1 MiB (spill from L2). At T = 1, in turns with this version: no fetch
+ * ahead 12 % slower, the next 4 or 8 rows instead of the next item 2 to 6 % slower, runs of 32 KiB to 1 MiB and a half of
+ * the weights to each thread the same.
  */
 #include <string.h>
 
