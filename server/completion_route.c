@@ -64,7 +64,7 @@ static enum exchange_next answer_whole(struct exchange *x, struct call *call)
 static enum exchange_next submit(struct exchange *x, struct call *call)
 {
     struct server *s = x->server;
-    text_deinit(&x->body);
+    exchange_drop_body(x);
     if (completion_start(&call->completion, s->engine, s->tokenizer, s->metrics, &call->error))
         return exchange_reply_error(x, &call->error);
     call->submitted = true;

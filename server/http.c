@@ -126,6 +126,13 @@ enum exchange_next exchange_reply_error(struct exchange *x, const struct http_er
     return exchange_reply(x, e->status, "application/json", &body);
 }
 
+void exchange_drop_body(struct exchange *x)
+{
+    text_deinit(&x->body);
+    atomic_fetch_sub(&x->http->body_bytes, x->n_counted);
+    x->n_counted = 0;
+}
+
 // ---- waiting ----
 
 static struct exchange *exchange_of(const struct waiter *w)
@@ -415,7 +422,7 @@ static struct exchange *exchange_begin(struct http *h, struct MHD_Connection *mh
 static void refuse_body(struct exchange *x, int32_t status, const char *message)
 {
     x->refused = x->discard = x->close = true;
-    text_deinit(&x->body);
+    exchange_drop_body(x);
     http_error_set(&x->error, status, NULL, NULL, "%s", message);
 }
 
@@ -487,8 +494,7 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
     if (x->error.status) x->log.error = x->error.message;
     log_request(&x->log);
     metrics_http(h->metrics, x->log.method, x->route ? x->route->path : "other", x->status);
-    atomic_fetch_sub(&h->body_bytes, x->n_counted);
-    text_deinit(&x->body);
+    exchange_drop_body(x);
     text_deinit(&x->out);
     free(x);
     atomic_fetch_sub(&h->n_active, 1);

@@ -83,6 +83,8 @@ enum exchange_next exchange_reply_json(struct exchange *x, struct text_buffer *b
 enum exchange_next exchange_reply_error(struct exchange *x, const struct http_error *e);
 // Answers 200 with server-sent events, which the route's `stream` writes.
 enum exchange_next exchange_reply_stream(struct exchange *x);
+// Frees the body before the exchange ends: it no longer counts among those in memory.
+void exchange_drop_body(struct exchange *x);
 // For work done elsewhere: sets *finished, which `ready` looks at, and has x called again. x may be gone on return.
 void exchange_finish_wait(struct exchange *x, atomic_bool *finished);
 

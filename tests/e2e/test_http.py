@@ -312,6 +312,21 @@ class Connections(unittest.TestCase):
         server.check_stopped()
 
 
+class Bodies(ServerTest):
+    flags = ["--max-body-bytes", "4096"]
+
+    def test_running_streams_hold_no_bodies(self):
+        """Only bodies that are in memory count towards what all of them may take together: 16 of the longest."""
+        request = self.server.completion_bytes(prompt="Once", max_tokens=1500, ignore_eos=True, stream=True,
+                                               user="x" * 3800)
+        with contextlib.ExitStack() as stack:
+            for _ in range(24):
+                s = stack.enter_context(self.server.socket(receive_buffer=4096))
+                s.sendall(request)
+                self.assertIn(b" 200 ", read_until(s, b"\r\n\r\n"))
+        self.server.wait_idle(60)
+
+
 class RequestTimeout(ServerTest):
     flags = ("--request-timeout", "0.3", "--max-num-seqs", "16")
 
