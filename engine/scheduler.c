@@ -436,9 +436,11 @@ static void note_admission(struct scheduler *s, struct sequence *seq, double now
 
 static void admit(struct scheduler *s, struct plan *plan, struct budget *budget, double now)
 {
-    while (budget->tokens > 0 && budget->logprob_rows > 0 && s->waiting.first != NULL) {
+    while (budget->tokens > 0 && s->waiting.first != NULL) {
         struct sequence *seq = s->waiting.first;
         struct prefix_match match;
+        if (budget->logprob_rows == 0 && n_logprob_rows(seq, 0, seq->request->n_prompt) > 0)
+            return; // no row of logits is left for it
         if (seq->n_pending > 0)
             return; // preempted in flight: its last token is not known yet
         sequence_match_prefix(s, seq, &match);

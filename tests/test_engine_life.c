@@ -215,6 +215,28 @@ END_TEST
 
 // ---- ends -----------------------------------------------------------------------------------------------------------
 
+// A prompt whose log-probabilities are wanted takes every row of logits that a step has for them, for many steps.
+START_TEST(test_prompt_logprobs_do_not_block_admission)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:us=5000"; // a step
+    o.max_num_batched_tokens = 512;
+    struct engine *engine = engine_begin(&o);
+    struct request *running = request_of(5, 50), *scored = request_of(JOB_MAX_PROMPT, 1), *quick = request_of(5, 1);
+    request_params(scored)->prompt_logprobs = 1;
+    submit(engine, running);
+    submit(engine, scored);
+    submit(engine, quick);
+    wait_done(engine, scored);
+    wait_done(engine, quick);
+    ck_assert(request_times_get(quick).finished < request_times_get(scored).finished);
+    request_release(running);
+    request_release(scored);
+    request_release(quick);
+    engine_destroy(engine);
+}
+END_TEST
+
 START_TEST(test_stop_ids_and_min_tokens)
 {
     struct engine_options o = options_default();
@@ -692,6 +714,7 @@ int main(void)
     tcase_add_test(tc, test_queue_is_bounded);
     tcase_add_test(tc, test_priorities_and_arrival);
     tcase_add_test(tc, test_long_prompt_does_not_block_decodes);
+    tcase_add_test(tc, test_prompt_logprobs_do_not_block_admission);
     tcase_add_loop_test(tc, test_stop_ids_and_min_tokens, 0, 2);
     tcase_add_test(tc, test_no_tokens_wanted);
     tcase_add_loop_test(tc, test_cancel_at_any_time, 0, 2);
