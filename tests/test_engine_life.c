@@ -682,7 +682,7 @@ END_TEST
 START_TEST(test_first_step_is_work)
 {
     struct engine_options o = options_default();
-    o.model_dir = "fake:us=200000"; // a step takes so long
+    o.model_dir = "fake:us=900000"; // a step takes so long
     struct engine *engine = engine_begin(&o);
     struct request *r = request_of(10, 1);
     struct engine_stats stats;
