@@ -59,7 +59,9 @@ static int plan(struct model *m, struct error *e)
         return error_set(e, ERR_INVALID, "max_model_len: %d is more than the %d that the checkpoint allows",
                          o->max_model_len, m->config.max_model_len);
     }
+    // Stretching "dynamic" frequencies changes every answer: only when a longer context was asked for.
     if (o->max_model_len) m->config.max_model_len = o->max_model_len;
+    else if (m->config.rope.type == ROPE_DYNAMIC) m->config.max_model_len = m->config.max_positions;
     bool dummy = o->load_format == LOAD_DUMMY;
     if (!dummy) rc = checkpoint_open(&m->checkpoint, o->dir, e);
     if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, e);

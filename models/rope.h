@@ -1,7 +1,8 @@
 /* rope.h: rotary frequencies and their scalings, as transformers' modeling_rope_utils.py computes them.
  *
  * Read by config.c, used by model.c once at load. Frequencies never depend on a sequence's length at run time, so that
- * answers do not depend on chunking: "dynamic" (NTK) takes max_model_len, the longest sequence there can be. That
+ * answers do not depend on chunking: "dynamic" (NTK) takes max_model_len, the longest sequence there can be, which is
+ * max_position_embeddings unless --max-model-len asks for more (up to the factor times as much). That
  * equals transformers for every sequence while max_model_len is within max_position_embeddings, and beyond it for a
  * sequence of exactly max_model_len tokens in one pass.
  */

@@ -77,12 +77,20 @@ static int nested_result(struct parse *p, const char *name)
 
 // ---- fields ----
 
+// {"type": "text"}: what is answered anyway.
+static bool is_plain_text_format(const cJSON *value)
+{
+    const cJSON *type = cJSON_GetObjectItemCaseSensitive(value, "type");
+    return cJSON_GetArraySize(value) == 1 && cJSON_IsString(type) && !strcmp(type->valuestring, "text");
+}
+
 static int check_fields(struct parse *p)
 {
     const cJSON *root = p->body.root;
     if (json_check_known(root, known_fields, LENGTH(known_fields), &p->json)) return json_result(p, -1);
     for (size_t i = 0; i < LENGTH(unsupported_fields); i++) {
         const cJSON *value = json_find(root, unsupported_fields[i]);
+        if (value && is_plain_text_format(value) && !strcmp(unsupported_fields[i], "response_format")) continue;
         if (value && !cJSON_IsFalse(value)) return invalid(p, unsupported_fields[i], "is not supported by this server");
     }
     const cJSON *user = cJSON_GetObjectItemCaseSensitive(root, "user");

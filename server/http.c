@@ -318,6 +318,9 @@ static int check_body(struct exchange *x, const struct http_headers *headers, co
         return http_error_set(&x->error, 411, NULL, NULL, "a Content-Length is needed");
     if (!is_json(http_header_find(headers, "Content-Type")))
         return http_error_set(&x->error, 415, NULL, NULL, "the Content-Type must be application/json");
+    const struct http_header *encoding = http_header_find(headers, "Content-Encoding");
+    if (encoding && strcasecmp(encoding->value, "identity"))
+        return http_error_set(&x->error, 415, NULL, NULL, "a Content-Encoding is not supported");
     return 0;
 }
 
@@ -385,6 +388,14 @@ static enum exchange_next reply_refusal(struct exchange *x)
 
 // ---- libmicrohttpd's callbacks ----
 
+// The path of a target that names the host as well (RFC 9112, 3.2.2: proxies send it so, servers must take it).
+static const char *path_of(const char *target)
+{
+    if (strncasecmp(target, "http://", 7)) return target;
+    const char *path = strchr(target + 7, '/');
+    return path ? path : "/";
+}
+
 static const char *constant_method(const char *method)
 {
     static const char *const known[] = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"};
@@ -408,7 +419,7 @@ static struct exchange *exchange_begin(struct http *h, struct MHD_Connection *mh
     x->server = h->server;
     x->connection = c;
     c->exchange = x;
-    x->path = path;
+    x->path = path = path_of(path);
     x->waiter.ready = is_ready;
     x->deadline = INFINITY;
     x->log = (struct log_request){.method = constant_method(method), .path = path, .prompt_tokens = -1,

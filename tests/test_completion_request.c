@@ -126,7 +126,7 @@ START_TEST(ends_of_ranges)
         "\"allowed_token_ids\":[1]", "\"bad_words\":[]", "\"bad_words\":[\"a\",\"two words\"]",
         "\"priority\":-2147483648", "\"cache_salt\":\"s\"", "\"store\":true", "\"metadata\":{\"a\":\"b\"}",
         "\"service_tier\":\"auto\"", "\"prompt_cache_key\":\"k\"", "\"use_beam_search\":false",
-        "\"prompt\":[\"a\",\"b\"]",
+        "\"prompt\":[\"a\",\"b\"]", "\"response_format\":{\"type\":\"text\"}",
         "\"prompt\":[1,2]", "\"prompt\":[[1],[2,3]]",
     };
     for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) {
@@ -224,6 +224,7 @@ static const struct {
     {"priority", "\"priority\":2147483648|\"priority\":0.5|\"priority\":\"0\""},
     {"cache_salt", "\"cache_salt\":\"\"|\"cache_salt\":1"},
     {"response_format", "\"response_format\":{\"type\":\"json_object\"}"},
+    {"response_format", "\"response_format\":{\"type\":\"text\",\"schema\":{}}"},
     {"use_beam_search", "\"use_beam_search\":true"},
     {"prompt_embeds", "\"prompt_embeds\":\"AAAA\""},
     {"nonsense", "\"nonsense\":1|\"nonsense\":null"},

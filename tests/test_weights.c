@@ -375,6 +375,15 @@ START_TEST(options_out_of_range)
     o.max_model_len = 161;
     ck_assert_int_eq(model_create(&m, &o, &e), ERR_INVALID);
     ck_assert_msg(strstr(e.message, "161") && strstr(e.message, "160"), "%s", e.message);
+    o = options(VECTORS "llama-dynamic"); // stretched only if asked for
+    m = create(&o);
+    ck_assert_int_eq(model_info_get(m)->max_model_len, 160);
+    model_destroy(m);
+    o.max_model_len = 320;
+    m = create(&o);
+    ck_assert_int_eq(model_info_get(m)->max_model_len, 320);
+    model_destroy(m);
+    o = options(VECTORS "llama-mqa");
     o.max_model_len = -1;
     ck_assert_int_eq(model_create(&m, &o, &e), ERR_INVALID);
     o = options(VECTORS "llama-mqa"), o.max_num_batched_tokens = 0;

@@ -96,6 +96,15 @@ class Framing(ServerTest):
             self.assertTrue(closed, data[:20])
         self.assertEqual(self.server.get("/health").status, 200)
 
+    def test_target_with_a_host(self):
+        status, answer, _ = self.server.raw(b"GET http://x/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        self.assertEqual(status, 200, answer[:300])
+
+    def test_encoded_body(self):
+        head = HEAD + b"Connection: close\r\nContent-Encoding: %s\r\n" + self.length + b"\r\n"
+        self.assertEqual(self.server.raw(head % b"gzip" + self.body)[0], 415)
+        self.assertEqual(self.server.raw(head % b"identity" + self.body)[0], 200)
+
     def test_odd_methods(self):
         for method in (b"BREW", b"CONNECT", b"TRACE", b"get"):
             status, answer, _ = self.server.raw(method + b" /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
