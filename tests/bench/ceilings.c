@@ -117,23 +117,21 @@ static double best_seconds(struct thread_pool *pool, void (*work)(void *, int32_
     return best;
 }
 
-int ceilings_read(double *bytes_per_s, struct thread_pool *pool, struct error *e)
+double ceilings_read(struct thread_pool *pool, const void *memory, size_t bytes)
 {
     size_t n_threads = (size_t)thread_pool_size(pool);
-    char *memory = mmap(NULL, READ_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) return error_set(e, ERR_NOMEM, "ceilings: no memory for %zu bytes", READ_BYTES);
-    madvise(memory, READ_BYTES, MADV_HUGEPAGE);
-    memset(memory, 0x5A, READ_BYTES);
-    struct try t = {.loops = choose_loops(), .memory = memory, .bytes = READ_BYTES / n_threads / 4096 * 4096};
-    *bytes_per_s = (double)(t.bytes * n_threads) / best_seconds(pool, run_read, &t);
-    munmap(memory, READ_BYTES);
-    return 0;
+    struct try t = {.loops = choose_loops(), .memory = memory, .bytes = bytes / n_threads / 4096 * 4096};
+    return (double)(t.bytes * n_threads) / best_seconds(pool, run_read, &t);
 }
 
 int ceilings_measure(struct ceilings *c, struct thread_pool *pool, struct error *e)
 {
-    int rc = ceilings_read(&c->read_bytes_per_s, pool, e);
-    if (rc) return rc;
+    char *memory = mmap(NULL, READ_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return error_set(e, ERR_NOMEM, "ceilings: no memory for %zu bytes", READ_BYTES);
+    madvise(memory, READ_BYTES, MADV_HUGEPAGE);
+    memset(memory, 0x5A, READ_BYTES);
+    c->read_bytes_per_s = ceilings_read(pool, memory, READ_BYTES);
+    munmap(memory, READ_BYTES);
     struct try t = {.loops = choose_loops()};
     double fmas = (double)thread_pool_size(pool) * N_ROUNDS * N_CHAINS * t.loops.vector_bytes / 4;
     t.arithmetic = t.loops.fma;

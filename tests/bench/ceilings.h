@@ -2,6 +2,8 @@
 #ifndef GPTD_TESTS_BENCH_CEILINGS_H
 #define GPTD_TESTS_BENCH_CEILINGS_H
 
+#include <stddef.h>
+
 #include "kernels/cpu/thread_pool.h"
 
 struct ceilings {
@@ -10,8 +12,9 @@ struct ceilings {
     double bf16_flops;       // the same of vdpbf16ps (a lane: 4); fma_flops where the CPU does not have it
 };
 
-// The first of them alone: memory shared with other machines' loads gives now more, now less.
-int ceilings_read(double *bytes_per_s, struct thread_pool *pool, struct error *e);
+// The first of them alone, of memory that is there: a machine's memory need not be equally near everywhere, and what
+// is shared with other machines gives now more, now less.
+double ceilings_read(struct thread_pool *pool, const void *memory, size_t bytes);
 int ceilings_measure(struct ceilings *c, struct thread_pool *pool, struct error *e);
 
 double bench_now(void); // seconds, monotonic

@@ -133,6 +133,18 @@ def bench_server(binary, model, results):
     server.stop()
 
 
+def run_and_show(program):
+    """Runs a benchmark, printing its table as it comes. Returns the table's lines."""
+    lines = []
+    with subprocess.Popen([program], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if process.returncode != 0:
+        raise SystemExit(f"{program} ended with {process.returncode}")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--build", default="build")
@@ -147,10 +159,8 @@ def main():
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()}
     print(f"{results['cpu']}, {results['cores']} cores, commit {results['commit']}, {results['date']}\n")
     for name in [] if arguments.server_only else ["bench_cpu", "bench_attention", "bench_model", "bench_engine"]:
-        rows = f"{arguments.build}/{name}.json"
         print(f"-- {name}", flush=True)
-        subprocess.run([f"{arguments.build}/tests/bench/{name}", "--json", rows], check=True)
-        results[name] = [json.loads(line) for line in open(rows)]
+        results[name] = run_and_show(f"{arguments.build}/tests/bench/{name}")
         print()
     print("-- server, models/demo")
     bench_server(f"{arguments.build}/gptd", arguments.model, results)
