@@ -10,8 +10,8 @@
  *
  * Measured (2 Zen 4 cores of a shared host, 2026-11; tests/bench/bench_cpu, all products of a Llama of 1.1 B, share of the
  * ceiling of the same run): T = 512 BF16 76 %, F32 82 %, F16 80 %; T = 64 BF16 69 %, F32 84 %, F16 82 %; T = 1 BF16 40 GB/s,
- * which is 60 to 80 % of the read bandwidth where both are read in turns (the host gives 33 to 61 GB/s from one minute
- * to the next).
+ * at most; in a whole model 68 % of what reading the same weights gives when that is 57 GB/s, 93 % when it is 35 (the host
+ * gives 33 to 61 GB/s, by the minute and by the place in memory).
  * Tried without gain: packing the weights (not tried further: the kernel has 95 % of its peak out of L2 as they lie);
  * fetching the next tile of x as well; blocks of 1 MiB (spill from L2). At T = 1, in turns with this version: no fetch
  * ahead 12 % slower, the next 4 or 8 rows instead of the next item 2 to 6 % slower, runs of 32 KiB to 1 MiB and a half of
