@@ -4,7 +4,8 @@
 
 size_t plan_total(const struct engine_plan *plan)
 {
-    return plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->kv_cache_bytes;
+    return plan->weights_bytes + plan->workspace_bytes + plan->history_bytes + plan->scratch_bytes +
+           plan->kv_cache_bytes;
 }
 
 const char *plan_bytes(size_t bytes, char text[32])
@@ -34,6 +35,7 @@ static void print_table(const struct engine_plan *p, FILE *out)
     print_bytes(out, "weights", p->weights_bytes);
     print_bytes(out, "workspace", p->workspace_bytes);
     print_bytes(out, "history", p->history_bytes);
+    print_bytes(out, "scratch", p->scratch_bytes);
     print_bytes(out, "KV cache", p->kv_cache_bytes);
     print_bytes(out, "total", plan_total(p));
     print_bytes(out, "there is", p->memory_bytes);
@@ -47,8 +49,9 @@ static void print_json(const struct engine_plan *p, FILE *out)
             p->architecture, p->dtype, p->device, p->n_parameters);
     fprintf(out, ",\"vocab_size\":%d,\"max_model_len\":%d,\"max_num_seqs\":%d,\"max_num_batched_tokens\":%d",
             p->vocab_size, p->max_model_len, p->max_num_seqs, p->max_num_batched_tokens);
-    fprintf(out, ",\"weights_bytes\":%zu,\"workspace_bytes\":%zu,\"history_bytes\":%zu,\"kv_cache_bytes\":%zu",
-            p->weights_bytes, p->workspace_bytes, p->history_bytes, p->kv_cache_bytes);
+    fprintf(out, ",\"weights_bytes\":%zu,\"workspace_bytes\":%zu,\"history_bytes\":%zu", p->weights_bytes,
+            p->workspace_bytes, p->history_bytes);
+    fprintf(out, ",\"scratch_bytes\":%zu,\"kv_cache_bytes\":%zu", p->scratch_bytes, p->kv_cache_bytes);
     fprintf(out, ",\"total_bytes\":%zu,\"memory_bytes\":%zu", plan_total(p), p->memory_bytes);
     fprintf(out, ",\"n_blocks\":%d,\"block_size\":%d,\"block_bytes\":%zu,\"kv_tokens\":%" PRId64 "}\n", p->n_blocks,
             p->block_size, p->block_bytes, p->kv_tokens);

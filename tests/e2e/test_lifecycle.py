@@ -48,6 +48,16 @@ class Start(unittest.TestCase):
         self.assertGreater(plan["kv_cache_bytes"], (64 << 20) - plan["block_bytes"])
         self.assertEqual(plan["kv_cache_bytes"], plan["n_blocks"] * plan["block_bytes"])
         self.assertEqual(plan["kv_tokens"], plan["n_blocks"] * 16)
+        parts = ("weights", "workspace", "history", "scratch", "kv_cache")
+        self.assertEqual(plan["total_bytes"], sum(plan[f"{part}_bytes"] for part in parts))
+        # What is refused is the same sum; a larger cache also has larger tables in the scratch.
+        room = plan["memory_bytes"] - plan["total_bytes"] + plan["kv_cache_bytes"]
+        status, _, _ = gptd("--model", harness.MODEL, "--dry-run", "--block-size", "16", "--kv-cache-memory-bytes",
+                            str(room * 98 // 100))
+        self.assertEqual(status, 0)
+        status, _, _ = gptd("--model", harness.MODEL, "--dry-run", "--block-size", "16", "--kv-cache-memory-bytes",
+                            str(room + (64 << 20)))
+        self.assertEqual(status, 2)
         weights = os.path.getsize(os.path.join(harness.MODEL, "model.safetensors"))
         self.assertLess(abs(weights - plan["weights_bytes"]), 65536)
 
