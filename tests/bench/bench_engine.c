@@ -24,10 +24,9 @@ static void die(const struct error *e)
     exit(1);
 }
 
-static void write_config(const char *dir)
+static void write_config(const char *dir, char path[64])
 {
-    char path[256];
-    snprintf(path, sizeof path, "%s/config.json", dir);
+    snprintf(path, 64, "%s/config.json", dir);
     FILE *f = fopen(path, "w");
     if (!f) exit(1);
     fputs("{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 128,"
@@ -90,7 +89,8 @@ int main(int argc, char **argv)
     FILE *json = argc == 3 && !strcmp(argv[1], "--json") ? fopen(argv[2], "w") : NULL;
     char dir[] = "/tmp/gptd-bench-XXXXXX";
     if (!mkdtemp(dir)) return 1;
-    write_config(dir);
+    char config[64];
+    write_config(dir, config);
     struct engine_options options = {
         .model_dir = dir, .backend = "cpu", .dummy_weights = true, .prefix_caching = true, .max_num_seqs = N_SEQS,
         .max_num_batched_tokens = 512, .block_size = 64, .max_queue_requests = 2 * N_SEQS,
@@ -98,6 +98,8 @@ int main(int argc, char **argv)
     struct error e = {0};
     struct engine *engine;
     if (engine_create(&engine, &options, &e) || engine_start(engine, &e)) die(&e);
+    unlink(config);
+    rmdir(dir);
     run(engine, false, json);
     run(engine, true, json);
     engine_destroy(engine);

@@ -51,14 +51,11 @@ static void *keep_largest(struct device *device, size_t bytes)
     return memory;
 }
 
-static const char *write_config(const char *dtype)
+// Makes a directory of dir's pattern that holds config.json alone, whose path goes to path.
+static void write_config(const char *dtype, char *dir, char path[64])
 {
-    static char dir[] = "/tmp/gptd-bench-XXXXXX";
-    static bool made = false;
-    if (!made && !mkdtemp(dir)) exit(1);
-    made = true;
-    char path[64];
-    snprintf(path, sizeof path, "%s/config.json", dir);
+    if (!mkdtemp(dir)) exit(1);
+    snprintf(path, 64, "%s/config.json", dir);
     FILE *f = fopen(path, "w");
     if (!f) exit(1);
     fprintf(f,
@@ -69,7 +66,6 @@ static const char *write_config(const char *dtype)
             "\"bos_token_id\": 1, \"eos_token_id\": 2, \"torch_dtype\": \"%s\"}\n",
             dtype);
     fclose(f);
-    return dir;
 }
 
 static void bench_open(struct bench *b, const char *dtype, int32_t n_threads)
@@ -77,7 +73,9 @@ static void bench_open(struct bench *b, const char *dtype, int32_t n_threads)
     struct error e = {0};
     memset(b, 0, sizeof *b);
     largest.bytes = 0;
-    struct model_options mo = {.dir = write_config(dtype), .load_format = LOAD_DUMMY,
+    char dir[] = "/tmp/gptd-bench-XXXXXX", config[64];
+    write_config(dtype, dir, config);
+    struct model_options mo = {.dir = dir, .load_format = LOAD_DUMMY,
                                .max_num_batched_tokens = MAX_TOKENS, .max_logits_rows = MAX_SEQS,
                                .seed = 1, .tp_size = 1};
     if (model_create(&b->model, &mo, &e)) die(&e);
@@ -89,6 +87,9 @@ static void bench_open(struct bench *b, const char *dtype, int32_t n_threads)
     b->kernels.alloc = keep_largest;
     if (b->kernels.device_create(&b->device, &options, &e)) die(&e);
     if (model_load(b->model, &b->kernels, b->device, &e)) die(&e);
+
+    unlink(config);
+    rmdir(dir);
 
     const struct kv_spec *spec = &b->info->kv_groups[0];
     size_t n_blocks = MAX_SEQS * CONTEXT / BLOCK_SIZE;
