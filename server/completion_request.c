@@ -434,17 +434,33 @@ static int parse_texts(struct parse *p)
     return 0;
 }
 
+// Times that a token with log-probabilities counts: once for itself, once for each alternative.
+static int64_t weight(int32_t logprobs) { return 1 + (logprobs > 0 ? logprobs : 0); }
+
+// The prompt is computed once, but what the answer repeats of it is written once for each choice. The field that the
+// most tokens are due to is the one to name.
 static int check_total(struct parse *p)
 {
     const struct completion_request *r = p->r;
-    int64_t max = p->limits->options->max_request_tokens, total = 0;
+    int64_t max = p->limits->options->max_request_tokens, n_ids = 0, total = 0;
     if (max == 0) max = (int64_t)DEFAULT_CONTEXTS * p->limits->plan->max_model_len;
-    for (int32_t i = 0; i < r->n_prompts; i++)
-        total += r->prompts[i].n_ids + (int64_t)r->params.max_tokens * r->params.n;
+    for (int32_t i = 0; i < r->n_prompts; i++) n_ids += r->prompts[i].n_ids;
+    const struct { const char *param; int64_t tokens; } shares[] = {
+        {"prompt", n_ids},
+        {"max_tokens", (int64_t)r->n_prompts * r->params.n * r->params.max_tokens * weight(r->logprobs)},
+        {"echo", r->echo ? n_ids * r->n * weight(r->logprobs) : 0},
+        {"prompt_logprobs", r->prompt_logprobs >= 0 ? n_ids * r->n * weight(r->prompt_logprobs) : 0},
+        {"return_token_ids", r->return_token_ids ? n_ids * r->n : 0},
+    };
+    size_t most = 0;
+    for (size_t i = 0; i < LENGTH(shares); i++) {
+        total += shares[i].tokens;
+        if (shares[i].tokens > shares[most].tokens) most = i;
+    }
     if (total <= max) return 0;
-    return http_error_set(p->error, 400, NULL, "max_tokens",
-                          "'max_tokens': all prompts and choices may come to %lld tokens; the most is %lld",
-                          (long long)total, (long long)max);
+    return http_error_set(p->error, 400, NULL, shares[most].param,
+                          "'%s': all prompts and choices, with what is asked about each of their tokens, may come to "
+                          "%lld tokens; the most is %lld", shares[most].param, (long long)total, (long long)max);
 }
 
 static int parse_prompts(struct parse *p)

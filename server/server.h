@@ -29,7 +29,9 @@ struct server_options {
     size_t max_body_bytes;                 // more: 413
     int32_t max_prompts;                   // prompts in one request
     int32_t max_choices;                   // prompts x best_of in one request
-    int64_t max_request_tokens;            // sum over choices of prompt + max_tokens; 0: 256 contexts
+    int64_t max_request_tokens;            // prompts once, max_tokens for each choice, and the prompt again for each
+                                           // choice that repeats it (echo, prompt_logprobs, return_token_ids); a token
+                                           // with k alternatives counts 1 + k times; 0: 256 contexts
     int32_t max_logprobs;                  // largest `logprobs` and `prompt_logprobs`; the engine's own
     double header_timeout;                 // from the request line (a new connection: from accept) to the headers' end
     double body_timeout;                   // from the end of the headers to the end of the body

@@ -302,6 +302,38 @@ START_TEST(context)
 }
 END_TEST
 
+// What an answer repeats of its prompt counts for each choice, and alternatives count.
+START_TEST(size_of_the_answer)
+{
+    static const struct { const char *fields, *param; } cases[] = {
+        {"\"max_tokens\":4,\"n\":10", NULL},
+        {"\"max_tokens\":4,\"n\":10,\"logprobs\":1", "max_tokens"},
+        {"\"max_tokens\":0,\"n\":9,\"echo\":true", NULL},
+        {"\"max_tokens\":0,\"n\":10,\"echo\":true", "echo"},
+        {"\"max_tokens\":0,\"n\":5,\"echo\":true,\"logprobs\":1", "echo"},
+        {"\"max_tokens\":0,\"n\":4,\"best_of\":20,\"echo\":true,\"logprobs\":1", NULL},
+        {"\"max_tokens\":0,\"n\":2,\"prompt_logprobs\":3", NULL},
+        {"\"max_tokens\":0,\"n\":2,\"prompt_logprobs\":4", "prompt_logprobs"},
+        {"\"max_tokens\":0,\"n\":10,\"return_token_ids\":true", "return_token_ids"},
+        {"\"max_tokens\":1,\"n\":4,\"return_token_ids\":true,\"echo\":true", NULL},
+        {"\"max_tokens\":1,\"n\":5,\"return_token_ids\":true,\"echo\":true", "echo"},
+    };
+    options.max_request_tokens = 100;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char fields[256];
+        struct completion_request r;
+        snprintf(fields, sizeof fields, "\"prompt\":[[1,2,3,4],[5,6,7,8,9,10]],%s", cases[i].fields);
+        if (cases[i].param) {
+            expect_refused(fields, cases[i].param);
+            continue;
+        }
+        expect_ok(&r, fields);
+        completion_request_deinit(&r);
+    }
+    options.max_request_tokens = 0;
+}
+END_TEST
+
 START_TEST(without_a_tokenizer)
 {
     struct completion_request r;
@@ -348,6 +380,7 @@ int main(void)
     tcase_add_test(tc, every_field_out_of_range);
     tcase_add_test(tc, models);
     tcase_add_test(tc, context);
+    tcase_add_test(tc, size_of_the_answer);
     tcase_add_test(tc, without_a_tokenizer);
     tcase_add_test(tc, bad_words);
     suite_add_tcase(suite, tc);

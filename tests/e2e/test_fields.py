@@ -138,6 +138,12 @@ class Fields(ServerTest):
             answer = self.server.completions(max_tokens=1, **fields)
             self.assertEqual(answer.status, 400, answer)
 
+    def test_capped_answers(self):
+        # What is asked about a prompt is written once for each choice: a small request, an answer of gigabytes.
+        answer = self.server.completions(prompt=[[5] * 2047] * 16, n=128, max_tokens=1, echo=True, logprobs=5,
+                                         prompt_logprobs=5)
+        self.refuse(answer, "echo", "echo and log-probabilities for 2,048 choices")
+
     def test_not_json(self):
         name = self.server.name
         good = '{"model": "%s", "prompt": "Once"' % name
