@@ -11,7 +11,7 @@
 #include "kernels/cpu/machine.h"
 #include "kernels/kernels.h"
 
-enum { MAX_T = 600, MAX_K = 700 };
+enum { MAX_T = 600, MAX_K = 700, LONG_K = 20000 }; // LONG_K: several chunks of columns, whatever the type
 
 static const char *const isa_names[] = {"generic", "avx2", "avx512", "avx512bf16"};
 static const struct kernels *k;
@@ -108,7 +108,7 @@ static struct device *device_create(const char *isa, int32_t n_threads)
 {
     struct device *d;
     struct device_options options = {.n_threads = n_threads, .isa = isa, .max_vocab_size = 100, .max_context = 64,
-                                     .max_dim = MAX_K, .max_tokens = MAX_T};
+                                     .max_dim = LONG_K, .max_tokens = MAX_T};
     ck_assert_msg(k->device_create(&d, &options, &e) == 0, "%s", e.message);
     return d;
 }
@@ -152,7 +152,8 @@ START_TEST(equals_sums_in_double)
         for (int round = 0; round < 120; round++) {
             struct product p;
             size_t T = (size_t)n_tokens[random_int(0, 10)], K = (size_t)random_int(1, random_int(0, 3) ? 80 : MAX_K);
-            product_init(&p, T, K, random_int(1, MAX_WEIGHT_PARTS), random_int(1, 40), NULL);
+            if (round % 20 == 0) K = (size_t)random_int(MAX_K, LONG_K);
+            product_init(&p, T, K, random_int(1, MAX_WEIGHT_PARTS), random_int(1, K > MAX_K ? 9 : 40), NULL);
             check_product(d, isa == 3, &p, T, random_int(0, 1));
             product_deinit(&p);
         }
@@ -182,11 +183,13 @@ START_TEST(bits_do_not_depend_on_the_batch_or_threads)
     for (int isa = 0; isa <= (int)machine_isa(); isa++) {
         struct device *devices[] = {device_create(isa_names[isa], 1), device_create(isa_names[isa], 2),
                                     device_create(isa_names[isa], 5)};
-        for (int round = 0; round < 9; round++) {
+        for (int round = 0; round < 12; round++) {
             struct product p;
             enum dtype dtype = (enum dtype)(round % 3);
-            size_t T = round < 3 ? MAX_T : (size_t)random_int(2, 200), K = (size_t)random_int(1, MAX_K);
-            product_init(&p, T, K, random_int(1, MAX_WEIGHT_PARTS), random_int(1, 300), &dtype);
+            bool is_long = round >= 9;
+            size_t T = round < 3 ? MAX_T : (size_t)random_int(2, is_long ? 20 : 200);
+            size_t K = (size_t)random_int(is_long ? LONG_K / 2 : 1, is_long ? LONG_K : MAX_K);
+            product_init(&p, T, K, random_int(1, MAX_WEIGHT_PARTS), random_int(1, is_long ? 70 : 300), &dtype);
             size_t bytes = T * p.n_rows * sizeof(float);
             float *all = malloc(bytes), *again = malloc(bytes);
             memset(all, 0xFF, bytes);

@@ -26,6 +26,8 @@ enum {
     X_BLOCK = 512,            // most rows of x in one pass over the weights
     BLOCK_BYTES = 704 * 1024, // of weights per item at most: they stay in L2 (1 MiB) while the rows of x go by
     RUN_BYTES = 128 * 1024,   // the same when they are read once: one tile holds all rows of x
+    CHUNK_BYTES = 16 * 1024,  // of a row of x, at most: so many that a tile's rows stay in L2 beside the block
+    CHUNK_MULTIPLE = 64,      // columns: whole vectors of any type
     FETCH_TILES = 8,          // the next item's weights are fetched during the last so many tiles of x
 };
 
@@ -38,6 +40,7 @@ struct pass {
     bool bf16;             // x is rounded to BF16, and the parts are those with BF16 weights
     char *x;               // [n_x, n_cols], rows x_stride bytes apart
     size_t x_stride;
+    size_t chunk;          // columns whose products are summed up before they are added to the output
     size_t rows_per_item;  // of weights
     int32_t first_item[MAX_WEIGHT_PARTS + 1]; // of each part
     int32_t n_threads;
@@ -113,16 +116,68 @@ static struct block block_at(const struct pass *pass, int32_t item)
     return b;
 }
 
-// What call number `call` of an item's tiles fetches of the block this thread will probably work on next: TILE_W rows,
-// spread evenly over the item's last tiles of x.
-static const void *rows_to_fetch(const struct pass *pass, const struct block *next, size_t call,
+static size_t chunk_cols(const struct pass *pass, size_t first)
+{
+    size_t left = pass->p->weight->n_cols - first;
+    return left < pass->chunk ? left : pass->chunk;
+}
+
+static const char *block_row(const struct block *b, size_t row, size_t first_col)
+{
+    return b->w + row * b->w_stride + first_col * dtype_size(b->part->dtype);
+}
+
+// What call number `call` of a chunk's tiles fetches: TILE_W rows of the chunk that this thread will probably work on
+// next, spread evenly over the last tiles of x.
+static const void *rows_to_fetch(const struct pass *pass, const struct block *next, size_t first_col, size_t call,
                                  size_t calls_per_x_tile)
 {
     size_t n_tiles = pass->n_x_tiles < FETCH_TILES ? (size_t)pass->n_x_tiles : FETCH_TILES;
     size_t skipped = ((size_t)pass->n_x_tiles - n_tiles) * calls_per_x_tile;
     if (!next->w || call < skipped || (call - skipped) % n_tiles) return NULL;
     size_t row = (call - skipped) / n_tiles * TILE_W;
-    return row < next->n_rows ? next->w + row * next->w_stride : NULL;
+    return row < next->n_rows ? block_row(next, row, first_col) : NULL;
+}
+
+// Adds the products of one chunk of columns to the block's outputs; the first chunk also gives them their bias.
+static void multiply_chunk(const struct pass *pass, const struct block *b, size_t first_col, const struct block *next,
+                           size_t next_col)
+{
+    float bias[TILE_W] = {0};
+    struct linear_tile t = {.x_stride = pass->x_stride, .w_stride = b->w_stride, .n_cols = chunk_cols(pass, first_col),
+                            .bias = bias, .out_stride = pass->p->out.shape[1],
+                            .accumulate = pass->p->accumulate || first_col > 0};
+    size_t call = 0, calls_per_x_tile = (b->n_rows + TILE_W - 1) / TILE_W;
+    size_t x_offset = first_col * (pass->bf16 ? sizeof(uint16_t) : sizeof(float));
+    for (int32_t i = 0; i < pass->n_x; i += t.n_x) {
+        t.n_x = pass->n_x - i < pass->simd->tile_x ? pass->n_x - i : pass->simd->tile_x;
+        t.x = pass->x + (size_t)i * pass->x_stride + x_offset;
+        float *out = (float *)pass->p->out.data + (pass->first_x + (size_t)i) * t.out_stride + b->column;
+        for (size_t j = 0; j < b->n_rows; j += TILE_W) {
+            t.w = block_row(b, j, first_col);
+            t.n_w = b->n_rows - j < TILE_W ? (int32_t)(b->n_rows - j) : TILE_W;
+            t.fetch = rows_to_fetch(pass, next, next_col, call++, calls_per_x_tile);
+            if (first_col == 0) load_bias(pass, bias, &b->part->bias, b->first + j, (size_t)t.n_w);
+            t.out = out + j;
+            pass->simd->tile[b->part->dtype](&t);
+        }
+    }
+}
+
+// The same for one row of x and all columns.
+static void stream_block(const struct pass *pass, const struct block *b)
+{
+    float bias[TILE_W];
+    struct linear_tile t = {.x = pass->x, .w_stride = b->w_stride, .n_cols = pass->p->weight->n_cols,
+                            .chunk = pass->chunk, .n_x = 1, .bias = bias, .accumulate = pass->p->accumulate};
+    float *out = (float *)pass->p->out.data + pass->first_x * pass->p->out.shape[1] + b->column;
+    for (size_t j = 0; j < b->n_rows; j += TILE_W) {
+        t.w = block_row(b, j, 0);
+        t.n_w = b->n_rows - j < TILE_W ? (int32_t)(b->n_rows - j) : TILE_W;
+        load_bias(pass, bias, &b->part->bias, b->first + j, (size_t)t.n_w);
+        t.out = out + j;
+        pass->simd->stream[b->part->dtype](&t);
+    }
 }
 
 static void multiply_block(void *arg, int32_t item, int32_t thread)
@@ -130,22 +185,14 @@ static void multiply_block(void *arg, int32_t item, int32_t thread)
     (void)thread;
     const struct pass *pass = arg;
     const struct block b = block_at(pass, item), next = block_at(pass, item + pass->n_threads);
-    float bias[TILE_W];
-    struct linear_tile t = {.x_stride = pass->x_stride, .w_stride = b.w_stride, .n_cols = pass->p->weight->n_cols,
-                            .bias = bias, .out_stride = pass->p->out.shape[1], .accumulate = pass->p->accumulate};
-    size_t call = 0, calls_per_x_tile = (b.n_rows + TILE_W - 1) / TILE_W;
-    for (int32_t i = 0; i < pass->n_x; i += t.n_x) {
-        t.n_x = pass->n_x - i < pass->simd->tile_x ? pass->n_x - i : pass->simd->tile_x;
-        t.x = pass->x + (size_t)i * pass->x_stride;
-        float *out = (float *)pass->p->out.data + (pass->first_x + (size_t)i) * t.out_stride + b.column;
-        for (size_t j = 0; j < b.n_rows; j += TILE_W) {
-            t.w = b.w + j * b.w_stride;
-            t.n_w = b.n_rows - j < TILE_W ? (int32_t)(b.n_rows - j) : TILE_W;
-            t.fetch = rows_to_fetch(pass, &next, call++, calls_per_x_tile);
-            load_bias(pass, bias, &b.part->bias, b.first + j, (size_t)t.n_w);
-            t.out = out + j;
-            pass->simd->tile[b.part->dtype](&t);
-        }
+    if (pass->n_x == 1) {
+        stream_block(pass, &b);
+        return;
+    }
+    size_t n_cols = pass->p->weight->n_cols;
+    for (size_t first = 0; first < n_cols; first += pass->chunk) {
+        bool last = first + pass->chunk >= n_cols;
+        multiply_chunk(pass, &b, first, last ? &next : &b, last ? 0 : first + pass->chunk);
     }
 }
 
@@ -155,8 +202,10 @@ static void multiply_block(void *arg, int32_t item, int32_t thread)
 static void divide(struct pass *pass)
 {
     const struct weight *w = pass->p->weight;
-    size_t bytes = pass->n_x_tiles > 1 ? BLOCK_BYTES : RUN_BYTES;
-    size_t rows = bytes / (w->n_cols * (pass->bf16 ? sizeof(uint16_t) : sizeof(float))) / TILE_W * TILE_W;
+    size_t bytes = pass->n_x_tiles > 1 ? BLOCK_BYTES : RUN_BYTES, element = pass->bf16 ? sizeof(uint16_t) : sizeof(float);
+    size_t n_chunks = (w->n_cols * element + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    pass->chunk = round_up((w->n_cols + n_chunks - 1) / n_chunks, CHUNK_MULTIPLE);
+    size_t rows = bytes / (pass->chunk * element) / TILE_W * TILE_W;
     size_t share = round_up(pass->p->out.shape[1] / (4 * (size_t)pass->n_threads) + 1, TILE_W);
     if (rows > share) rows = share;
     pass->rows_per_item = rows < TILE_W ? TILE_W : rows;

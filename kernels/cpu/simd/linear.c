@@ -43,6 +43,11 @@ INLINE vec load_w(enum dtype dtype, const char *p)
     return BF16_PRODUCTS && dtype == DTYPE_BF16 ? vec_load(p) : load_wide(dtype, p);
 }
 
+INLINE vec fma_w(enum dtype dtype, vec w, vec x, vec sum)
+{
+    return dtype == DTYPE_BF16 ? fma_bf16(w, x, sum) : vec_fma(w, x, sum);
+}
+
 INLINE void add_step(enum dtype dtype, int n_x, vec sum[TILE_X][TILE_W], const char *const x[TILE_X],
                      const char *const w[TILE_W], size_t x_offset, size_t w_offset)
 {
@@ -54,8 +59,15 @@ INLINE void add_step(enum dtype dtype, int n_x, vec sum[TILE_X][TILE_W], const c
         vec column = load_w(dtype, w[j] + w_offset);
 #pragma GCC unroll 8
         for (int i = 0; i < n_x; i++)
-            sum[i][j] = dtype == DTYPE_BF16 ? fma_bf16(column, row[i], sum[i][j]) : vec_fma(column, row[i], sum[i][j]);
+            sum[i][j] = fma_w(dtype, column, row[i], sum[i][j]);
     }
+}
+
+// What is left of a row of w past the last whole vector, with zeros after it.
+INLINE const char *row_end(enum dtype dtype, char end[sizeof(vec)], const char *w, size_t n_cols)
+{
+    memset(end, 0, sizeof(vec));
+    return memcpy(end, w, n_cols * (dtype == DTYPE_F32 ? 4 : 2));
 }
 
 INLINE void store_row(const struct linear_tile *t, int i, vec4 sums)
@@ -89,32 +101,65 @@ INLINE void tile(const struct linear_tile *t, enum dtype dtype, int n_x)
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_W; j++) sum[i][j] = vec_zero();
 
-    const char *fetch = t->fetch;
-    size_t n_steps = t->n_cols / step_cols(dtype), x_offset = 0, w_offset = 0;
-    for (size_t s = 0; s < n_steps; s++) {
-        if (fetch) { // in the order of its addresses: that is how DRAM and the hardware's own prefetch like it
+    size_t n_steps = t->n_cols / step_cols(dtype), s = 0, x_offset = 0, w_offset = 0;
+    for (size_t j = 0; j < TILE_W; j++) {
+        const char *fetch = t->fetch ? (const char *)t->fetch + j * t->w_stride : NULL;
+        for (; s < n_steps * (j + 1) / TILE_W; s++) {
+            if (fetch) { // in the order of its addresses: that is how DRAM and the hardware's own prefetch like it
 #pragma GCC unroll 8
-            for (size_t j = 0; j < TILE_W * step_bytes(dtype); j += 64)
-                __builtin_prefetch(fetch + TILE_W * w_offset + j, 0, 2);
+                for (size_t line = 0; line < TILE_W * step_bytes(dtype); line += 64)
+                    __builtin_prefetch(fetch + line, 0, 2);
+                fetch += TILE_W * step_bytes(dtype);
+            }
+            add_step(dtype, n_x, sum, x, w, x_offset, w_offset);
+            x_offset += sizeof(vec);
+            w_offset += step_bytes(dtype);
         }
-        add_step(dtype, n_x, sum, x, w, x_offset, w_offset);
-        x_offset += sizeof(vec);
-        w_offset += step_bytes(dtype);
     }
     vec4 rows[TILE_X];
     size_t tail = t->n_cols % step_cols(dtype);
     if (tail) {
-        char last[TILE_W][sizeof(vec)] = {0};
-        for (int j = 0; j < TILE_W; j++) {
-            memcpy(last[j], w[j] + w_offset, tail * (dtype == DTYPE_F32 ? 4 : 2));
-            w[j] = last[j];
-        }
+        char end[TILE_W][sizeof(vec)];
+        for (int j = 0; j < TILE_W; j++) w[j] = row_end(dtype, end[j], w[j] + w_offset, tail);
         add_step(dtype, n_x, sum, x, w, x_offset, 0);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n_x; i++) rows[i] = vec_sum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
 #pragma GCC unroll 8
     for (int i = 0; i < n_x; i++) store_row(t, i, rows[i]);
+}
+
+INLINE float dot(enum dtype dtype, const char *x, const char *w, size_t n_cols)
+{
+    vec sum = vec_zero();
+    size_t tail = n_cols % step_cols(dtype);
+    for (size_t s = n_cols / step_cols(dtype); s > 0; s--) {
+        sum = fma_w(dtype, load_w(dtype, w), vec_load(x), sum);
+        x += sizeof(vec);
+        w += step_bytes(dtype);
+    }
+    char end[sizeof(vec)];
+    if (tail) sum = fma_w(dtype, load_w(dtype, row_end(dtype, end, w, tail)), vec_load(x), sum);
+    return vec_sum4(sum, vec_zero(), vec_zero(), vec_zero())[0];
+}
+
+INLINE size_t chunk_cols(const struct linear_tile *t, size_t first)
+{
+    return t->n_cols - first < t->chunk ? t->n_cols - first : t->chunk;
+}
+
+// One stream of addresses a thread: with four rows at once the hardware's prefetch gives half of the bandwidth.
+INLINE void stream(const struct linear_tile *t, enum dtype dtype)
+{
+    size_t w_size = dtype == DTYPE_F32 ? 4 : 2, x_size = sizeof(vec) / step_cols(dtype);
+    for (int j = 0; j < t->n_w; j++) {
+        const char *x = t->x, *w = (const char *)t->w + (size_t)j * t->w_stride;
+        float sum = dot(dtype, x, w, chunk_cols(t, 0)) + t->bias[j];
+        if (t->accumulate) sum = t->out[j] + sum;
+        for (size_t c = t->chunk; c < t->n_cols; c += t->chunk)
+            sum += 0.0f + dot(dtype, x + c * x_size, w + c * w_size, chunk_cols(t, c)); // 0: tile's bias there
+        t->out[j] = sum;
+    }
 }
 
 INLINE void tile_any(const struct linear_tile *t, enum dtype dtype)
@@ -136,6 +181,9 @@ INLINE void tile_any(const struct linear_tile *t, enum dtype dtype)
 static void tile_f32(const struct linear_tile *t) { tile_any(t, DTYPE_F32); }
 static void tile_f16(const struct linear_tile *t) { tile_any(t, DTYPE_F16); }
 static void tile_bf16(const struct linear_tile *t) { tile_any(t, DTYPE_BF16); }
+static void stream_f32(const struct linear_tile *t) { stream(t, DTYPE_F32); }
+static void stream_f16(const struct linear_tile *t) { stream(t, DTYPE_F16); }
+static void stream_bf16(const struct linear_tile *t) { stream(t, DTYPE_BF16); }
 
 static void round_bf16(uint16_t *to, const float *from, size_t n)
 {
@@ -158,8 +206,8 @@ static void widen(float *to, const void *from, enum dtype dtype, size_t n)
 const struct simd_linear SIMD_NAME(simd_linear) = {
     .tile_x = TILE_X,
     .bf16_products = BF16_PRODUCTS,
-    .step = {[DTYPE_F32] = LANES, [DTYPE_F16] = LANES, [DTYPE_BF16] = BF16_PRODUCTS ? 2 * LANES : LANES},
     .tile = {[DTYPE_F32] = tile_f32, [DTYPE_F16] = tile_f16, [DTYPE_BF16] = tile_bf16},
+    .stream = {[DTYPE_F32] = stream_f32, [DTYPE_F16] = stream_f16, [DTYPE_BF16] = stream_bf16},
     .round_bf16 = round_bf16,
     .widen = widen,
 };
