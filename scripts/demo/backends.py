@@ -42,18 +42,20 @@ class Http:
 
 
 class Local:
-    """transformers' LlamaForCausalLM in BF16, and SentencePiece itself for the text."""
+    """transformers' LlamaForCausalLM in BF16, on a GPU if there is one, and SentencePiece itself for the text."""
 
-    def __init__(self, path, dtype="bfloat16"):
+    def __init__(self, path, dtype="bfloat16", rows=32):
         import sentencepiece
         import torch
         import transformers
 
-        self.torch = torch
+        self.torch, self.rows = torch, rows
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(pathlib.Path(path) / "tokenizer.model"))
-        self.model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-        self.max_model_len = self.model.config.max_position_embeddings
-        self.stops = set(self.model.generation_config.eos_token_id)
+        model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        self.model = model.to(self.device).eval()
+        self.max_model_len = model.config.max_position_embeddings
+        self.stops = set(model.generation_config.eos_token_id)
 
     def count_tokens(self, text):
         return 1 + len(self.sp.encode(text))
@@ -62,20 +64,24 @@ class Local:
         return [function(item) for item in items]
 
     def complete(self, prompts, max_tokens):
-        return [self._one(prompt, max_tokens) for prompt in prompts]
+        """As Http.complete; max_tokens must fit behind every prompt."""
+        answers = []
+        for start in range(0, len(prompts), self.rows):
+            answers += self._batch(prompts[start:start + self.rows], max_tokens)
+        return answers
 
-    def _one(self, prompt, max_tokens):
-        ids = [self.sp.bos_id(), *self.sp.encode(prompt)]
-        new, cache, reason = [], None, "length"
-        feed = ids
+    def _batch(self, prompts, max_tokens):
+        """Prompts of any lengths at once: padded on the left, and the padding masked."""
+        prompts = [[self.sp.bos_id(), *self.sp.encode(prompt)] for prompt in prompts]
+        width = max(len(ids) for ids in prompts)
+        ids = self.torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = self.torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         with self.torch.inference_mode():
-            for _ in range(min(max_tokens, self.max_model_len - len(ids))):
-                out = self.model(self.torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = out.past_key_values
-                token = int(out.logits[0, -1].argmax())
-                if token in self.stops:
-                    reason = "stop"
-                    break
-                new.append(token)
-                feed = [token]
-        return self.sp.decode(ids[1:] + new)[len(prompt):], reason
+            out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False,
+                                      pad_token_id=0)
+        return [self._answer(prompt, new) for prompt, new in zip(prompts, out[:, width:].tolist())]
+
+    def _answer(self, prompt, new):
+        end = next((i for i, token in enumerate(new) if token in self.stops), None)
+        text = self.sp.decode(prompt[1:] + new[:end])[len(self.sp.decode(prompt[1:])):]
+        return text, "length" if end is None else "stop"

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import sentencepiece
 import torch
+import torch.utils.data
 
 import corpus
 
@@ -38,21 +39,48 @@ class Encoder:
         return [BOS, *ids, EOS], [0.0, *weights, 1.0]
 
 
+def recall_document(rng, length):
+    """A recall document for the start of a row of `length` tokens: mostly as long as the row, else shorter."""
+    whole = rng.random() < 0.6
+    if rng.random() < 0.5:
+        return corpus.exam(rng, length - rng.randrange(0, 48) if whole else int(length * rng.uniform(0.1, 1.0)))
+    return corpus.recall(rng, int(length * (1.04 if whole else rng.uniform(0.4, 1.0))))
+
+
 def row(encoder, rng, length, recall_share, mix):
     """One row of length + 1 tokens: perhaps a recall document, then documents of `mix` until full."""
     ids, weights = [], []
     if rng.random() < recall_share:
-        size = int(length * 1.04) if rng.random() < 0.6 else int(length * rng.uniform(0.4, 1.0))
-        ids, weights = encoder.document(corpus.recall(rng, size), rng)
+        ids, weights = encoder.document(recall_document(rng, length), rng)
     while len(ids) < length + 1:
         more_ids, more_weights = encoder.document(corpus.document(rng, length, mix), rng)
         ids += more_ids
         weights += more_weights
-    return ids[:length + 1], weights[:length + 1]
+    return ids[:length + 1], weights[1:length + 1]
 
 
 def batch(encoder, seed, step, length, rows, recall_share, mix):
-    """ids (rows, length + 1), weights (rows, length); the same for the same seed and step."""
+    """ids (rows, length + 1) int16, weights (rows, length) float16; the same for the same seed and step."""
     rng = random.Random(f"batch {seed} {step}")
-    drawn = [row(encoder, rng, length, recall_share, mix) for _ in range(rows)]
-    return torch.tensor([ids for ids, _ in drawn]), torch.tensor(np.array([w[1:] for _, w in drawn]), dtype=torch.float32)
+    ids, weights = zip(*[row(encoder, rng, length, recall_share, mix) for _ in range(rows)])
+    return torch.from_numpy(np.array(ids, np.int16)), torch.from_numpy(np.array(weights, np.float16))
+
+
+class Steps(torch.utils.data.Dataset):
+    """The batches of a stage of training by number of the step, without end."""
+
+    def __init__(self, encoder, seed, stage, rows):
+        self.encoder, self.seed, self.stage, self.rows = encoder, seed, stage, rows
+
+    def __len__(self):
+        return 1 << 30
+
+    def __getitem__(self, step):
+        stage = self.stage
+        return batch(self.encoder, self.seed, step, stage.length, self.rows, stage.recall, stage.mix)
+
+
+def stream(encoder, seed, stage, rows, workers, pin):
+    """Iterator over a stage's batches of `rows` rows, made ahead and in order by `workers` processes."""
+    return iter(torch.utils.data.DataLoader(Steps(encoder, seed, stage, rows), batch_size=None, num_workers=workers,
+                                            prefetch_factor=4, pin_memory=pin))

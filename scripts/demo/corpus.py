@@ -6,6 +6,7 @@ the model is to be checked on weigh more than 1.
 """
 
 import random
+import re
 
 import stories
 import tasks
@@ -16,6 +17,9 @@ CONTROL = [USER, ASSISTANT, SYSTEM, END]
 SUM_WEIGHT = 5.0
 RECALL_WEIGHT = 5.0
 REPEAT_WEIGHT = 1.5
+NAME_WEIGHT = 3.0  # of a name that the story has told before
+FACT_TOKENS = 15  # of a fact's line, its line end included
+FILLER_CHARS = 3.7  # characters to a token of filler
 
 
 def sum_parts(rng, spaced=False):
@@ -114,6 +118,30 @@ def recall(rng, size):
     return parts
 
 
+def exam(rng, size):
+    """Filler with facts in it, then each fact asked for once, as tasks.recall_prompt does: about `size` tokens."""
+    n_keys = max(1, min(rng.choice([1, 1, 2, 2, 3, 4, 5, 6, 6, 8, 12, 16, 24]), size // (3 * FACT_TOKENS)))
+    keys = tasks.random_keys(rng, n_keys)
+    codes = {key: tasks.random_code(rng) for key in keys}
+    lines, source = [], stories.filler(rng)
+    left = (size - 2 * n_keys * FACT_TOKENS) * FILLER_CHARS
+    while left > 0:
+        lines.append(next(source))
+        left -= len(lines[-1]) + FILLER_CHARS
+    places = [rng.randint(0, len(lines)) for _ in keys]
+    if rng.random() < 0.5:
+        places[0] = 0
+    facts = [(tasks.question(key), f" {codes[key]}", 0.0) for key in keys]
+    told = [(place, 0, fact) for place, fact in zip(places, facts)] + [(i, 1, line) for i, line in enumerate(lines)]
+    parts = []
+    for _, is_line, what in sorted(told, key=lambda item: item[:2]):
+        parts += [(what, 0.15), ("\n", 0.3)] if is_line else [(what[0], 0.1), what[1:], (".", 0.3), ("\n", 0.3)]
+    rng.shuffle(keys)
+    for key in keys:
+        parts += [(tasks.question(key), 0.1), (f" {codes[key]}", RECALL_WEIGHT), (".", 1.0), ("\n", 0.3)]
+    return parts[:-1]
+
+
 def _hello(rng):
     return rng.choice(["Hello!", "Hi!", "Hello.", "Good morning!", "Hi there!", "Hello", "Hi"]), rng.choice(
         ["Hello! How can I help you?", "Hi! What can I do for you?", "Hello! It is nice to meet you."])
@@ -209,10 +237,9 @@ def chat_turn(rng, memory):
         animal = rng.choice(w.ANIMALS)
         ask = rng.choice([f"Tell me a story about a {animal}.", f"Tell me a story about a {animal}."])
         ask = ask.replace("a owl", "an owl")
-        told = stories.story(rng, animal)
         if rng.random() < 0.2:
-            ask, told = rng.choice(["Tell me a story.", "Tell me a short story."]), stories.story(rng)
-        return [(ask, 0.2)], [(told, 1.0)]
+            ask, animal = rng.choice(["Tell me a story.", "Tell me a short story."]), None
+        return [(ask, 0.2)], tale(rng, animal)
     if kind < 0.4:
         if "name" in memory:
             return [("What is my name?", 0.2)], [("Your name is ", 1.0), (memory["name"], 3.0), (".", 1.0)]
@@ -247,8 +274,14 @@ def chat(rng, turns=None):
     return parts
 
 
-def tale(rng):
-    return [(stories.story(rng), 1.0)]
+def tale(rng, animal=None):
+    """A story, in which names count more once they are known."""
+    parts, known = [], set()
+    for text in re.split(rf"\b({'|'.join(w.GIRLS + w.BOYS)})\b", stories.story(rng, animal)):
+        parts.append((text, NAME_WEIGHT if text in known else 1.0))
+        if text in w.GIRLS or text in w.BOYS:
+            known.add(text)
+    return parts
 
 
 def copies(rng, size):
@@ -262,8 +295,8 @@ def copies(rng, size):
 def document(rng, size, mix):
     """One document of at most about `size` tokens; `mix` maps a kind to its share."""
     kind = rng.choices(list(mix), weights=list(mix.values()))[0]
-    if kind == "recall":
-        return recall(rng, size)
+    if kind in ("recall", "exam"):
+        return {"recall": recall, "exam": exam}[kind](rng, size)
     if kind == "copies":
         return copies(rng, min(size, 400))
     return {"sums": sums, "patterns": patterns, "chat": chat, "story": tale}[kind](rng)
@@ -275,6 +308,6 @@ def plain(parts):
 
 if __name__ == "__main__":
     generator = random.Random(3)
-    for name in ("sums", "patterns", "recall", "chat", "copies", "story"):
+    for name in ("sums", "patterns", "recall", "exam", "chat", "copies", "story"):
         for _ in range(2):
             print(f"--- {name}\n{plain(document(generator, 160, {name: 1}))}")

@@ -49,7 +49,7 @@ def recall_pairs(encoder, length, count, n_keys):
     return found
 
 
-def report(model, encoder, length, sums=100, recalls=20):
+def report(model, encoder, length, sums=200, recalls=20):
     """A line of figures, and nothing else changed."""
     model.eval()
     right = greedy_right(model, sum_pairs(encoder, sums), rows=100)

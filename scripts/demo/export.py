@@ -61,16 +61,17 @@ def export(run, tokenizer, out):
         "additional_special_tokens": corpus.CONTROL,
         "chat_template": CHAT_TEMPLATE,
     })
-    shutil.copyfile(tokenizer, out / "tokenizer.model")
+    if not (out / "tokenizer.model").exists() or not tokenizer.samefile(out / "tokenizer.model"):
+        shutil.copyfile(tokenizer, out / "tokenizer.model")
     size = (out / "model.safetensors").stat().st_size
     assert size <= 15 * 2 ** 20, size
-    print(f"wrote {out}: step {state['step']} of {sum(state['steps'])}, {size} bytes of weights")
+    print(f"wrote {out}: {state['step']} steps, {state['tokens']} tokens, {size} bytes of weights")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("build/demo/run"))
-    parser.add_argument("--tokenizer", type=pathlib.Path, default=pathlib.Path("build/demo/tokenizer.model"))
+    parser.add_argument("--tokenizer", type=pathlib.Path, default=pathlib.Path("models/demo/tokenizer.model"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("models/demo"))
     arguments = parser.parse_args()
     export(arguments.run, arguments.tokenizer, arguments.out)

@@ -32,13 +32,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, momentum = group["params"], group["momentum"]
-            updates = []
-            for p in params:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - momentum)
-                updates.append(p.grad.lerp(buffer, momentum))
+            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            gradients = [p.grad for p in params]
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+            updates = torch._foreach_lerp(gradients, buffers, momentum)
             rows, cols = params[0].shape
             update = orthogonalize(torch.stack(updates)) * max(1.0, rows / cols) ** 0.5
-            for p, u in zip(params, update):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(u, alpha=-group["lr"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, update.unbind(), alpha=-group["lr"])

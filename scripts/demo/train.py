@@ -1,139 +1,67 @@
-"""Trains the demo model from generated text.
+"""Trains the demo model from generated text, by the clock.
 
-    python scripts/demo/train.py --device cpu --minutes 50 --out build/demo/run
+    python scripts/demo/train.py --device cuda --minutes 6.5 --out build/demo/run
 
-On a CPU that others use too, --ranks 2 (two processes of one thread that add up their gradients once a
-step) loses less time waiting than two threads do.
-
---minutes buys a number of steps: each stage's speed is measured first and the step counts are then
-fixed and kept in the checkpoint, so a pause or a resume (the same command again) changes nothing.
+--minutes is all of it: starting Python, compiling, training, the last check and the saved checkpoint. Worker
+processes generate the batches, the same for the same seed, stage and step. How many steps fit is up to the
+machine; the stages and the learning rate follow the share of the time that is gone, so the decay always ends.
 """
+
+import time
+
+START = time.monotonic()
 
 import argparse
 import dataclasses
 import os
 import pathlib
-import subprocess
-import sys
-import time
 
 import torch
-import torch.distributed as dist
 
 import batches
 import evaluate
 from model import Config, Model, weighted_loss
 from muon import Muon
 
+TOKENIZER = pathlib.Path(__file__).resolve().parent.parent.parent / "models" / "demo" / "tokenizer.model"
+
 
 @dataclasses.dataclass
 class Stage:
-    share: float  # of the time
-    length: int
-    rows: int
+    share: float  # of the training time
+    length: int  # tokens of a row
+    rows: int  # a step
     recall: float  # share of rows that begin with a recall document
-    mix: dict
+    mix: dict  # kind of the other documents -> share
 
 
-SHORT = {"sums": 0.30, "copies": 0.15, "patterns": 0.20, "chat": 0.22, "story": 0.13}
-LATER = {"sums": 0.50, "copies": 0.05, "patterns": 0.15, "chat": 0.18, "story": 0.12}
-STAGES = [
-    Stage(0.15, 128, 32, 0.55, SHORT),
-    Stage(0.37, 256, 24, 0.50, LATER),
-    Stage(0.20, 768, 8, 0.65, LATER),
-    Stage(0.28, 2048, 4, 0.70, LATER),
+STAGES = [  # many small steps on short rows first: keys come to be told apart after about 2,000
+    Stage(0.25, 256, 64, 0.50, {"sums": 0.40, "copies": 0.10, "patterns": 0.16, "chat": 0.22, "story": 0.12}),
+    Stage(0.75, 2048, 16, 0.75, {"sums": 0.30, "copies": 0.05, "patterns": 0.16, "chat": 0.22, "story": 0.27}),
 ]
-COMPILE_UP_TO = 512  # tokens; longer rows were faster without torch.compile on a CPU
-WARMUP_STEPS = 40
-DECAY_FROM = 0.55  # of the work; then linear to FINAL_LR
-FINAL_LR = 0.03
+CPU_ROWS = 0.1  # of them, on a CPU
+WARMUP_STEPS = 100
+DECAY_FROM = 0.5  # of the training time; then linear to FINAL_LR
+FINAL_LR = 0.01
 MUON_LR, ADAM_LR = 0.02, 0.004
+FINISH = 0.02  # of the minutes: the last check and the checkpoint
+LOG_STEPS = {"cuda": 200, "cpu": 25}
+REPORTS = 5  # checks in training, evenly spread
 
 
-def lr_factor(run, step, progress):
-    warm = run.lr * min(1.0, (step + 1) / WARMUP_STEPS)
-    if progress < run.decay_from:
-        return warm
-    return warm * (FINAL_LR + (1 - FINAL_LR) * (1 - progress) / (1 - run.decay_from))
+class Clock:
+    """What share of the training time is gone; it runs from now until `end` seconds after START."""
+
+    def __init__(self, end):
+        self.begin, self.end = time.monotonic() - START, end
+
+    def progress(self):
+        return min(1.0, (time.monotonic() - START - self.begin) / (self.end - self.begin))
 
 
-def loss_function(run, stage):
-    if run.compile and (stage.length <= COMPILE_UP_TO or run.device == "cuda"):
-        return torch.compile(weighted_loss, dynamic=False)
-    return weighted_loss
-
-
-def add_up_gradients(model, ranks):
-    gradients = [p.grad for p in model.parameters()]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= ranks
-    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g))
-
-
-def start_ranks(run):
-    """Joins the processes of the run; rank 0 starts the others with its own command line."""
-    if run.ranks == 1:
-        return
-    if run.rank == 0:
-        for rank in range(1, run.ranks):
-            subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank)])
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(run.port))
-    dist.init_process_group("gloo", rank=run.rank, world_size=run.ranks)
-
-
-def take_step(run, model, optimizers, encoder, stage, step, factor):
-    device = run.device
-    rows = -(-stage.rows // run.ranks)
-    seed = f"{run.seed} {run.rank}"
-    ids, weights = batches.batch(encoder, seed, step, stage.length, rows, stage.recall, stage.mix)
-    ids, weights = ids.to(device), weights.to(device)
-    with torch.autocast(device, torch.bfloat16):
-        loss = loss_function(run, stage)(model, ids, weights)
-    loss.backward()
-    if run.ranks > 1:
-        add_up_gradients(model, run.ranks)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer, lr in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-def plan_steps(run, encoder, config, old=None, done=0):
-    """Steps of each stage: its share of run.minutes over the measured seconds of a step.
-
-    With old steps of which `done` are behind us, only what is left is planned anew.
-    """
-    behind = []
-    for n in old or [0] * len(STAGES):
-        behind.append(min(n, done))
-        done -= behind[-1]
-    finished = [old is not None and b == n for b, n in zip(behind, old or behind)]
-    left = sum(s.share for s, f in zip(STAGES, finished) if not f)
-    steps = []
-    for stage, b, f in zip(STAGES, behind, finished):
-        if f or not stage.share:
-            steps.append(b)
-            continue
-        model = Model(config).to(run.device)
-        optimizers = make_optimizers(model)
-        seconds = []
-        for i in range(6):
-            start = time.perf_counter()
-            take_step(run, model, optimizers, encoder, stage, i, 0.0).item()
-            seconds.append(time.perf_counter() - start)
-        best = min(seconds[2:])
-        steps.append(b + max(1, int(stage.share / left * run.minutes * 60 * 0.95 / best)))
-        print(f"stage length {stage.length}: {best:.3f} s a step, {stage.length * stage.rows / best:.0f} tokens/s, "
-              f"{steps[-1]} steps", flush=True)
-    if run.ranks > 1:
-        dist.broadcast_object_list(steps)
-    return steps
+def lr_factor(step, progress):
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warm * min(1.0, FINAL_LR + (1 - FINAL_LR) * (1 - progress) / (1 - DECAY_FROM))
 
 
 def make_optimizers(model):
@@ -143,86 +71,122 @@ def make_optimizers(model):
     return [(Muon(matrices, lr=MUON_LR), MUON_LR), (adam, ADAM_LR)]
 
 
-def save(path, model, optimizers, step, steps, config):
-    new = path.with_suffix(".new")
-    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o, _ in optimizers],
-                "step": step, "steps": steps, "config": dataclasses.asdict(config)}, new)
-    new.replace(path)
+class Trainer:
+    def __init__(self, run):
+        self.device = run.device
+        self.model = Model(Config()).to(run.device)
+        self.optimizers = make_optimizers(self.model)
+        self.loss = torch.compile(weighted_loss, dynamic=False) if run.device == "cuda" else weighted_loss
+
+    def backward(self, ids, weights):
+        """Gradients of one batch as batches.batch makes it; returns the loss, still on the device."""
+        ids = ids.to(self.device, non_blocking=True).long()
+        weights = weights.to(self.device, non_blocking=True).float()
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = self.loss(self.model, ids, weights)
+        loss.backward()
+        return loss.detach()
+
+    def clear(self):
+        for optimizer, _ in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self, ids, weights, factor):
+        loss = self.backward(ids, weights)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, lr in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            optimizer.step()
+        self.clear()
+        return loss
+
+
+class Log:
+    """A line every LOG_STEPS steps; `waited` is the share of the time in which the next batch was not ready."""
+
+    def __init__(self, device):
+        self.every, self.tokens = LOG_STEPS[device], 0
+        self.restart()
+
+    def restart(self):
+        self.losses, self.since, self.waited, self.new = [], time.monotonic(), 0.0, 0
+
+    def step(self, step, stage, progress, loss, tokens, waited):
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.new += tokens
+        self.waited += waited
+        if step % self.every:
+            return
+        mean = torch.stack(self.losses).mean().item()
+        took = time.monotonic() - self.since
+        print(f"step {step} length {stage.length} progress {progress:.3f} loss {mean:.4f} "
+              f"{self.new / took:.0f} tokens/s waited {self.waited / took:.0%} "
+              f"seconds {time.monotonic() - START:.0f}", flush=True)
+        self.restart()
+
+
+def train(run, trainer, encoder, streams):
+    """Steps until the time is over; returns (steps, tokens)."""
+    clock = Clock(60 * run.minutes * (1 - FINISH))
+    log, step, end, reports = Log(run.device), 0, 0.0, 1
+    for stage, stream in zip(STAGES, streams):
+        end += stage.share
+        while (progress := clock.progress()) < min(end, 1.0):
+            asked = time.monotonic()
+            ids, weights = next(stream)
+            waited = time.monotonic() - asked
+            loss = trainer.step(ids, weights, lr_factor(step, progress))
+            step += 1
+            log.step(step, stage, progress, loss, weights.numel(), waited)
+            if progress >= reports / REPORTS:
+                print("  " + evaluate.report(trainer.model, encoder, stage.length), flush=True)
+                reports += 1
+                log.restart()
+    return step, log.tokens
+
+
+def save(path, model, step, tokens):
+    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), "step": step,
+                "tokens": tokens}, path)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--minutes", type=float, default=6.5, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=pathlib.Path, default=TOKENIZER)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/demo/run"))
+    parser.add_argument("--workers", type=int, help="processes that generate text (default: the CPUs but two)")
+    run = parser.parse_args()
+    run.workers = run.workers or max(1, os.cpu_count() - 2)
+    return run
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--minutes", type=float, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shares", type=float, nargs="+", help="share of the time of each stage")
-    parser.add_argument("--tokenizer", type=pathlib.Path, default=pathlib.Path("build/demo/tokenizer.model"))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/demo/run"))
-    parser.add_argument("--init", type=pathlib.Path, help="start from the weights of this run's checkpoint")
-    parser.add_argument("--steps", type=int, nargs="+", help="steps of each stage, in place of --minutes")
-    parser.add_argument("--replan", action="store_true", help="on resuming: what is left shall take --minutes")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--eval-steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=1.0, help="factor on the learning rates")
-    parser.add_argument("--decay-from", type=float, default=DECAY_FROM, help="share of the work")
-    parser.add_argument("--ranks", type=int, default=1, help="processes")
-    parser.add_argument("--rank", type=int, default=0, help="set by rank 0 for the others")
-    parser.add_argument("--port", type=int, default=29517)
-    run = parser.parse_args()
-    for stage, share in zip(STAGES, run.shares or []):
-        stage.share = share
-    start_ranks(run)
+    run = arguments()
     torch.manual_seed(run.seed)
-    run.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = run.out / "checkpoint.pt"
+    torch.set_float32_matmul_precision("high")
     encoder = batches.Encoder(run.tokenizer)
-    config = Config(vocab_size=encoder.sp.vocab_size())
-    model = Model(config).to(run.device)
-    optimizers = make_optimizers(model)
-    first = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=run.device)
-        model.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        first, steps = state["step"], state["steps"]
-        if run.steps:
-            steps = run.steps
-        elif run.replan:
-            steps = plan_steps(run, encoder, config, steps, first)
-        print(f"resumed at step {first}", flush=True)
-    else:
-        if run.init:
-            model.load_state_dict(torch.load(run.init / "checkpoint.pt", map_location=run.device)["model"])
-        steps = run.steps or plan_steps(run, encoder, config)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters} parameters, {sum(steps)} steps, "
-          f"{sum(n * s.length * s.rows for n, s in zip(steps, STAGES))} tokens", flush=True)
+    gpu = run.device == "cuda"
+    # All workers start before CUDA does, which a forked process must not inherit.
+    streams = [batches.stream(encoder, f"{run.seed} {i}", stage, stage.rows if gpu else max(1, int(CPU_ROWS * stage.rows)),
+                              run.workers, gpu) for i, stage in enumerate(STAGES)]
+    trainer = Trainer(run)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{parameters} parameters, {run.workers} workers", flush=True)
+    for stage, stream in zip(STAGES, streams):  # compiles
+        trainer.backward(*next(stream)).item()
+        trainer.clear()
+        print(f"length {stage.length} ready after {time.monotonic() - START:.1f} s", flush=True)
 
-    start = time.perf_counter()
-    total = sum(steps)
-    losses = []
-    for step in range(first, total):
-        before, index = 0, 0
-        while step >= before + steps[index]:
-            before += steps[index]
-            index += 1
-        stage = STAGES[index]
-        progress = sum(s.share for s in STAGES[:index]) + stage.share * (step - before) / steps[index]
-        losses.append(take_step(run, model, optimizers, encoder, stage, step, lr_factor(run, step, progress)))
-        done = step + 1
-        if run.rank > 0:
-            continue
-        if done % 25 == 0 or done == total:
-            mean = torch.stack(losses).mean().item()
-            losses = []
-            print(f"step {done}/{total} length {stage.length} progress {progress:.3f} loss {mean:.4f} "
-                  f"seconds {time.perf_counter() - start:.0f}", flush=True)
-        last = done == before + steps[index]
-        if done % 25 == 0 or last:
-            save(checkpoint, model, optimizers, done, steps, config)
-        if done % run.eval_steps == 0 or last:
-            print("  " + evaluate.report(model, encoder, stage.length), flush=True)
+    steps, tokens = train(run, trainer, encoder, streams)
+    print("  " + evaluate.report(trainer.model, encoder, STAGES[-1].length), flush=True)
+    run.out.mkdir(parents=True, exist_ok=True)
+    save(run.out / "checkpoint.pt", trainer.model, steps, tokens)
+    print(f"{steps} steps, {tokens} tokens, {time.monotonic() - START:.1f} s in all", flush=True)
 
 
 if __name__ == "__main__":
