@@ -13,6 +13,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -70,18 +71,23 @@ class Server:
 
 
 def stream(port, body, times):
-    """One streamed completion. Appends (time to first token, total, number of chunks) in seconds to times."""
+    """One streamed completion. Appends its time to the first token in seconds; None if it did not end with [DONE]."""
     begin = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    first, chunks = None, 0
-    for line in response:
-        if line.startswith(b"data: {"):
-            first = first or time.monotonic() - begin
-            chunks += 1
-    connection.close()
-    times.append((first, time.monotonic() - begin, chunks))
+    first, done = None, False
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b'data: {"error"'):
+                break
+            if line.startswith(b"data: {"):
+                first = first or time.monotonic() - begin
+            done = done or line.startswith(b"data: [DONE]")
+        connection.close()
+    except OSError as error:
+        print(f"a stream failed: {error}")
+    finally:
+        times.append(first if done else None)
 
 
 def concurrent_streams(server, n, max_tokens):
@@ -112,24 +118,39 @@ def bench_server(binary, model, results):
           f"worst {max(starts) * 1e3:.0f})")
 
     server = Server(binary, model)
-    plan = json.loads(subprocess.run([binary, "--model", model, "--dry-run", "--log-format", "json"], check=True,
-                                     capture_output=True, text=True).stdout.strip().splitlines()[-1])
     before = server.cpu_seconds()
     time.sleep(5)
     results["idle_cpu_share"] = (server.cpu_seconds() - before) / 5
     print(f"idle CPU                           {results['idle_cpu_share'] * 100:9.1f} % of a core")
     for n in (1, 64, 500):
         times, wall = concurrent_streams(server, n, 64)
-        failed = sum(1 for t in times if t[0] is None)
+        first = [t for t in times if t is not None]
+        failed = n - len(first)
         tokens = 64 * (n - failed)
-        first = [t[0] for t in times if t[0] is not None]
         results[f"streams_{n}"] = {"tokens_per_second": tokens / wall, "failed": failed,
                                    "ttft_p50": percentile(first, 50), "ttft_p99": percentile(first, 99)}
         print(f"{n:4} streams of 64 tokens            {tokens / wall:9.0f} tok/s, first token p50 "
               f"{percentile(first, 50) * 1e3:.0f} ms, p99 {percentile(first, 99) * 1e3:.0f} ms, {failed} failed")
+    server.stop()
+    bench_memory(binary, model, results)
+    with tempfile.TemporaryDirectory() as folder:
+        stripped = pathlib.Path(folder) / "gptd"
+        subprocess.run(["strip", "-o", stripped, binary], check=True)
+        results["program_bytes"] = stripped.stat().st_size
+    print(f"program, stripped                  {results['program_bytes'] / 2**20:9.1f} MiB")
+
+
+def bench_memory(binary, model, results):
+    """Resident memory beyond weights and KV cache, with a cache small enough that all of it has been written to."""
+    flags = ["--kv-cache-memory-bytes", "32M"]
+    plan = json.loads(subprocess.run([binary, "--model", model, "--dry-run", "--log-format", "json", *flags], check=True,
+                                     capture_output=True, text=True).stdout.strip().splitlines()[-1])
+    server = Server(binary, model, *flags)
+    concurrent_streams(server, 200, 256)
     planned = plan["weights_bytes"] + plan["kv_cache_bytes"]
     results["rss_bytes"], results["planned_bytes"] = server.rss(), planned
-    print(f"resident memory                    {server.rss() / 2**20:9.0f} MiB (weights + KV {planned / 2**20:.0f} MiB)")
+    print(f"resident memory after 200 streams  {server.rss() / 2**20:9.1f} MiB, weights + KV {planned / 2**20:.1f} MiB: "
+          f"{(server.rss() - planned) / 2**20:.1f} MiB more")
     server.stop()
 
 
