@@ -73,6 +73,7 @@ enum finish_reason {
     FINISH_LENGTH,    // max_tokens or the context is full
     FINISH_CANCELLED, // request_cancel
     FINISH_SLOW,      // the reader let its ring stay full for too long
+    FINISH_BARRED,    // its own constraints (bad_words, allowed_token_ids, min_tokens) left no token to go on with
     FINISH_ERROR,     // the model gave NaN, or the device failed: see request_error
 };
 
@@ -105,8 +106,9 @@ int engine_event_fd(const struct engine *engine);
 // prompt is copied, params get OpenAI's defaults (n 1, max_tokens 16, temperature 1, ...). NULL: out of memory.
 struct request *request_create(const int32_t *prompt, int32_t n_prompt);
 struct sampling_params *request_params(struct request *r);
-// Checks (ERR_INVALID: empty prompt, ids outside the vocabulary, prompt + max_tokens over the context, prompt that can
-// never fit the cache), then queues (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
+// Checks (ERR_INVALID, the message begins with the field and a colon: empty prompt, ids outside the vocabulary, prompt +
+// max_tokens over the context, what can never fit the cache, constraints that leave no token to begin with), then queues
+// (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
 int engine_submit(struct engine *engine, struct request *r, struct error *e);
 void request_cancel(struct request *r);                // any thread
 void choice_stop(struct request *r, int32_t choice);   // any thread: no more tokens for this choice, FINISH_STOP

@@ -109,23 +109,23 @@ static int check_id_lists(const struct request *r, int32_t vocab_size, struct er
 static int check_numbers(const struct sampling_params *p, const struct request_limits *limits, struct error *e)
 {
     if (p->n < 1 || p->n > MAX_CHOICES)
-        return error_set(e, ERR_INVALID, "n is %d; it must be 1 to %d", p->n, MAX_CHOICES);
+        return error_set(e, ERR_INVALID, "n: %d is not 1 to %d", p->n, MAX_CHOICES);
     if (p->max_tokens < 0 || p->min_tokens < 0 || p->min_tokens > p->max_tokens)
-        return error_set(e, ERR_INVALID, "min_tokens is %d and max_tokens %d; 0 <= min_tokens <= max_tokens must hold",
-                         p->min_tokens, p->max_tokens);
+        return error_set(e, ERR_INVALID, "min_tokens: it is %d and max_tokens %d; 0 <= min_tokens <= max_tokens must "
+                         "hold", p->min_tokens, p->max_tokens);
     if (!(p->temperature >= 0 && p->temperature <= 100))
-        return error_set(e, ERR_INVALID, "temperature is out of range");
+        return error_set(e, ERR_INVALID, "temperature: out of range");
     if (!(p->top_p > 0 && p->top_p <= 1) || !(p->min_p >= 0 && p->min_p <= 1) || p->top_k < 0)
-        return error_set(e, ERR_INVALID, "top_p, min_p or top_k is out of range");
+        return error_set(e, ERR_INVALID, "top_p: it, min_p or top_k is out of range");
     if (!(p->repetition_penalty > 0 && p->repetition_penalty <= 100))
-        return error_set(e, ERR_INVALID, "repetition_penalty is out of range");
+        return error_set(e, ERR_INVALID, "repetition_penalty: out of range");
     if (!(p->frequency_penalty >= -2 && p->frequency_penalty <= 2) ||
         !(p->presence_penalty >= -2 && p->presence_penalty <= 2))
-        return error_set(e, ERR_INVALID, "frequency_penalty and presence_penalty must be -2 to 2");
+        return error_set(e, ERR_INVALID, "frequency_penalty: it and presence_penalty must be -2 to 2");
     if (p->logprobs < -1 || p->logprobs > limits->max_logprobs)
-        return error_set(e, ERR_INVALID, "logprobs is %d; at most %d", p->logprobs, limits->max_logprobs);
+        return error_set(e, ERR_INVALID, "logprobs: %d is not -1 to %d", p->logprobs, limits->max_logprobs);
     if (p->prompt_logprobs < -1 || p->prompt_logprobs > limits->max_logprobs)
-        return error_set(e, ERR_INVALID, "prompt_logprobs is %d; at most %d", p->prompt_logprobs, limits->max_logprobs);
+        return error_set(e, ERR_INVALID, "prompt_logprobs: %d is not -1 to %d", p->prompt_logprobs, limits->max_logprobs);
     return 0;
 }
 
@@ -143,16 +143,19 @@ static int check_size(const struct request *r, const struct request_limits *limi
 {
     int32_t max_tokens = r->params.max_tokens;
     if (r->n_prompt == 0)
-        return error_set(e, ERR_INVALID, "the prompt is empty");
+        return error_set(e, ERR_INVALID, "prompt: it is empty");
     if (r->n_prompt > limits->max_model_len || max_tokens > limits->max_model_len - r->n_prompt)
-        return error_set(e, ERR_INVALID, "a prompt of %d tokens and max_tokens %d exceed the context of %d tokens",
-                         r->n_prompt, max_tokens, limits->max_model_len);
+        return error_set(e, ERR_INVALID, "%s: a prompt of %d tokens and max_tokens %d exceed the context of %d tokens",
+                         r->n_prompt < limits->max_model_len ? "max_tokens" : "prompt", r->n_prompt, max_tokens,
+                         limits->max_model_len);
     for (int32_t g = 0; g < limits->n_groups; g++) {
         int32_t need = request_blocks_needed(limits, g, r->n_prompt + max_tokens);
+        bool fits = request_blocks_needed(limits, g, r->n_prompt) <= limits->n_blocks[g]; // the prompt alone
         if (need > limits->n_blocks[g])
             return error_set(e, ERR_INVALID,
-                             "a prompt of %d tokens and max_tokens %d need %d KV blocks of %d tokens; the cache has %d",
-                             r->n_prompt, max_tokens, need, limits->block_size, limits->n_blocks[g]);
+                             "%s: a prompt of %d tokens and max_tokens %d need %d KV blocks of %d tokens; the cache "
+                             "has %d", fits ? "max_tokens" : "prompt", r->n_prompt, max_tokens, need,
+                             limits->block_size, limits->n_blocks[g]);
     }
     return 0;
 }
@@ -184,6 +187,30 @@ static void fill_stop_ids(struct request *r, const struct request_limits *limits
         r->stop_ids[r->n_stop_ids++] = limits->eos_token_ids[i];
     for (int32_t i = 0; i < p->n_stop_token_ids; i++)
         r->stop_ids[r->n_stop_ids++] = p->stop_token_ids[i];
+}
+
+// Whether the first token can be anything at all. What bad words of several tokens do later is the sampler's to find.
+static int check_constraints(const struct request *r, int32_t vocab_size, struct error *e)
+{
+    const struct sampling_params *p = &r->params;
+    int32_t n_stops = p->min_tokens > 0 ? r->n_stop_ids : 0, n_allowed = p->n_allowed_token_ids;
+    int32_t n = n_allowed > 0 ? n_allowed : vocab_size, i = 0;
+    if (p->max_tokens == 0 || n_stops + p->n_bad_words < (n_allowed > 0 ? 1 : vocab_size))
+        return 0;
+    bool *banned = calloc((size_t)vocab_size, sizeof *banned);
+    if (banned == NULL)
+        return error_set(e, ERR_NOMEM, "no memory for a request");
+    for (int32_t k = 0; k < n_stops; k++)
+        banned[r->stop_ids[k]] = true;
+    for (int32_t k = 0; k < p->n_bad_words; k++) {
+        if (p->bad_word_offsets[k + 1] - p->bad_word_offsets[k] == 1)
+            banned[p->bad_word_ids[p->bad_word_offsets[k]]] = true;
+    }
+    while (i < n && banned[n_allowed > 0 ? p->allowed_token_ids[i] : i])
+        i++;
+    free(banned);
+    return i < n ? 0 : error_set(e, ERR_INVALID, "%s: no token is left that bad_words and, up to min_tokens, the ids "
+                                 "that stop do not ban", n_allowed > 0 ? "allowed_token_ids" : "bad_words");
 }
 
 static void fill_prompt_hashes(struct request *r, const struct request_limits *limits)
@@ -233,7 +260,7 @@ int request_prepare(struct request *r, const struct request_limits *limits, stru
     }
     fill_stop_ids(r, limits);
     fill_prompt_hashes(r, limits);
-    return 0;
+    return check_constraints(r, limits->vocab_size, e);
 }
 
 // ---- the server's side ----------------------------------------------------------------------------------------------

@@ -585,6 +585,8 @@ static void commit_output(struct scheduler *s, const struct plan_output *output,
             error_set(&seq->request->error, ERR_DEVICE, "the model gave no finite logit at position %d",
                       output->position);
         end_sequence(s, seq, FINISH_ERROR, now);
+    } else if (result->barred) {
+        end_sequence(s, seq, FINISH_BARRED, now);
     } else if (output->entry > 0) {
         store_prompt_logprob(seq->request, output->entry, result);
     } else {

@@ -228,6 +228,7 @@ struct sample_result {
     int32_t n_top;
     struct token_logprob top[MAX_LOGPROBS]; // most likely first, ties by lower id
     bool invalid;             // the row held NaN, +infinity or nothing finite: id is 0, the engine fails the sequence
+    bool barred;              // the row was fine, but what the sample_row bans left none of it: id is 0
 };
 
 struct sample_params {

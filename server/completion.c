@@ -3,6 +3,7 @@
 #include "server/completion_json.h"
 #include "server/watchdog.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,6 +38,16 @@ static int set_params(struct request *r, const struct sampling_params *s)
     return failed ? -1 : 0;
 }
 
+// What the engine says of a field begins with its name.
+static int refuse(struct http_error *e, const struct error *cause)
+{
+    char field[sizeof e->param] = "";
+    const char *colon = strchr(cause->message, ':');
+    if (cause->code == ERR_INVALID && colon)
+        snprintf(field, sizeof field, "%.*s", (int)(colon - cause->message), cause->message);
+    return http_error_from(e, cause, field);
+}
+
 static int submit(struct completion *c, int32_t i, struct engine *engine, struct http_error *e)
 {
     const struct completion_prompt *prompt = &c->request.prompts[i];
@@ -48,7 +59,7 @@ static int submit(struct completion *c, int32_t i, struct engine *engine, struct
     }
     if (engine_submit(engine, r, &cause)) {
         request_release(r);
-        return http_error_from(e, &cause, NULL);
+        return refuse(e, &cause);
     }
     c->requests[i] = r;
     for (int32_t j = 0; j < c->request.params.n; j++) {
@@ -174,6 +185,9 @@ static int end_choice(struct completion *c, struct choice *ch, enum finish_reaso
     case FINISH_LENGTH: finish_choice(c, ch, false); return 0;
     case FINISH_CANCELLED: return http_error_set(e, 503, NULL, NULL, "the server is shutting down");
     case FINISH_SLOW: return http_error_set(e, 408, NULL, NULL, "the answer was not read fast enough");
+    case FINISH_BARRED:
+        return http_error_set(e, 400, NULL, "bad_words", "'bad_words': after %d tokens, they and the other constraints "
+                              "leave no token to go on with", ch->n_tokens);
     default: return http_error_set(e, 500, NULL, NULL, "%s", request_error(ch->request));
     }
 }

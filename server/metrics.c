@@ -174,6 +174,7 @@ static enum outcome outcome_of(enum finish_reason reason)
     switch (reason) {
     case FINISH_STOP: return OUTCOME_STOP;
     case FINISH_LENGTH: return OUTCOME_LENGTH;
+    case FINISH_BARRED:
     case FINISH_ERROR: return OUTCOME_ERROR;
     case FINISH_NONE:
     case FINISH_CANCELLED:

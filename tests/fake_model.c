@@ -276,11 +276,25 @@ static int copy_blocks(struct device *d, struct kv_layer cache, const int32_t *f
     return 0;
 }
 
-static bool is_banned(const struct sample_row *row, int32_t id)
+// Bad words are one token, or one token twice.
+static bool is_bad_word(const struct sample_row *row, struct history history, int32_t id)
 {
-    bool allowed = row->n_allowed_ids == 0;
+    for (int32_t i = 0; i < row->n_bad_words; i++) {
+        int32_t n_before = row->bad_word_offsets[i + 1] - row->bad_word_offsets[i] - 1;
+        bool preceded = row->position - n_before >= row->n_prompt;
+        for (int32_t p = row->position - n_before; preceded && p < row->position; p++)
+            preceded = *history_at(history, row->history_row, p) == id;
+        if (row->bad_word_ids[row->bad_word_offsets[i]] == id && preceded)
+            return true;
+    }
+    return false;
+}
+
+static bool is_banned(const struct sample_row *row, struct history history, int32_t id)
+{
+    bool allowed = row->n_allowed_ids == 0 && !is_bad_word(row, history, id);
     for (int32_t i = 0; i < row->n_allowed_ids; i++)
-        allowed = allowed || row->allowed_ids[i] == id;
+        allowed = allowed || (row->allowed_ids[i] == id && !is_bad_word(row, history, id));
     for (int32_t i = 0; i < row->n_banned_ids; i++)
         allowed = allowed && row->banned_ids[i] != id;
     if (row->mask != NULL)
@@ -322,11 +336,12 @@ static void sample_one(const struct sample_row *row, struct history history, con
     if (row->target < 0) {
         float best = -INFINITY;
         for (int32_t id = 0; id < vocab_size; id++) {
-            if (is_banned(row, id) || !(score(row, history, logits, id) > best))
+            if (is_banned(row, history, id) || !(score(row, history, logits, id) > best))
                 continue;
             best = score(row, history, logits, id);
             result->id = id;
         }
+        result->barred = result->id < 0 && !result->invalid;
         if (result->id < 0)
             result->id = 0;
         if (row->position < history.max_len)

@@ -15,6 +15,26 @@ static struct request *request_of(int32_t n_prompt, int32_t max_tokens)
     return r;
 }
 
+static int32_t *ids_of(const int32_t *ids, int32_t n)
+{
+    return memcpy(malloc((size_t)n * sizeof *ids), ids, (size_t)n * sizeof *ids);
+}
+
+// Only these ids, and not bad, or not bad twice in a row; EOS (0) ends it.
+static struct request *constrained(int32_t n, const int32_t *allowed, bool twice, int32_t bad, int32_t min_tokens)
+{
+    struct request *r = request_of(3, 8);
+    struct sampling_params *p = request_params(r);
+    p->ignore_eos = false;
+    p->min_tokens = min_tokens;
+    p->allowed_token_ids = ids_of(allowed, n);
+    p->n_allowed_token_ids = n;
+    p->bad_word_ids = ids_of((int32_t[]){bad, bad}, 2);
+    p->bad_word_offsets = ids_of((int32_t[]){0, twice ? 2 : 1}, 2);
+    p->n_bad_words = 1;
+    return r;
+}
+
 static void wait_done(struct engine *engine, struct request *r)
 {
     while (!request_done(r))
@@ -57,15 +77,17 @@ START_TEST(test_refusals)
     expect_refusal(engine, request_create(NULL, 0), ERR_INVALID, "empty");
     expect_refusal(engine, request_create((int32_t[]){1, 64}, 2), ERR_INVALID, "64 is outside");
     expect_refusal(engine, request_create((int32_t[]){-1}, 1), ERR_INVALID, "-1 is outside");
-    expect_refusal(engine, request_of(100, 301), ERR_INVALID, "exceed the context of 400");
+    expect_refusal(engine, request_of(100, 301), ERR_INVALID, "max_tokens: a prompt of 100");
     expect_refusal(engine, request_of(100, INT32_MAX), ERR_INVALID, "exceed the context");
-    expect_refusal(engine, request_of(100, 29), ERR_INVALID, "need 9 KV blocks of 16 tokens; the cache has 8");
+    expect_refusal(engine, request_of(140, 1), ERR_INVALID, "prompt: a prompt of 140");
+    expect_refusal(engine, request_of(100, 29), ERR_INVALID,
+                   "max_tokens: a prompt of 100 tokens and max_tokens 29 need 9 KV blocks of 16 tokens; the cache has 8");
 #define REFUSED(field, value, says) \
     r = request_of(3, 4); \
     request_params(r)->field = (value); \
     expect_refusal(engine, r, ERR_INVALID, says)
-    REFUSED(n, 0, "n is 0");
-    REFUSED(n, 129, "n is 129");
+    REFUSED(n, 0, "n: 0 is");
+    REFUSED(n, 129, "n: 129 is");
     REFUSED(max_tokens, -1, "max_tokens");
     REFUSED(min_tokens, 5, "min_tokens");
     REFUSED(temperature, -1.0f, "temperature");
@@ -75,8 +97,8 @@ START_TEST(test_refusals)
     REFUSED(top_k, -1, "top_k");
     REFUSED(repetition_penalty, 0.0f, "repetition_penalty");
     REFUSED(frequency_penalty, 2.5f, "frequency_penalty");
-    REFUSED(logprobs, 6, "logprobs is 6");
-    REFUSED(prompt_logprobs, -2, "prompt_logprobs is -2");
+    REFUSED(logprobs, 6, "logprobs: 6 is");
+    REFUSED(prompt_logprobs, -2, "prompt_logprobs: -2 is");
 #undef REFUSED
     r = request_of(3, 4);
     request_params(r)->stop_token_ids = calloc(1, sizeof(int32_t));
@@ -88,6 +110,13 @@ START_TEST(test_refusals)
     request_params(r)->logit_bias[0].id = -3;
     request_params(r)->n_logit_bias = 1;
     expect_refusal(engine, r, ERR_INVALID, "logit_bias: token id -3");
+    expect_refusal(engine, constrained(2, (int32_t[]){0, 0}, false, 0, 1), ERR_INVALID, "allowed_token_ids: no token");
+    expect_refusal(engine, constrained(2, (int32_t[]){5, 0}, false, 5, 1), ERR_INVALID, "allowed_token_ids: no token");
+    r = constrained(1, (int32_t[]){0}, false, 5, 0); // may stop at once
+    submit(engine, r);
+    wait_done(engine, r);
+    ck_assert_int_eq(finish_of(r, 0), FINISH_STOP);
+    request_release(r);
     r = request_of(100, 28); // exactly the cache
     submit(engine, r);
     wait_done(engine, r);
@@ -571,6 +600,27 @@ START_TEST(test_nan_fails_one_sequence)
 }
 END_TEST
 
+START_TEST(test_constraints_that_leave_nothing)
+{
+    struct engine_options o = options_default();
+    o.backend = _i == 0 ? "fake" : "fake-async";
+    struct engine *engine = engine_begin(&o);
+    struct request *r = constrained(1, (int32_t[]){5}, true, 5, 0);
+    struct token_out out[8];
+    submit(engine, r);
+    wait_done(engine, r);
+    ck_assert_int_eq(request_read(r, 0, out, 8), 1);
+    ck_assert_int_eq(out[0].id, 5);
+    ck_assert_int_eq(choice_finish(r, 0, NULL), FINISH_BARRED);
+    struct engine_stats stats;
+    wait_until_idle(engine, &stats);
+    ck_assert(!stats.failed);
+    ck_assert_int_eq(stats.n_free_blocks, stats.n_blocks);
+    request_release(r);
+    engine_destroy(engine);
+}
+END_TEST
+
 START_TEST(test_device_failure)
 {
     struct engine_options o = options_default();
@@ -725,6 +775,7 @@ int main(void)
     tcase_add_test(tc, test_cancel_with_full_ring);
     tcase_add_loop_test(tc, test_window_holds_constant_memory, 0, 2);
     tcase_add_loop_test(tc, test_nan_fails_one_sequence, 0, 2);
+    tcase_add_loop_test(tc, test_constraints_that_leave_nothing, 0, 2);
     tcase_add_loop_test(tc, test_device_failure, 0, 4);
     tcase_add_test(tc, test_drain);
     tcase_add_loop_test(tc, test_destroy_while_running, 0, 2);

@@ -284,7 +284,8 @@ START_TEST(test_processors)
             if (x[id] > x[best]) best = id;
         bool nothing = x[best] == -INFINITY;
         struct sample_result r = sample_one(device, logits, V, row);
-        ck_assert_int_eq(r.invalid, nothing);
+        ck_assert_int_eq(r.barred, nothing);
+        ck_assert(!r.invalid);
         if (nothing) ck_assert_int_eq(r.id, 0);
         else if (row.temperature == 0) ck_assert_int_eq(r.id, best);
         else check_draw(&row, x, V, r.id);
@@ -348,7 +349,7 @@ START_TEST(test_rows_without_an_answer)
             struct sample_row row = plain_row();
             row.temperature = (float)(i & 1), row.n_logprobs = i % 5 - 1, row.top_p = i & 4 ? 0.5f : 1;
             struct sample_result r = sample_one(device, logits, n, row);
-            ck_assert(r.invalid);
+            ck_assert(r.invalid && !r.barred);
             ck_assert_int_eq(r.id, 0);
             free(logits);
         }

@@ -307,7 +307,7 @@ START_TEST(test_random_trace)
     }
     for (int32_t i = 0; i < MAX_LEN; i++)
         read_some(t, true);
-    int32_t counts[8] = {0};
+    int32_t counts[FINISH_ERROR + 1] = {0};
     check_ends(t, counts);
     for (int32_t g = 0; g < t->config.limits.n_groups; g++)
         ck_assert_int_eq(t->s.blocks[g].n_free, t->s.blocks[g].n_blocks);

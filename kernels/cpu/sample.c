@@ -210,8 +210,8 @@ static void report(const struct sampler *s, float highest, struct sample_result 
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
-// The sampled id; -1 when there is nothing to sample from.
-static int32_t draw(const struct sampler *s, float highest)
+// The sampled id; -1 when there is nothing to sample from, and whether that is because all of it is barred.
+static int32_t draw(const struct sampler *s, float highest, bool *barred)
 {
     const struct sample_row *row = s->row;
     const float *x = s->raw;
@@ -220,7 +220,8 @@ static int32_t draw(const struct sampler *s, float highest)
         process(s);
         x = s->work;
         highest = s->v->highest(x, s->vocab_size, &broken);
-        if (broken || highest == -INFINITY) return -1;
+        *barred = !broken && highest == -INFINITY;
+        if (broken || *barred) return -1;
     }
     if (row->temperature <= 0) return (int32_t)s->v->find(x, highest, s->vocab_size);
     s->v->temper(s->work, x, highest, row->temperature, s->vocab_size);
@@ -246,13 +247,13 @@ static void sample_item(void *arg, int32_t item, int32_t thread)
     float highest = s.v->highest(s.raw, vocab_size, &r->invalid);
     r->invalid |= highest == -INFINITY;
     if (row->target < 0) {
-        r->id = r->invalid ? -1 : draw(&s, highest);
-        r->invalid |= r->id < 0;
+        r->id = r->invalid ? -1 : draw(&s, highest, &r->barred);
+        r->invalid |= r->id < 0 && !r->barred;
         if (r->id < 0) r->id = 0;
         if (row->position < p->history.max_len)
             p->history.tokens[(size_t)row->history_row * (size_t)p->history.max_len + (size_t)row->position] = r->id;
     }
-    if (row->n_logprobs >= 0 && !r->invalid) report(&s, highest, r);
+    if (row->n_logprobs >= 0 && !r->invalid && !r->barred) report(&s, highest, r);
 }
 
 // ---- the op ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 import random
 import unittest
 
-from harness import ServerTest, TinyServerTest, TINY_CONFIG, join_events, parse_events
+from harness import ServerTest, StreamError, TinyServerTest, TINY_CONFIG, join_events, parse_events
 
 PROMPT = "Once upon a time"
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -294,6 +294,26 @@ class Completions(ServerTest):
         whole = self.server.text(PROMPT, temperature=0, max_tokens=40)
         word = max(whole.split(), key=len).strip(".,!?\"'")
         self.assertNotIn(word, self.server.text(PROMPT, temperature=0, max_tokens=40, bad_words=[word]))
+
+    def test_constraints_that_leave_nothing(self):
+        seven = self.server.tokenize("77", add_special_tokens=False)[-1:]
+        stop = self.server.tokenize("</s>", add_special_tokens=False)
+        for fields in ({"allowed_token_ids": stop, "min_tokens": 1},
+                       {"allowed_token_ids": seven * 1000, "bad_words": ["7"]},
+                       {"allowed_token_ids": seven + stop, "bad_words": ["7"], "min_tokens": 1},
+                       {"allowed_token_ids": seven, "stop_token_ids": seven, "min_tokens": 1}):
+            answer = self.server.completions(prompt="12+30=", **fields)
+            self.assertEqual((answer.status, answer.error["param"]), (400, "allowed_token_ids"), (fields, answer))
+        # The same, but only after the first token.
+        fields = {"prompt": "12+30=", "allowed_token_ids": seven, "bad_words": ["77"], "max_tokens": 5}
+        answer = self.server.completions(**fields)
+        self.assertEqual((answer.status, answer.error["param"]), (400, "bad_words"), answer)
+        self.assertEqual(answer.error["type"], "invalid_request_error")
+        answer = self.server.completions(stream=True, **fields)
+        self.assertEqual(answer.status, 200)
+        with self.assertRaisesRegex(StreamError, "bad_words"):
+            parse_events(answer.body)
+        self.assertEqual(self.server.text("12+30=", allowed_token_ids=stop, max_tokens=5), "")
 
     def test_penalties(self):
         fields = {"prompt": PROMPT, "temperature": 0, "max_tokens": 60, "ignore_eos": True, "return_token_ids": True}
