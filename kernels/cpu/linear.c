@@ -9,13 +9,13 @@
  * time, while it fetches the block it will probably take next.
  *
  * Measured (2 Zen 4 cores of a shared host, 2026-11; tests/bench/bench_cpu, all products of a Llama of 1.1 B, share of the
- * ceiling of the same run): T = 512 BF16 76 %, F32 82 %, F16 80 %; T = 64 BF16 69 %, F32 84 %, F16 82 %; T = 1 BF16 40 GB/s,
- * at most; in a whole model 68 % of what reading the same weights gives when that is 57 GB/s, 93 % when it is 35 (the host
- * gives 33 to 61 GB/s, by the minute and by the place in memory).
+ * ceiling of the same run): T = 512 BF16 84 to 86 %, F32 85 to 90 %, F16 91 %; T = 1 97 % of 34 GB/s. In a whole model at
+ * T = 1: 95 % of what reading the same weights gives when that is 35 GB/s, 79 % when it is 57 to 62 (the host's memory
+ * gives either, by the minute and by the place).
  * Tried without gain: packing the weights (not tried further: the kernel has 95 % of its peak out of L2 as they lie);
- * fetching the next tile of x as well; blocks of 1 MiB (spill from L2). At T = 1, in turns with this version: no fetch
- * ahead 12 % slower, the next 4 or 8 rows instead of the next item 2 to 6 % slower, runs of 32 KiB to 1 MiB and a half of
- * the weights to each thread the same.
+ * fetching the next tile of x as well; blocks of 1 MiB (spill from L2); chunks of 8 KiB (F32 5 % slower), then with
+ * blocks of 512 KiB (F32 5 % slower). At T = 1: four rows at once with the next item fetched ahead, 68 to 73 % of the fast
+ * memory; one stream in runs of 128 KiB, 68 %; of 1 MiB, 79 %.
  */
 #include <string.h>
 
@@ -25,7 +25,7 @@
 enum {
     X_BLOCK = 512,            // most rows of x in one pass over the weights
     BLOCK_BYTES = 704 * 1024, // of weights per item at most: they stay in L2 (1 MiB) while the rows of x go by
-    RUN_BYTES = 128 * 1024,   // the same when they are read once: one tile holds all rows of x
+    RUN_BYTES = 1024 * 1024,  // the same when they are read once: one tile holds all rows of x
     CHUNK_BYTES = 16 * 1024,  // of a row of x, at most: so many that a tile's rows stay in L2 beside the block
     CHUNK_MULTIPLE = 64,      // columns: whole vectors of any type
     FETCH_TILES = 8,          // the next item's weights are fetched during the last so many tiles of x
