@@ -434,6 +434,12 @@ static int parse_texts(struct parse *p)
     return 0;
 }
 
+int64_t completion_max_tokens(const struct completion_limits *limits)
+{
+    int64_t max = limits->options->max_request_tokens;
+    return max ? max : (int64_t)DEFAULT_CONTEXTS * limits->plan->max_model_len;
+}
+
 // Times that a token with log-probabilities counts: once for itself, once for each alternative.
 static int64_t weight(int32_t logprobs) { return 1 + (logprobs > 0 ? logprobs : 0); }
 
@@ -442,8 +448,7 @@ static int64_t weight(int32_t logprobs) { return 1 + (logprobs > 0 ? logprobs : 
 static int check_total(struct parse *p)
 {
     const struct completion_request *r = p->r;
-    int64_t max = p->limits->options->max_request_tokens, n_ids = 0, total = 0;
-    if (max == 0) max = (int64_t)DEFAULT_CONTEXTS * p->limits->plan->max_model_len;
+    int64_t max = completion_max_tokens(p->limits), n_ids = 0, total = 0;
     for (int32_t i = 0; i < r->n_prompts; i++) n_ids += r->prompts[i].n_ids;
     const struct { const char *param; int64_t tokens; } shares[] = {
         {"prompt", n_ids},

@@ -34,27 +34,13 @@ static void write_head(struct exchange *x, struct call *call)
     completion_write_head(&call->head, id, (int64_t)time(NULL), x->server->options.served_model_names[0]);
 }
 
-static double request_deadline(const struct exchange *x)
-{
-    double timeout = x->server->options.request_timeout;
-    return timeout > 0 ? x->received + timeout : INFINITY;
-}
-
-// Fails when the request cannot go on, whatever the engine says.
-static int check_time(struct exchange *x, struct http_error *e)
-{
-    if (atomic_load(&x->server->stopping)) return http_error_set(e, 503, NULL, NULL, "the server is shutting down");
-    if (watchdog_now() < request_deadline(x)) return 0;
-    return http_error_set(e, 408, NULL, NULL, "the request took longer than %g s", x->server->options.request_timeout);
-}
-
 // ---- answered whole ----
 
 static enum exchange_next answer_whole(struct exchange *x, struct call *call)
 {
     struct completion *c = &call->completion;
     x->deadline = request_deadline(x);
-    if (completion_collect(c, &call->error) || (!completion_done(c) && check_time(x, &call->error)))
+    if (completion_collect(c, &call->error) || (!completion_done(c) && request_check_time(x, &call->error)))
         return exchange_reply_error(x, &call->error);
     if (!completion_done(c)) return EXCHANGE_WAIT;
     completion_write_whole(&call->head, c);
@@ -88,9 +74,10 @@ enum exchange_next completion_handle(struct exchange *x)
             return exchange_reply_error(x, &e);
         }
     }
-    if (!atomic_load(&call->work.finished)) return EXCHANGE_WAIT;
-    if (call->error.status) return exchange_reply_error(x, &call->error);
+    if (!work_over(&call->work)) return EXCHANGE_WAIT;
     if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
+    if (call->error.status || (!call->submitted && request_check_time(x, &call->error)))
+        return exchange_reply_error(x, &call->error);
     return call->submitted ? answer_whole(x, call) : submit(x, call);
 }
 
@@ -153,7 +140,7 @@ enum exchange_next completion_stream(struct exchange *x)
     write_chunks(&x->out, call);
     if (failed) return write_error(x, &call->error);
     if (completion_done(c)) return write_end(&x->out, call);
-    if (check_time(x, &call->error)) return write_error(x, &call->error);
+    if (request_check_time(x, &call->error)) return write_error(x, &call->error);
     if (x->out.length == 0 && now >= call->last_sent + interval) text_string(&x->out, ": keep-alive\n\n");
     if (x->out.length) call->last_sent = now;
     x->deadline = fmin(request_deadline(x), call->last_sent + interval);
@@ -182,6 +169,7 @@ static void fill_log(struct exchange *x, const struct completion *c)
 void completion_done_with(struct exchange *x)
 {
     struct call *call = x->state;
+    work_end(&call->work);
     if (call->submitted) fill_log(x, &call->completion);
     completion_deinit(&call->completion);
     text_deinit(&call->head);

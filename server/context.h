@@ -29,8 +29,17 @@ struct work {
 };
 
 // Runs run(x) at once if the body is short, else on a worker; x->route->ready must then look at w->finished, and nobody
-// else may touch what run touches before it is set. False: the workers have too much to do.
+// else may touch what run touches before work_over. False: the workers have too much to do. Sets x->deadline.
 bool work_begin(struct work *w, struct exchange *x, void (*run)(struct exchange *x));
+// Whether run has returned; or never will, because nobody waits for it any more: the client has gone (x->gone), or
+// request_check_time fails.
+bool work_over(struct work *w);
+// Before what run uses is freed: takes it back, or waits for its end.
+void work_end(struct work *w);
+
+double request_deadline(const struct exchange *x); // CLOCK_MONOTONIC seconds
+// Fails when the request cannot go on, whatever its handler says: its time is up, or the server stops.
+int request_check_time(const struct exchange *x, struct http_error *e);
 
 enum exchange_next completion_handle(struct exchange *x);
 enum exchange_next completion_stream(struct exchange *x);

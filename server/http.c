@@ -179,7 +179,7 @@ static void on_watch(struct watch *w, enum watch_event what)
     struct connection *c = (struct connection *)w; // its first member
     if (w->phase == WATCH_RUNNING) {
         if (what == WATCH_GONE) atomic_store(&c->exchange->gone, true);
-        notifier_wake(c->http->notifier, &c->exchange->waiter, NULL);
+        if (!atomic_load(&c->exchange->held)) notifier_wake(c->http->notifier, &c->exchange->waiter, NULL);
         return;
     }
     if (w->phase == WATCH_HEADERS || w->phase == WATCH_BODY) {

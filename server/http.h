@@ -49,6 +49,7 @@ struct exchange {
     double received;              // CLOCK_MONOTONIC seconds when the whole request was there
     double deadline;              // the next call comes at the latest then (INFINITY: never mind)
     atomic_bool gone;             // the client has closed or half-closed its connection
+    atomic_bool held;             // another thread is at work on it: only exchange_finish_wait calls its handler again
     struct text_buffer out;       // stream: bytes to send
     void *state;                  // the handler's
     struct log_request log;       // numbers that `done` fills in

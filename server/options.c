@@ -77,7 +77,7 @@ static const struct option options_table[] = {
     {"cors-origin", OPTION_STRING, AT(server.cors_origin), "ORIGIN", NULL, 0, 0,
      "pages that may call from a browser; *: all"},
     {"http-threads", OPTION_INT32, AT(server.http_threads), "N", "2", 1, 64, "event loops"},
-    {"tokenizer-threads", OPTION_INT32, AT(server.tokenizer_threads), "N", "1", 1, 64, "workers for long prompts"},
+    {"tokenizer-threads", OPTION_INT32, AT(server.tokenizer_threads), "N", "2", 1, 64, "workers for long prompts"},
     {"max-connections", OPTION_INT32, AT(server.max_connections), "N", "4096", 1, 65536,
      "open connections; more are answered 503"},
 

@@ -7,28 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SHORT_BODY = 8192 }; // bytes that are parsed and tokenized on the event loop: about 1 ms
-
-// ---- work on bodies ----
-
-static void run_work(struct job *job)
-{
-    struct work *w = (struct work *)job; // its first member
-    w->run(w->x);
-    exchange_finish_wait(w->x, &w->finished);
-}
-
-bool work_begin(struct work *w, struct exchange *x, void (*run)(struct exchange *x))
-{
-    w->job.run = run_work;
-    w->x = x;
-    w->run = run;
-    if (x->body.length > SHORT_BODY) return workers_submit(x->server->workers, &w->job);
-    run(x);
-    atomic_store(&w->finished, true);
-    return true;
-}
-
 // ---- /v1/models ----
 
 static void write_model(struct text_buffer *out, const struct server *s, const char *name)
@@ -84,6 +62,7 @@ static bool text_ready(const struct exchange *x)
 static void text_done(struct exchange *x)
 {
     struct text_call *call = x->state;
+    work_end(&call->work);
     text_deinit(&call->out);
     free(call);
 }
@@ -103,7 +82,10 @@ static enum exchange_next text_handle(struct exchange *x, void (*run)(struct exc
             return exchange_reply_error(x, &e);
         }
     }
-    if (!atomic_load(&call->work.finished)) return EXCHANGE_WAIT;
+    if (!work_over(&call->work)) return EXCHANGE_WAIT;
+    if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
+    exchange_drop_body(x);
+    if (!call->error.status) request_check_time(x, &call->error);
     return call->error.status ? exchange_reply_error(x, &call->error) : exchange_reply_json(x, &call->out);
 }
 
@@ -144,12 +126,19 @@ static int check_model(const struct server *s, const cJSON *root, struct http_er
     return http_error_set(e, 404, "model_not_found", "model", "there is no such model");
 }
 
+static int check_length(size_t n, int64_t max, const char *param, struct http_error *e)
+{
+    if (n <= (size_t)max) return 0;
+    return http_error_set(e, 400, NULL, param, "'%s': at least %zu tokens; the most is %lld", param, n, (long long)max);
+}
+
 static void tokenize_body(const struct server *s, const cJSON *root, struct text_call *call)
 {
     static const char *const known[] = {"add_special_tokens", "model", "prompt", "return_token_strs"};
     struct json_error json;
     const char *prompt = NULL;
     bool add_special = true, strings = false;
+    int64_t max = completion_max_tokens(&s->limits);
     char message[256];
     int32_t *ids;
     size_t n;
@@ -162,11 +151,12 @@ static void tokenize_body(const struct server *s, const cJSON *root, struct text
         return;
     }
     if (check_model(s, root, &call->error)) return;
+    if (check_length(strlen(prompt) / s->limits.max_token_bytes, max, "prompt", &call->error)) return;
     if (tokenizer_encode(s->tokenizer, prompt, strlen(prompt), add_special, true, &ids, &n, message, sizeof message)) {
         http_error_set(&call->error, 400, NULL, "prompt", "'prompt': %s", message);
         return;
     }
-    write_tokens(&call->out, s, ids, n, strings);
+    if (!check_length(n, max, "prompt", &call->error)) write_tokens(&call->out, s, ids, n, strings);
     free(ids);
 }
 
@@ -201,6 +191,7 @@ static void detokenize_body(const struct server *s, const struct json_body *body
         http_error_set(&call->error, 400, NULL, "tokens", "'tokens' must be a list of token ids");
         return;
     }
+    if (check_length(body->ids.offsets[1], completion_max_tokens(&s->limits), "tokens", &call->error)) return;
     if (tokenizer_decode(s->tokenizer, body->ids.ids, body->ids.offsets[1], skip, &text, &length, message,
                          sizeof message)) {
         http_error_set(&call->error, 400, NULL, "tokens", "'tokens': %s", message);

@@ -4,7 +4,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { QUEUED_PER_WORKER = 16 };
+enum { AHEAD_PER_WORKER = 16 };
 
 static const double LAST_WORDS = 1.0; // seconds that a stop waits for answers to go out
 
@@ -54,7 +54,7 @@ int server_create(struct server **out, const struct server_options *options, str
 int server_start(struct server *s, struct error *e)
 {
     int failed = workers_create(&s->workers, s->options.tokenizer_threads,
-                                QUEUED_PER_WORKER * (size_t)s->options.tokenizer_threads, e);
+                                AHEAD_PER_WORKER * (size_t)s->options.tokenizer_threads, e);
     return failed ? failed : http_start(s->http, e);
 }
 

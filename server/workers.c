@@ -9,8 +9,8 @@ enum { MAX_WORKERS = 64 };
 struct workers {
     pthread_mutex_t lock;
     pthread_cond_t work;
-    struct job *first, **last;
-    size_t n_queued, max_queued;
+    struct job *first; // by size
+    size_t max_ahead;
     bool closed;
     int32_t n_threads;
     pthread_t threads[MAX_WORKERS];
@@ -25,8 +25,6 @@ static void *worker_run(void *arg)
         struct job *job = w->first;
         if (!job) break;
         w->first = job->next;
-        if (!w->first) w->last = &w->first;
-        w->n_queued--;
         pthread_mutex_unlock(&w->lock);
         job->run(job);
         pthread_mutex_lock(&w->lock);
@@ -35,7 +33,7 @@ static void *worker_run(void *arg)
     return NULL;
 }
 
-int workers_create(struct workers **out, int32_t n_threads, size_t max_queued, struct error *e)
+int workers_create(struct workers **out, int32_t n_threads, size_t max_ahead, struct error *e)
 {
     if (n_threads < 1 || n_threads > MAX_WORKERS)
         return error_set(e, ERR_INVALID, "worker threads: %d is not between 1 and %d", n_threads, MAX_WORKERS);
@@ -43,8 +41,7 @@ int workers_create(struct workers **out, int32_t n_threads, size_t max_queued, s
     if (!w) return error_set(e, ERR_NOMEM, "out of memory");
     pthread_mutex_init(&w->lock, NULL);
     pthread_cond_init(&w->work, NULL);
-    w->last = &w->first;
-    w->max_queued = max_queued;
+    w->max_ahead = max_ahead;
     for (; w->n_threads < n_threads; w->n_threads++) {
         int failed = pthread_create(&w->threads[w->n_threads], NULL, worker_run, w);
         if (failed) {
@@ -59,16 +56,28 @@ int workers_create(struct workers **out, int32_t n_threads, size_t max_queued, s
 bool workers_submit(struct workers *w, struct job *job)
 {
     pthread_mutex_lock(&w->lock);
-    bool taken = !w->closed && w->n_queued < w->max_queued;
+    struct job **at = &w->first;
+    size_t ahead = 0;
+    for (; *at && (*at)->size <= job->size; at = &(*at)->next) ahead++;
+    bool taken = !w->closed && ahead < w->max_ahead;
     if (taken) {
-        job->next = NULL;
-        *w->last = job;
-        w->last = &job->next;
-        w->n_queued++;
+        job->next = *at;
+        *at = job;
         pthread_cond_signal(&w->work);
     }
     pthread_mutex_unlock(&w->lock);
     return taken;
+}
+
+bool workers_cancel(struct workers *w, struct job *job)
+{
+    pthread_mutex_lock(&w->lock);
+    struct job **at = &w->first;
+    while (*at && *at != job) at = &(*at)->next;
+    bool found = *at;
+    if (found) *at = job->next;
+    pthread_mutex_unlock(&w->lock);
+    return found;
 }
 
 void workers_close(struct workers *w)

@@ -1,6 +1,7 @@
 /* workers.h: threads for the work that is too long for an event loop: parsing and tokenizing long prompts.
  *
- * The queue is bounded; who finds it full tells his client so.
+ * The shortest job goes first, so that nobody waits behind texts far longer than his own, and the bound of the queue is
+ * on the jobs ahead: who finds too many tells his client so. (All of them together are bounded by the connections.)
  */
 #ifndef GPTD_SERVER_WORKERS_H
 #define GPTD_SERVER_WORKERS_H
@@ -15,12 +16,15 @@ struct workers;
 
 struct job {
     void (*run)(struct job *job); // on a worker; the job may be gone when it returns
+    size_t size;                  // bytes of the text: of equal ones, the first come goes first
     struct job *next;             // the workers' own
 };
 
-int workers_create(struct workers **out, int32_t n_threads, size_t max_queued, struct error *e);
-// Hands job over. False: the queue is full, or closed.
+int workers_create(struct workers **out, int32_t n_threads, size_t max_ahead, struct error *e);
+// Hands job over. False: max_ahead jobs would go before it, or the queue is closed.
 bool workers_submit(struct workers *w, struct job *job);
+// Takes job back. False: a worker has begun it.
+bool workers_cancel(struct workers *w, struct job *job);
 // Runs what is queued, then ends the threads. Takes nothing more.
 void workers_close(struct workers *w);
 void workers_destroy(struct workers *w);

@@ -4,7 +4,7 @@ import json
 import unittest
 
 import harness
-from harness import Server, ServerTest
+from harness import Server, ServerTest, in_threads, read_until, readable, scale, wait_until
 
 ROUTES = {"/v1/completions": "post", "/v1/models": "get", "/v1/models/{model}": "get", "/tokenize": "post",
           "/detokenize": "post", "/health": "get", "/ready": "get", "/metrics": "get", "/version": "get",
@@ -212,6 +212,61 @@ class Routes(ServerTest):
         self.assertIn("cached_tokens", entry)
         self.assertLessEqual(entry["queue_seconds"], entry["ttft_seconds"])
         self.assertLessEqual(entry["ttft_seconds"], entry["total_seconds"])
+
+
+class LongTexts(ServerTest):
+    flags = ("--tokenizer-threads", "1", "--max-request-tokens", "400000", "--max-num-seqs", "16")
+    long = json.dumps({"prompt": "The cat sat on the mat. " * 43_000})  # 1 MB
+    waiting = scale(8, 4)
+
+    def post_bytes(self, path, body):
+        return (f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+
+    def test_short_before_long(self):
+        # A completion whose body is too long for an event loop does not wait for the longer ones that came before.
+        sockets = [self.server.socket(60) for _ in range(self.waiting)]
+        for s in sockets:
+            s.sendall(self.post_bytes("/tokenize", self.long))
+        answer = self.server.completions(prompt="Once", max_tokens=1, metadata={"a": "x" * 10_000})
+        self.assertEqual(answer.status, 200)
+        self.assertFalse(all(readable(s, 0) for s in sockets), "the long ones were all answered before it")
+        for s in sockets:
+            self.assertIn(b" 200 OK", read_until(s, b"\r\n\r\n"))
+            s.close()
+
+    def test_nothing_for_those_who_left(self):
+        def cpu_of(action):
+            before = self.server.cpu_seconds()
+            action()
+            return self.server.cpu_seconds() - before
+
+        def leave():
+            seen, n = len(self.server.log), scale(12, 6)
+            for _ in range(n):
+                with self.server.socket() as s:
+                    s.sendall(self.post_bytes("/tokenize", self.long))
+            wait_until(lambda: len(self.server.log) >= seen + n, 60, "all have come to an end")
+
+        one = cpu_of(lambda: self.assertEqual(self.server.post("/tokenize", self.long).status, 200))
+        self.assertLess(cpu_of(leave), scale(6, 4) * one, "texts whose clients have gone are tokenized")
+
+    def test_too_long(self):
+        for path, body, param in (("/tokenize", {"prompt": "a b " * 300_000}, "prompt"),
+                                  ("/tokenize", {"prompt": "a" * 7_900_000}, "prompt"),
+                                  ("/detokenize", {"tokens": [5] * 400_001}, "tokens")):
+            answer = self.server.post(path, body)
+            self.assertEqual((answer.status, answer.error["param"]), (400, param), answer)
+        self.assertEqual(self.server.post("/detokenize", {"tokens": [5] * 400_000}).status, 200)
+
+
+class LateTexts(ServerTest):
+    flags = ("--tokenizer-threads", "1", "--request-timeout", "0.05")
+
+    def test_no_longer_than_the_deadline(self):
+        statuses = [a.status for a in in_threads(lambda: self.server.post("/tokenize", LongTexts.long), [()] * 6)]
+        self.assertIn(408, statuses)
+        self.assertLessEqual(set(statuses), {200, 408})
 
 
 class Keys(unittest.TestCase):
