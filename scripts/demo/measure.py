@@ -118,7 +118,8 @@ def measure_stories(backend, count, max_tokens=400):
     answers = backend.complete(prompts, max_tokens)
     faults = {prompt: found for prompt, (text, reason) in zip(prompts, answers)
               if (found := story_faults(prompt, text, reason, known))}
-    return {"count": count, "right": 1 - len(faults) / count, "faults": faults,
+    apart = [len(names(prompt + text)) == 2 for prompt, (text, _) in zip(prompts, answers)]
+    return {"count": count, "right": 1 - len(faults) / count, "faults": faults, "two_names": share(apart),
             "ended": share([reason == "stop" for _, reason in answers]), "first": prompts[0] + answers[0][0]}
 
 
@@ -133,7 +134,8 @@ def table(result):
             depths = " ".join(f"{100 * v:3.0f}" for v in found["by_depth"])
             lines.append(f"  {found['tokens']:5} tokens {found['right']:7.1%}   by depth: {depths}")
     lines.append(f"stories   {result['stories']['right']:7.1%} of {result['stories']['count']}, "
-                 f"{result['stories']['ended']:.0%} ended by themselves")
+                 f"{result['stories']['ended']:.0%} ended by themselves, "
+                 f"{result['stories']['two_names']:.0%} with a name for each of two characters")
     for prompt, faults in result["stories"]["faults"].items():
         lines.append(f"          {prompt!r}: {', '.join(faults)}")
     return "\n".join(lines)
