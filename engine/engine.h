@@ -106,6 +106,9 @@ int engine_event_fd(const struct engine *engine);
 // prompt is copied, params get OpenAI's defaults (n 1, max_tokens 16, temperature 1, ...). NULL: out of memory.
 struct request *request_create(const int32_t *prompt, int32_t n_prompt);
 struct sampling_params *request_params(struct request *r);
+// Gives r the params of another request, which has been submitted: their arrays are one copy, freed with the last of
+// those that share them.
+void request_share_params(struct request *r, struct request *of);
 // Checks (ERR_INVALID, the message begins with the field and a colon: empty prompt, ids outside the vocabulary, prompt +
 // max_tokens over the context, what can never fit the cache, constraints that leave no token to begin with), then queues
 // (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.

@@ -31,6 +31,26 @@ struct sampling_params *request_params(struct request *r)
     return &r->params;
 }
 
+void request_share_params(struct request *r, struct request *of)
+{
+    r->params_of = of->params_of != NULL ? of->params_of : of;
+    r->params = of->params;
+    atomic_fetch_add(&r->params_of->references, 1);
+}
+
+static void free_params(struct request *r)
+{
+    if (r->params_of != NULL) {
+        request_unref(r->params_of);
+        return;
+    }
+    free(r->params.stop_token_ids);
+    free(r->params.logit_bias);
+    free(r->params.allowed_token_ids);
+    free(r->params.bad_word_ids);
+    free(r->params.bad_word_offsets);
+}
+
 static void free_storage(struct request *r)
 {
     for (int32_t i = 0; r->sequences != NULL && i < r->n; i++) {
@@ -58,11 +78,7 @@ void request_unref(struct request *r)
     free_storage(r);
     if (r->inbox != NULL)
         inbox_unref(r->inbox);
-    free(r->params.stop_token_ids);
-    free(r->params.logit_bias);
-    free(r->params.allowed_token_ids);
-    free(r->params.bad_word_ids);
-    free(r->params.bad_word_offsets);
+    free_params(r);
     free(r->prompt);
     free(r);
 }
@@ -94,8 +110,11 @@ static int check_bad_words(const struct sampling_params *p, int32_t vocab_size, 
 static int check_id_lists(const struct request *r, int32_t vocab_size, struct error *e)
 {
     const struct sampling_params *p = &r->params;
-    if (check_ids("prompt", r->prompt, r->n_prompt, vocab_size, e) != 0 ||
-        check_ids("stop_token_ids", p->stop_token_ids, p->n_stop_token_ids, vocab_size, e) != 0 ||
+    if (check_ids("prompt", r->prompt, r->n_prompt, vocab_size, e) != 0)
+        return ERR_INVALID;
+    if (r->params_of != NULL) // checked with that one
+        return 0;
+    if (check_ids("stop_token_ids", p->stop_token_ids, p->n_stop_token_ids, vocab_size, e) != 0 ||
         check_ids("allowed_token_ids", p->allowed_token_ids, p->n_allowed_token_ids, vocab_size, e) != 0 ||
         check_bad_words(p, vocab_size, e) != 0)
         return ERR_INVALID;
@@ -260,7 +279,7 @@ int request_prepare(struct request *r, const struct request_limits *limits, stru
     }
     fill_stop_ids(r, limits);
     fill_prompt_hashes(r, limits);
-    return check_constraints(r, limits->vocab_size, e);
+    return r->params_of != NULL ? 0 : check_constraints(r, limits->vocab_size, e);
 }
 
 // ---- the server's side ----------------------------------------------------------------------------------------------

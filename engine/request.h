@@ -57,6 +57,7 @@ struct request {
     int32_t *prompt;              // [n_prompt]
     int32_t n_prompt;
     struct sampling_params params;
+    struct request *params_of;    // whose arrays params has, and which is referenced for them; NULL: its own
     struct sequence *sequences;   // [n], from submission on
     int32_t n;
     atomic_bool cancelled;

@@ -23,9 +23,14 @@ static void *copy_ids(const void *ids, int32_t n, size_t size, bool *failed)
     return copy;
 }
 
-// The request owns its arrays from here on, also when this fails.
-static int set_params(struct request *r, const struct sampling_params *s)
+// One copy for the call. The request owns its arrays from here on, also when this fails.
+static int set_params(const struct completion *c, struct request *r)
 {
+    const struct sampling_params *s = &c->request.params;
+    if (c->requests[0]) {
+        request_share_params(r, c->requests[0]);
+        return 0;
+    }
     struct sampling_params *p = request_params(r);
     bool failed = false;
     *p = *s;
@@ -53,7 +58,7 @@ static int submit(struct completion *c, int32_t i, struct engine *engine, struct
     const struct completion_prompt *prompt = &c->request.prompts[i];
     struct error cause;
     struct request *r = request_create(prompt->ids, prompt->n_ids);
-    if (!r || set_params(r, &c->request.params)) {
+    if (!r || set_params(c, r)) {
         if (r) request_release(r);
         return http_error_set(e, 503, NULL, NULL, "out of memory");
     }

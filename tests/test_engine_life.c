@@ -621,6 +621,35 @@ START_TEST(test_constraints_that_leave_nothing)
 }
 END_TEST
 
+// Arrays that several requests share live as long as the last of them, whoever lets go last.
+START_TEST(test_shared_params)
+{
+    struct engine_options o = options_default();
+    struct engine *engine = engine_begin(&o);
+    struct request *r[4] = {constrained(2, (int32_t[]){5, 6}, false, 6, 0)};
+    for (int32_t i = 1; i < 4; i++) {
+        if (i < 3)
+            submit(engine, r[i - 1]);
+        r[i] = request_of(3 + i, 1);
+        request_share_params(r[i], r[i == 3 ? 1 : i - 1]);
+        ck_assert_ptr_eq(request_params(r[i])->allowed_token_ids, request_params(r[0])->allowed_token_ids);
+    }
+    request_release(r[0]);
+    submit(engine, r[2]);
+    request_release(r[3]); // never submitted
+    for (int32_t i = 1; i < 3; i++) {
+        struct token_out out[9];
+        wait_done(engine, r[i]);
+        ck_assert_int_eq(request_read(r[i], 0, out, 9), 8);
+        for (int32_t k = 0; k < 8; k++)
+            ck_assert_int_eq(out[k].id, 5);
+    }
+    request_release(r[1]);
+    request_release(r[2]);
+    engine_destroy(engine);
+}
+END_TEST
+
 START_TEST(test_device_failure)
 {
     struct engine_options o = options_default();
@@ -776,6 +805,7 @@ int main(void)
     tcase_add_loop_test(tc, test_window_holds_constant_memory, 0, 2);
     tcase_add_loop_test(tc, test_nan_fails_one_sequence, 0, 2);
     tcase_add_loop_test(tc, test_constraints_that_leave_nothing, 0, 2);
+    tcase_add_test(tc, test_shared_params);
     tcase_add_loop_test(tc, test_device_failure, 0, 4);
     tcase_add_test(tc, test_drain);
     tcase_add_loop_test(tc, test_destroy_while_running, 0, 2);

@@ -252,9 +252,10 @@ class Server:
             fields = f.read().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def rss_bytes(self):
+    def rss_bytes(self, peak=False):
+        name = "VmHWM" if peak else "VmRSS"
         with open(f"/proc/{self.process.pid}/status") as f:
-            return int(re.search(r"VmRSS:\s+(\d+) kB", f.read()).group(1)) * 1024
+            return int(re.search(name + r":\s+(\d+) kB", f.read()).group(1)) * 1024
 
 
 def read_to_end(s):

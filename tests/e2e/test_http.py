@@ -336,6 +336,15 @@ class Bodies(ServerTest):
         self.server.wait_idle(60)
 
 
+class SharedParams(ServerTest):
+    def test_one_copy(self):
+        # 1,000 prompts and bad words of 0.3 MB as ids: once in memory, not 1,000 times.
+        before = self.server.rss_bytes()
+        words = [f"q{i}z".ljust(250, "x") for i in range(256)]
+        self.server.complete(prompt=[[5]] * 1000, max_tokens=1, bad_words=words)
+        self.assertLess(self.server.rss_bytes(peak=True) - before, scale(64, 512) << 20)
+
+
 class RequestTimeout(ServerTest):
     flags = ("--request-timeout", "0.3", "--max-num-seqs", "16")
 
