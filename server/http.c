@@ -337,7 +337,7 @@ static int check_quiesced(struct exchange *x)
 
 // What the parser hides. It cuts lines at their ends by writing NULs over them, so that a request's headers lie one
 // after another as they came; a bare line feed, a folded line or a NUL within a value leave another picture. This is
-// how 0.9.75 works, and it is looked at there alone: from 1.0 on the library refuses these itself.
+// how 0.9.75 works, and it is looked at there alone: later ones refuse these themselves when told to (http_start).
 static int check_layout(const struct http_headers *h, const char *version, struct http_error *e)
 {
     if (strcmp(MHD_get_version(), "0.9.75")) return 0;
@@ -638,7 +638,11 @@ int http_start(struct http *h, struct error *e)
         MHD_OPTION_THREAD_POOL_SIZE, n_threads > 1 ? n_threads : 0, MHD_OPTION_CONNECTION_LIMIT, limit,
         MHD_OPTION_CONNECTION_TIMEOUT, 0u, MHD_OPTION_SIGPIPE_HANDLED_BY_APP, 1,
         MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection, h,
-        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h, MHD_OPTION_END);
+        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h,
+#if MHD_VERSION >= 0x00097701
+        MHD_OPTION_CLIENT_DISCIPLINE_LVL, 1, // no bare line feeds, no folded lines
+#endif
+        MHD_OPTION_END);
     return h->daemon ? 0 : error_set(e, ERR_IO, "cannot start the HTTP threads");
 }
 
