@@ -164,7 +164,8 @@ static void finish_choice(struct completion *c, struct choice *ch, bool stopped)
 {
     push_deferred(c, ch);
     flush_text(c, ch);
-    ch->finish = stopped || ch->stop.stopped ? "stop" : "length";
+    ch->ended = stopped || ch->stop.stopped ? FINISH_STOP : FINISH_LENGTH;
+    ch->finish = ch->ended == FINISH_STOP ? "stop" : "length";
     c->n_finished++;
 }
 
@@ -182,6 +183,7 @@ static void begin_choice(struct completion *c, struct choice *ch)
 static int end_choice(struct completion *c, struct choice *ch, enum finish_reason reason, int32_t stop_id,
                       struct http_error *e)
 {
+    ch->ended = reason;
     switch (reason) {
     case FINISH_STOP:
         if (stop_id == ch->deferred && !c->request.include_stop) ch->deferred = -1;
@@ -302,16 +304,21 @@ struct request_times completion_times(const struct completion *c)
 
 // ---- end ----
 
+// What a request counts as whose choices ended in two ways: a failure before an end, a stop before the full length.
+static enum finish_reason worse(enum finish_reason a, enum finish_reason b)
+{
+    if (a > FINISH_LENGTH || b > FINISH_LENGTH) return a > b ? a : b;
+    return a < b ? a : b;
+}
+
 static void observe(struct completion *c, int32_t i)
 {
     int32_t n = c->request.params.n, n_tokens = 0;
     enum finish_reason reason = FINISH_LENGTH;
     for (int32_t j = i * n; j < (i + 1) * n; j++) {
+        enum finish_reason ended = c->choices[j].ended;
         n_tokens += c->choices[j].n_tokens;
-        if (!c->choices[j].finish)
-            reason = FINISH_CANCELLED;
-        else if (reason == FINISH_LENGTH && !strcmp(c->choices[j].finish, "stop"))
-            reason = FINISH_STOP;
+        reason = worse(reason, ended == FINISH_NONE ? FINISH_CANCELLED : ended);
     }
     struct request_times times = request_times_get(c->requests[i]);
     if (times.finished == 0) times.finished = watchdog_now();

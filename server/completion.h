@@ -24,7 +24,8 @@ struct choice {
     struct text_buffer token_ids;                                         // likewise
     bool begun;          // echo is in
     bool first_written;  // what stands in the first chunk alone has been written
-    const char *finish;  // "stop", "length"; NULL: it runs
+    enum finish_reason ended; // FINISH_NONE: it runs
+    const char *finish;  // "stop", "length"; NULL: it runs, or ended without an answer
     bool finish_written;
 
     int32_t n_tokens;

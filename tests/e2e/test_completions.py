@@ -305,6 +305,8 @@ class Completions(ServerTest):
             answer = self.server.completions(prompt="12+30=", **fields)
             self.assertEqual((answer.status, answer.error["param"]), (400, "allowed_token_ids"), (fields, answer))
         # The same, but only after the first token.
+        outcomes = [f'gptd_request_success_total{{finished_reason="{reason}"}}' for reason in ("error", "abort")]
+        before = self.server.metrics()
         fields = {"prompt": "12+30=", "allowed_token_ids": seven, "bad_words": ["77"], "max_tokens": 5}
         answer = self.server.completions(**fields)
         self.assertEqual((answer.status, answer.error["param"]), (400, "bad_words"), answer)
@@ -313,6 +315,8 @@ class Completions(ServerTest):
         self.assertEqual(answer.status, 200)
         with self.assertRaisesRegex(StreamError, "bad_words"):
             parse_events(answer.body)
+        after = self.server.metrics()
+        self.assertEqual([after[name] - before[name] for name in outcomes], [2, 0])
         self.assertEqual(self.server.text("12+30=", allowed_token_ids=stop, max_tokens=5), "")
 
     def test_penalties(self):
