@@ -93,6 +93,8 @@ static void fill_plan(struct engine *engine)
     p->max_num_seqs = engine->config.max_num_seqs;
     p->max_num_batched_tokens = engine->config.limits.max_num_batched_tokens;
     p->bos_token_id = info->bos_token_id;
+    p->eos_token_ids = info->eos_token_ids;
+    p->n_eos_token_ids = info->n_eos_token_ids;
 }
 
 int engine_create(struct engine **out, const struct engine_options *options, struct error *e)

@@ -45,6 +45,8 @@ struct engine_plan {
     int32_t n_blocks, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
     int64_t kv_tokens;              // tokens the cache holds
     int32_t bos_token_id;           // -1: none
+    const int32_t *eos_token_ids;   // [n_eos_token_ids] that end a choice unless it ignores them
+    int32_t n_eos_token_ids;
 };
 
 struct sampling_params {

@@ -78,6 +78,7 @@ int completion_start(struct completion *c, struct engine *engine, const struct t
                      struct metrics *metrics, struct http_error *e)
 {
     int32_t n = c->request.n_prompts;
+    c->plan = engine_plan_get(engine);
     c->tokenizer = tokenizer;
     c->metrics = metrics;
     c->n_choices = n * c->request.params.n;
@@ -144,6 +145,8 @@ static bool may_stop(const struct completion *c, int32_t id)
     const struct sampling_params *p = &c->request.params;
     for (int32_t i = 0; i < p->n_stop_token_ids; i++)
         if (p->stop_token_ids[i] == id) return true;
+    for (int32_t i = 0; i < c->plan->n_eos_token_ids; i++)
+        if (c->plan->eos_token_ids[i] == id) return true;
     return c->tokenizer && tokenizer_is_special(c->tokenizer, id);
 }
 

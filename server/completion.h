@@ -39,6 +39,7 @@ struct choice {
 
 struct completion {
     struct completion_request request;
+    const struct engine_plan *plan;
     const struct tokenizer *tokenizer; // NULL: none
     struct metrics *metrics;
     struct request **requests;         // [request.n_prompts]; NULL entries until submitted

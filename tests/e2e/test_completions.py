@@ -1,9 +1,13 @@
 """POST /v1/completions: what each field does."""
 
+import json
 import math
+import os
 import random
+import tempfile
 import unittest
 
+import harness
 from harness import ServerTest, StreamError, TinyServerTest, TINY_CONFIG, join_events, parse_events
 
 PROMPT = "Once upon a time"
@@ -374,6 +378,28 @@ class Completions(ServerTest):
         text = "word " * 200_000  # 1 MB, far over the context: an answer, not a crash
         answer = self.server.completions(prompt=text, max_tokens=1)
         self.assertEqual(answer.status, 400)
+
+
+class OrdinaryEos(unittest.TestCase):
+    def test_its_text_is_not_in_the_answer(self):
+        # An id that generation_config.json names EOS and that the tokenizer takes for text like any other.
+        with tempfile.TemporaryDirectory(prefix="gptd-e2e-") as directory:
+            for name in os.listdir(harness.MODEL):
+                if name != "generation_config.json":
+                    os.symlink(os.path.join(harness.MODEL, name), os.path.join(directory, name))
+            first = harness.Server()
+            seven = first.tokenize("77", add_special_tokens=False)[-1]
+            first.check_stopped()
+            with open(os.path.join(directory, "generation_config.json"), "w") as f:
+                json.dump({"eos_token_id": [2, seven]}, f)
+            server = harness.Server(model=directory)
+            fields = {"prompt": "12+30=", "logit_bias": {str(seven): 100}, "max_tokens": 3, "temperature": 0}
+            for more, expected in (({}, ("", "stop")), ({"include_stop_str_in_output": True}, ("7", "stop")),
+                                   ({"ignore_eos": True}, ("777", "length"))):
+                choice = server.complete(**fields, **more)["choices"][0]
+                self.assertEqual((choice["text"], choice["finish_reason"]), expected)
+                self.assertEqual(join_events(server.stream(**fields, **more))[0][:2], expected)
+            server.check_stopped()
 
 
 class TokenIdsOnly(TinyServerTest):
