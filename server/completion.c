@@ -153,6 +153,7 @@ static bool may_stop(const struct completion *c, int32_t id)
 static void push_token(struct completion *c, struct choice *ch, const struct token_out *token)
 {
     push_deferred(c, ch);
+    if (ch->stop.stopped) return;
     ch->n_tokens++;
     ch->sum_logprob += (double)token->logprob;
     if (c->request.logprobs >= 0) completion_write_logprob(c, ch, token, c->request.logprobs, ch->n_chars);

@@ -254,6 +254,19 @@ class Completions(ServerTest):
         self.assertEqual(self.server.text(PROMPT, temperature=0, max_tokens=60, stop=almost), whole)
         self.assertEqual(self.server.text(PROMPT, temperature=0, max_tokens=60, stop=whole[-5:] + "\x01"), whole)
 
+    def test_stop_string_of_a_special_token(self):
+        # Its text waits for what comes next; what comes next is not part of the answer.
+        end = self.server.tokenize("</s>", add_special_tokens=False)
+        fields = {"prompt": PROMPT, "logit_bias": {str(end[0]): 100}, "max_tokens": 4, "temperature": 0,
+                  "stop": "</s>", "skip_special_tokens": False, "ignore_eos": True, "logprobs": 0,
+                  "return_token_ids": True}
+        body = self.server.complete(**fields)
+        choice = body["choices"][0]
+        self.assertEqual((choice["text"], choice["finish_reason"], choice["token_ids"]), ("", "stop", end))
+        self.assertEqual(body["usage"]["completion_tokens"], 1)
+        self.assertEqual(choice["logprobs"]["tokens"], ["</s>"])
+        self.assertEqual(join_events(self.server.stream(**fields))[0], ("", "stop", end))
+
     def test_stop_token_ids(self):
         fields = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40, "return_token_ids": True}
         whole = self.server.complete(**fields)["choices"][0]
