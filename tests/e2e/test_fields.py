@@ -255,6 +255,17 @@ class Limits(ServerTest):
             self.assertEqual(answer.status, 200, kind)
 
 
+class SmallCache(ServerTest):
+    flags = ("--kv-cache-memory-bytes", "1M")  # 512 tokens of a context of 2,048
+
+    def test_never_fits(self):
+        for n_prompt, max_tokens, param in ((400, 113, "max_tokens"), (513, 1, "prompt")):
+            answer = self.server.completions(prompt=[5] * n_prompt, max_tokens=max_tokens)
+            self.assertEqual((answer.status, answer.error["param"]), (400, param), answer)
+            self.assertIn("KV blocks", answer.error["message"])
+        self.assertEqual(self.server.completions(prompt=[5] * 400, max_tokens=112).status, 200)
+
+
 class Overload(unittest.TestCase):
     def test_queue_limits(self):
         server = Server("--max-num-seqs", "1", "--max-queue-requests", "2", "--max-queue-tokens", "100")
