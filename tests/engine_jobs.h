@@ -200,4 +200,46 @@ static inline unsigned seed_print(const char *what, int32_t i)
     return seed;
 }
 
+static inline struct request *request_of(int32_t n_prompt, int32_t max_tokens)
+{
+    int32_t prompt[JOB_MAX_PROMPT];
+    for (int32_t i = 0; i < n_prompt; i++)
+        prompt[i] = (i * i + 3) % 61;
+    struct request *r = request_create(prompt, n_prompt);
+    request_params(r)->max_tokens = max_tokens;
+    request_params(r)->temperature = 0;
+    request_params(r)->ignore_eos = true;
+    return r;
+}
+
+static inline void wait_done(struct engine *engine, struct request *r)
+{
+    while (!request_done(r))
+        wait_for_news(engine);
+}
+
+static inline enum finish_reason finish_of(struct request *r, int32_t choice)
+{
+    struct token_out out[64];
+    while (request_read(r, choice, out, 64) > 0)
+        ;
+    return choice_finish(r, choice, NULL);
+}
+
+static inline void wait_running(struct engine *engine)
+{
+    struct engine_stats stats;
+    do
+        engine_stats_get(engine, &stats);
+    while (stats.n_running == 0);
+}
+
+static inline void expect_refusal(struct engine *engine, struct request *r, enum err code, const char *says)
+{
+    struct error e = {0};
+    ck_assert_int_eq(engine_submit(engine, r, &e), code);
+    ck_assert_msg(strstr(e.message, says) != NULL, "'%s' does not say '%s'", e.message, says);
+    request_release(r);
+}
+
 #endif
