@@ -87,7 +87,7 @@ static const struct option options_table[] = {
     {"max-prompts", OPTION_INT32, AT(server.max_prompts), "N", "1024", 1, 65536, "prompts"},
     {"max-choices", OPTION_INT32, AT(server.max_choices), "N", "2048", 1, 65536, "prompts times best_of"},
     {"max-request-tokens", OPTION_INT64, AT(server.max_request_tokens), "TOKENS", "0", 0, 0x1p40,
-     "prompt and max_tokens over all choices, with their alternatives; 0: 256 contexts"},
+     "prompt and max_tokens over all choices, with alternatives; 0: 256 contexts"},
     {"max-logprobs", OPTION_INT32, AT(engine.max_logprobs), "N", "5", 0, MAX_LOGPROBS,
      "largest logprobs and prompt_logprobs"},
     {"request-timeout", OPTION_SECONDS, AT(server.request_timeout), "SECONDS", "600", 0, 86400,
