@@ -221,6 +221,8 @@ static const struct {
     {"skip_special_tokens", "\"skip_special_tokens\":1"},
     {"include_stop_str_in_output", "\"include_stop_str_in_output\":1"},
     {"return_token_ids", "\"return_token_ids\":1"},
+    {"return_tokens_as_token_ids", "\"return_tokens_as_token_ids\":1"},
+    {"add_special_tokens", "\"add_special_tokens\":\"true\""},
     {"priority", "\"priority\":2147483648|\"priority\":0.5|\"priority\":\"0\""},
     {"cache_salt", "\"cache_salt\":\"\"|\"cache_salt\":1"},
     {"response_format", "\"response_format\":{\"type\":\"json_object\"}"},

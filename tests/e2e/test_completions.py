@@ -226,6 +226,21 @@ class Completions(ServerTest):
             self.assertIn(str(token), entry)
             self.assertLessEqual(entry[str(token)]["logprob"], 0)
 
+    def test_add_special_tokens(self):
+        with_bos = self.server.tokenize(PROMPT)
+        for add in (True, False):
+            choice = self.server.complete(prompt=PROMPT, add_special_tokens=add, return_token_ids=True, max_tokens=1)
+            self.assertEqual(choice["choices"][0]["prompt_token_ids"], with_bos if add else with_bos[1:])
+
+    def test_tokens_as_token_ids(self):
+        choice = self.server.complete(prompt=PROMPT, return_tokens_as_token_ids=True, return_token_ids=True, logprobs=2,
+                                      **GREEDY)["choices"][0]
+        names = [f"token_id:{i}" for i in choice["token_ids"]]
+        self.assertEqual(choice["logprobs"]["tokens"], names)
+        for name, top in zip(names, choice["logprobs"]["top_logprobs"]):
+            self.assertIn(name, top)
+            self.assertTrue(all(key.startswith("token_id:") for key in top))
+
     def test_return_token_ids(self):
         ids = self.server.tokenize(PROMPT)
         choice = self.server.complete(prompt=PROMPT, return_token_ids=True, ignore_eos=True, **GREEDY)["choices"][0]

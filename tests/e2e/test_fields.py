@@ -49,6 +49,8 @@ FIELDS = {
     "skip_special_tokens": (BOOL_WRONG, [True, False]),
     "include_stop_str_in_output": (BOOL_WRONG, [True, False]),
     "return_token_ids": (BOOL_WRONG, [True, False]),
+    "return_tokens_as_token_ids": (BOOL_WRONG, [True, False]),
+    "add_special_tokens": (BOOL_WRONG, [True, False]),
     "priority": (["1", 1.5, [1], {}, 2**31], [0, -5, 5]),
     "cache_salt": ([5, True, [], ""], ["salt"]),
 }
@@ -56,6 +58,9 @@ FIELDS = {
 # Fields of OpenAI's or vLLM's that would change the answer and that there are not; names nobody knows.
 REFUSED = {
     "prompt_embeds": "AAAA", "use_beam_search": True, "structured_outputs": {"regex": "a"}, "guided_json": {},
+    "guided_choice": ["a"], "guided_decoding_backend": "x", "guided_grammar": "x", "guided_regex": "a",
+    "guided_whitespace_pattern": " ", "kv_transfer_params": {}, "logits_processors": ["x"], "structural_tag": "x",
+    "truncate_prompt_tokens": 5, "vllm_xargs": {},
     "response_format": {"type": "json_object"}, "nonsense": 1, "Max_tokens": 5, "MAX_TOKENS": 5, "max_tokens ": 5,
     "maxTokens": 5, "__proto__": 1, "messages": [], "tools": [],
 }

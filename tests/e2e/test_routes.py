@@ -70,6 +70,10 @@ class Routes(ServerTest):
                 ("/tokenize", {"model": name}, "prompt"),
                 ("/tokenize", {"model": name, "prompt": 5}, "prompt"),
                 ("/tokenize", {"model": name, "prompt": "x", "nonsense": 1}, "nonsense"),
+                *(("/tokenize", {"prompt": "x", flag: value}, flag) for value in (1, 0, "true", [], {})
+                  for flag in ("add_special_tokens", "return_token_strs")),
+                *(("/detokenize", {"tokens": [5], "skip_special_tokens": value}, "skip_special_tokens")
+                  for value in (1, 0, "true", [], {})),
                 ("/detokenize", {"model": name}, "tokens"),
                 ("/detokenize", {"model": name, "tokens": "x"}, "tokens"),
                 ("/detokenize", {"model": name, "tokens": [-1]}, "tokens"),
