@@ -123,7 +123,7 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBS_GPTD) $(LIBS_SYSTEM) $(shell pkg-config --libs check)
 
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
-.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e lint
+.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert lint
 check:
 	@./scripts/setup.sh check
 	@$(MAKE) --no-print-directory check-all
@@ -135,6 +135,7 @@ check-all:
 	@$(MAKE) --no-print-directory check-tsan
 	@$(MAKE) --no-print-directory check-fuzz
 	@$(MAKE) --no-print-directory check-e2e
+	@$(MAKE) --no-print-directory check-convert
 
 lint:
 	@python3 scripts/lint.py
@@ -150,7 +151,7 @@ check-asan:
 	@build/venv/bin/python tests/e2e/run.py --server build/asan/gptd --quick
 
 # Thread sanitizer over what has threads.
-THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,thread_pool engine engine_life engine_requests notifier log tokenizer)
+THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,thread_pool engine engine_life engine_requests notifier workers log tokenizer)
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded
@@ -182,6 +183,11 @@ $(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_FUZZED)
 # The running server: raw sockets, curl, the official OpenAI client.
 check-e2e: $(BUILD)/gptd
 	@build/venv/bin/python tests/e2e/run.py --server $(BUILD)/gptd
+
+# The converter of state_dicts is Python with PyTorch, which nothing else here needs.
+check-convert:
+	@if python3 -c 'import torch, safetensors, transformers' 2>/dev/null; then python3 tests/test_convert.py; \
+	  else echo "check-convert: skipped: python3 lacks torch, safetensors or transformers"; fi
 
 # ---- benchmarks ----
 

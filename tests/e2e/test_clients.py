@@ -1,6 +1,7 @@
 """The clients people use: curl and the official OpenAI package."""
 
 import json
+import os
 import shutil
 import subprocess
 import unittest
@@ -44,10 +45,13 @@ class Curl(ServerTest):
         self.assertIn(b"invalid_request_error", self.curl("/v1/completions", data=long))
 
 
-@unittest.skipUnless(openai, "the openai package is not installed (scripts/setup.sh check puts it into build/venv)")
+# Where CI is set the tests run, and fail for want of the package: nobody reads there what was skipped.
+@unittest.skipUnless(openai or os.environ.get("CI"), "the openai package is not installed (see scripts/setup.sh check)")
 class OpenAIClient(ServerTest):
     @classmethod
     def setUpClass(cls):
+        if not openai:
+            raise AssertionError("the openai package is not installed, and CI is set")
         super().setUpClass()
         cls.client = openai.OpenAI(base_url=f"http://127.0.0.1:{cls.server.port}/v1", api_key="none", max_retries=0)
 
