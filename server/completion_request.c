@@ -1,7 +1,6 @@
 #include "server/completion_request.h"
 
 #include "server/json_get.h"
-#include "tokenizer/detokenizer.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -59,9 +58,6 @@ static int invalid(struct parse *p, const char *param, const char *message)
     return http_error_set(p->error, 400, NULL, param, "'%s' %s", param, message);
 }
 
-// Most bytes of text, at most max, that end with a whole character.
-static int clip(const char *text, size_t max) { return (int)utf8_valid_prefix(text, strnlen(text, max)); }
-
 static int no_memory(struct parse *p) { return http_error_set(p->error, 503, NULL, NULL, "out of memory"); }
 
 // What a getter returned.
@@ -110,7 +106,7 @@ static int check_model(struct parse *p)
     for (size_t i = 0; i < o->n_served_model_names; i++)
         if (!strcmp(o->served_model_names[i], model)) return 0;
     return http_error_set(p->error, 404, "model_not_found", "model", "the model `%.*s` does not exist",
-                          clip(model, 200), model);
+                          json_clip(model, 200), model);
 }
 
 static int parse_bools(struct parse *p)
@@ -241,7 +237,7 @@ static int parse_logit_bias(struct parse *p)
         int64_t id = parse_token_id(entry->string);
         if (id < 0 || id >= p->limits->plan->vocab_size)
             return http_error_set(p->error, 400, NULL, "logit_bias", "'logit_bias': `%.*s` is not a token id below %d",
-                                  clip(entry->string, 32), entry->string, p->limits->plan->vocab_size);
+                                  json_clip(entry->string, 32), entry->string, p->limits->plan->vocab_size);
         if (!cJSON_IsNumber(entry) || !(fabs(entry->valuedouble) <= MAX_BIAS))
             return http_error_set(p->error, 400, NULL, "logit_bias",
                                   "'logit_bias': the bias of token %d is not a number from -100 to 100", (int32_t)id);

@@ -8,12 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// Most bytes of text, at most max, that end with a whole character.
-static int clip(const char *text, size_t max)
-{
-    size_t n = strnlen(text, max);
-    return (int)utf8_valid_prefix(text, n);
-}
+int json_clip(const char *text, size_t max) { return (int)utf8_valid_prefix(text, strnlen(text, max)); }
 
 int json_error_set(struct json_error *e, const char *param, const char *format, ...)
 {
@@ -21,7 +16,7 @@ int json_error_set(struct json_error *e, const char *param, const char *format, 
     va_start(args, format);
     vsnprintf(e->error.message, sizeof e->error.message, format, args);
     va_end(args);
-    snprintf(e->param, sizeof e->param, "%.*s", clip(param, sizeof e->param - 1), param);
+    snprintf(e->param, sizeof e->param, "%.*s", json_clip(param, sizeof e->param - 1), param);
     return e->error.code = ERR_INVALID;
 }
 
@@ -98,7 +93,8 @@ int json_check_known(const cJSON *object, const char *const *known, size_t n_kno
     cJSON_ArrayForEach(member, object)
     {
         if (!bsearch(member->string, known, n_known, sizeof *known, compare_names))
-            return json_error_set(e, member->string, "unknown field '%.*s'", clip(member->string, 60), member->string);
+            return json_error_set(e, member->string, "unknown field '%.*s'", json_clip(member->string, 60),
+                                  member->string);
     }
     return 0;
 }

@@ -37,6 +37,9 @@ void json_body_deinit(struct json_body *body);
 int json_error_set(struct json_error *e, const char *param, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+// Bytes of text, at most max, that end with a whole character: for %.*s.
+int json_clip(const char *text, size_t max);
+
 // The member called name; NULL: absent or null.
 const cJSON *json_find(const cJSON *object, const char *name);
 // Fails if name is absent or null.
