@@ -11,8 +11,11 @@
 #ifndef GPTD_ENGINE_ENGINE_H
 #define GPTD_ENGINE_ENGINE_H
 
+#include <stdbool.h>
+#include <stddef.h>
+
 #include "kernels/error.h"
-#include "kernels/kernels.h" // struct logit_bias, struct token_logprob
+#include "kernels/sampling.h"
 
 struct engine_options {
     const char *model_dir;
@@ -45,8 +48,7 @@ struct engine_plan {
     int32_t n_blocks, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
     int64_t kv_tokens;              // tokens the cache holds
     int32_t bos_token_id;           // -1: none
-    const int32_t *eos_token_ids;   // [n_eos_token_ids] that end a choice unless it ignores them
-    int32_t n_eos_token_ids;
+    const int32_t *eos_token_ids; int32_t n_eos_token_ids; // what ends a choice unless it ignores them
 };
 
 struct sampling_params {
@@ -82,8 +84,7 @@ enum finish_reason {
 struct token_out {
     int32_t id;
     float logprob;                    // 0 unless logprobs >= 0
-    int32_t n_top;
-    const struct token_logprob *top;  // [n_top] in the ring: valid until the next request_read of this choice
+    int32_t n_top; const struct token_logprob *top; // [n_top] in the ring: valid until the choice's next request_read
 };
 
 struct request_times { double submitted, scheduled, first_token, finished; }; // CLOCK_MONOTONIC seconds; 0: not yet
@@ -108,12 +109,10 @@ int engine_event_fd(const struct engine *engine);
 // prompt is copied, params get OpenAI's defaults (n 1, max_tokens 16, temperature 1, ...). NULL: out of memory.
 struct request *request_create(const int32_t *prompt, int32_t n_prompt);
 struct sampling_params *request_params(struct request *r);
-// Gives r the params of another request, which has been submitted: their arrays are one copy, freed with the last of
-// those that share them.
+// Gives r the params of a submitted request: their arrays are one copy, freed with the last that shares them.
 void request_share_params(struct request *r, struct request *of);
-// Checks (ERR_INVALID, the message begins with the field and a colon: empty prompt, ids outside the vocabulary, prompt +
-// max_tokens over the context, what can never fit the cache, constraints that leave no token to begin with), then queues
-// (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
+// Checks (ERR_INVALID, "field: why": empty prompt, ids outside the vocabulary, more than the context or the cache holds,
+// no token allowed to begin with), then queues (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
 int engine_submit(struct engine *engine, struct request *r, struct error *e);
 void request_cancel(struct request *r);                // any thread
 void choice_stop(struct request *r, int32_t choice);   // any thread: no more tokens for this choice, FINISH_STOP

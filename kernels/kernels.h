@@ -26,6 +26,7 @@
 #include <stdint.h>
 
 #include "kernels/error.h"
+#include "kernels/sampling.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -36,7 +37,7 @@ enum dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_I32 };
 size_t dtype_size(enum dtype dtype);          // bytes per element
 const char *dtype_name(enum dtype dtype);     // "F32", "F16", "BF16", "I32": as safetensors writes them
 
-enum { MAX_DIMS = 4, MAX_WEIGHT_PARTS = 3, MAX_LOGPROBS = 20 };
+enum { MAX_DIMS = 4, MAX_WEIGHT_PARTS = 3 };
 
 struct tensor {
     void *data;
@@ -189,8 +190,6 @@ struct gather_rows_params {
 
 // ---- sampling -------------------------------------------------------------------------------------------------------
 
-struct logit_bias { int32_t id; float bias; };
-
 // What to do with one row of logits. Order, as vLLM has it: log-probabilities are those of the raw logits (before
 // everything below); then allowed_ids, logit_bias, bad_words, min_tokens (EOS and stop ids banned); repetition,
 // frequency, presence penalties; temperature; min_p; top_k; top_p; the draw.
@@ -218,8 +217,6 @@ struct sample_row {
     const int32_t *banned_ids; int32_t n_banned_ids;    // banned in this row: stop ids while below min_tokens
     const uint32_t *mask;     // [ceil(V/32)] bits, 1 = allowed (a constraint's); NULL: none
 };
-
-struct token_logprob { int32_t id; float logprob; };
 
 struct sample_result {
     int32_t id;               // sampled, or the target

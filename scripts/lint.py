@@ -15,8 +15,12 @@ MAY_INCLUDE = {
     "kernels": [],
     "models": ["kernels/kernels.h", "kernels/error.h"],
     "tokenizer": [],
-    "engine": ["models/model.h", "kernels/kernels.h", "kernels/error.h"],
+    "engine": ["models/model.h", "kernels/kernels.h", "kernels/error.h", "kernels/sampling.h"],
     "server": ["engine/engine.h", "tokenizer/tokenizer.h", "tokenizer/detokenizer.h", "kernels/error.h"],
+}
+# folder -> headers of ours that it may not even see through others: the server knows no tensors.
+NEVER_SEES = {
+    "server": ["kernels/kernels.h", "models/model.h"],
 }
 # system header -> the files that may include it
 ONLY_IN = {
@@ -51,6 +55,21 @@ def check_includes(path, lines, complain):
                 complain(number, f"<{header}> belongs in {files}")
 
 
+def included(path, seen):
+    """Adds to seen every header of ours that path sees, itself or through others."""
+    for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', (ROOT / path).read_text(), re.M):
+        if header not in seen and (ROOT / header).exists():
+            seen.add(header)
+            included(header, seen)
+    return seen
+
+
+def check_sight(path, complain):
+    for header in NEVER_SEES.get(path.split("/")[0], []):
+        if header in included(path, set()):
+            complain(1, f'sees "{header}" through what it includes')
+
+
 def check_functions(path, lines, complain):
     if re.fullmatch(LONG_FUNCTIONS_IN, path):
         return
@@ -72,6 +91,7 @@ def main():
         is_c = path.endswith((".c", ".h", ".cc", ".cu"))
         if is_c:
             check_includes(path, lines, complain)
+            check_sight(path, complain)
             check_functions(path, lines, complain)
         if len(lines) > MAX_FILE_LINES:
             complain(len(lines), f"{len(lines)} lines (at most {MAX_FILE_LINES}): two files?")
