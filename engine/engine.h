@@ -111,7 +111,7 @@ struct request *request_create(const int32_t *prompt, int32_t n_prompt);
 struct sampling_params *request_params(struct request *r);
 // Gives r the params of a submitted request: their arrays are one copy, freed with the last that shares them.
 void request_share_params(struct request *r, struct request *of);
-// Checks (ERR_INVALID, "field: why": empty prompt, ids outside the vocabulary, more than the context or the cache holds,
+// Checks (ERR_INVALID, "field: why": empty prompt, ids outside the vocabulary, more than the context or cache holds,
 // no token allowed to begin with), then queues (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
 int engine_submit(struct engine *engine, struct request *r, struct error *e);
 void request_cancel(struct request *r);                // any thread
