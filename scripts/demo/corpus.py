@@ -74,6 +74,23 @@ def patterns(rng):
     return [(separator.join(items), 1.0)]
 
 
+PAIR_FORMS = ["{}", "{}", "{}:", "{} =", "{} is", "the {} is", "code of {} is", "The code of {} is"]
+
+
+def pairs(rng, size):
+    """Keys with values in some plain form, each then said again and again: the short way to learn recall."""
+    n_keys = rng.randint(2, 8)
+    keys = tasks.random_keys(rng, n_keys)
+    if rng.random() < 0.5:
+        keys = rng.sample(rng.choice([w.KEY_FIRST, w.KEY_SECOND, w.OBJECTS, w.ANIMALS]), n_keys)
+    values = {key: tasks.random_code(rng)[:rng.choice([1, 2, 4])] for key in keys}
+    form, end = rng.choice(PAIR_FORMS), rng.choice(["\n", ".\n", ", "])
+    parts = []
+    for i, key in enumerate(keys + [rng.choice(keys) for _ in range(min(30, size // 10) - n_keys)]):
+        parts += [(form.format(key), 0.1), (f" {values[key]}", RECALL_WEIGHT if i >= n_keys else 0.0), (end, 0.3)]
+    return parts
+
+
 def recall(rng, size):
     """Facts among filler, then asked for again and again: about `size` tokens.
 
@@ -295,8 +312,8 @@ def copies(rng, size):
 def document(rng, size, mix):
     """One document of at most about `size` tokens; `mix` maps a kind to its share."""
     kind = rng.choices(list(mix), weights=list(mix.values()))[0]
-    if kind in ("recall", "exam"):
-        return {"recall": recall, "exam": exam}[kind](rng, size)
+    if kind in ("recall", "exam", "pairs"):
+        return {"recall": recall, "exam": exam, "pairs": pairs}[kind](rng, size)
     if kind == "copies":
         return copies(rng, min(size, 400))
     return {"sums": sums, "patterns": patterns, "chat": chat, "story": tale}[kind](rng)
@@ -308,6 +325,6 @@ def plain(parts):
 
 if __name__ == "__main__":
     generator = random.Random(3)
-    for name in ("sums", "patterns", "recall", "exam", "chat", "copies", "story"):
+    for name in ("sums", "patterns", "recall", "exam", "pairs", "chat", "copies", "story"):
         for _ in range(2):
             print(f"--- {name}\n{plain(document(generator, 160, {name: 1}))}")

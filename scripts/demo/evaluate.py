@@ -49,6 +49,13 @@ def recall_pairs(encoder, length, count, n_keys):
     return found
 
 
+def recall(model, encoder, length, n_keys, count=20):
+    """Share of recalls among n_keys facts that are right."""
+    pairs = recall_pairs(encoder, length, count, n_keys)
+    right = greedy_right(model, [(p, a) for _, p, a in pairs], rows=max(1, 4096 // length))
+    return sum(right) / len(right)
+
+
 def report(model, encoder, length, sums=200, recalls=20):
     """A line of figures, and nothing else changed."""
     model.eval()

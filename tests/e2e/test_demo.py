@@ -18,7 +18,7 @@ class Demo(unittest.TestCase):
         try:
             lengths = harness.scale(["300", "2040"], ["2040"])
             answer = subprocess.run(
-                [sys.executable, MEASURE, "--url", f"http://127.0.0.1:{server.port}", "--check", "--crowded",
+                [sys.executable, MEASURE, "--url", f"http://127.0.0.1:{server.port}", "--check", "--crowded", "6",
                  "--sums", str(harness.scale(200, 40)), "--repeats", "1", "--lengths", *lengths],
                 capture_output=True, text=True)
             self.assertEqual(answer.returncode, 0, answer.stdout + answer.stderr)
