@@ -22,6 +22,7 @@ static const uint32_t KEY_INFINITE = 0x7f800000; // of -infinity: left out
 struct sample {
     struct device *d;
     const struct sample_params *p;
+    _Atomic int32_t misfit; // a row that does not fit; -1: none
 };
 
 struct sampler {
@@ -229,35 +230,6 @@ static int32_t draw(const struct sampler *s, float highest, bool *barred)
     return s->v->gumbel_argmax(s->work, s->vocab_size, row->seed, row->position, row->choice);
 }
 
-static void sample_item(void *arg, int32_t item, int32_t thread)
-{
-    const struct sample *op = arg;
-    const struct sample_params *p = op->p;
-    const struct sample_row *row = &p->rows[item];
-    size_t vocab_size = p->logits.shape[1];
-    char *scratch = device_scratch(op->d, thread);
-    struct sampler s = {
-        .v = op->d->vector, .row = row, .history = p->history, .vocab_size = vocab_size,
-        .raw = row_of(&p->logits, (size_t)row->logits_row), .work = (float *)scratch,
-        .weights = (float *)(scratch + array_bytes(vocab_size)),
-        .buckets = (double *)(scratch + 2 * array_bytes(vocab_size)),
-    };
-    struct sample_result *r = &p->results[item];
-    *r = (struct sample_result){.id = row->target};
-    float highest = s.v->highest(s.raw, vocab_size, &r->invalid);
-    r->invalid |= highest == -INFINITY;
-    if (row->target < 0) {
-        r->id = r->invalid ? -1 : draw(&s, highest, &r->barred);
-        r->invalid |= r->id < 0 && !r->barred;
-        if (r->id < 0) r->id = 0;
-        if (row->position < p->history.max_len)
-            p->history.tokens[(size_t)row->history_row * (size_t)p->history.max_len + (size_t)row->position] = r->id;
-    }
-    if (row->n_logprobs >= 0 && !r->invalid && !r->barred) report(&s, highest, r);
-}
-
-// ---- the op ---------------------------------------------------------------------------------------------------------
-
 static bool ids_fit(const int32_t *ids, int32_t n, size_t vocab_size)
 {
     for (int32_t i = 0; i < n; i++)
@@ -283,14 +255,45 @@ static bool row_fits(const struct sample_params *p, const struct sample_row *row
            (!has_penalties(row) || ids_fit(context, row->position, vocab_size));
 }
 
+static void sample_item(void *arg, int32_t item, int32_t thread)
+{
+    struct sample *op = arg;
+    const struct sample_params *p = op->p;
+    const struct sample_row *row = &p->rows[item];
+    if (!row_fits(p, row)) {
+        op->misfit = item;
+        return;
+    }
+    size_t vocab_size = p->logits.shape[1];
+    char *scratch = device_scratch(op->d, thread);
+    struct sampler s = {
+        .v = op->d->vector, .row = row, .history = p->history, .vocab_size = vocab_size,
+        .raw = row_of(&p->logits, (size_t)row->logits_row), .work = (float *)scratch,
+        .weights = (float *)(scratch + array_bytes(vocab_size)),
+        .buckets = (double *)(scratch + 2 * array_bytes(vocab_size)),
+    };
+    struct sample_result *r = &p->results[item];
+    *r = (struct sample_result){.id = row->target};
+    float highest = s.v->highest(s.raw, vocab_size, &r->invalid);
+    r->invalid |= highest == -INFINITY;
+    if (row->target < 0) {
+        r->id = r->invalid ? -1 : draw(&s, highest, &r->barred);
+        r->invalid |= r->id < 0 && !r->barred;
+        if (r->id < 0) r->id = 0;
+        if (row->position < p->history.max_len)
+            p->history.tokens[(size_t)row->history_row * (size_t)p->history.max_len + (size_t)row->position] = r->id;
+    }
+    if (row->n_logprobs >= 0 && !r->invalid && !r->barred) report(&s, highest, r);
+}
+
+// ---- the op ---------------------------------------------------------------------------------------------------------
+
 int cpu_sample(struct device *d, const struct sample_params *p, struct error *e)
 {
     if (p->logits.n_dims != 2 || p->logits.dtype != DTYPE_F32 || p->logits.shape[1] < 1 ||
         p->logits.shape[1] > (size_t)d->options.max_vocab_size)
         return error_set(e, ERR_INVALID, "sample: the logits' shape does not fit");
-    for (int32_t i = 0; i < p->n_rows; i++)
-        if (!row_fits(p, &p->rows[i])) return error_set(e, ERR_INVALID, "sample: row %d does not fit", i);
-    struct sample op = {d, p};
+    struct sample op = {d, p, -1};
     rows_run(d, p->n_rows, p->logits.shape[1], sample_item, &op);
-    return 0;
+    return op.misfit < 0 ? 0 : error_set(e, ERR_INVALID, "sample: row %d does not fit", op.misfit);
 }
