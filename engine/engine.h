@@ -139,7 +139,7 @@ struct engine_stats {
     int64_t n_waiting_tokens;
     int32_t n_blocks, n_free_blocks;    // free includes cached blocks that nobody uses
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
-    uint64_t prompt_tokens, generation_tokens; // computed, sampled
+    uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
     double host_seconds, step_seconds;  // of all steps: time outside the backend and the model; whole time
     bool busy, failed;                  // has work; the device failed

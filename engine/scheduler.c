@@ -425,10 +425,13 @@ static void note_admission(struct scheduler *s, struct sequence *seq, double now
 {
     struct request *r = seq->request;
     inbox_leave(r->inbox, r);
-    s->prefix_queries += (uint64_t)sequence_known(seq);
-    s->prefix_hits += (uint64_t)seq->n_computed;
     if (atomic_load_explicit(&r->cached_tokens, memory_order_relaxed) >= 0)
-        return;
+        return; // it comes back, or is a further choice: what is counted is counted once a request
+    s->prompt_tokens += (uint64_t)r->n_prompt;
+    if (s->config.prefix_caching) {
+        s->prefix_queries += (uint64_t)r->n_prompt;
+        s->prefix_hits += (uint64_t)seq->n_computed;
+    }
     atomic_store_explicit(&r->cached_tokens, seq->n_computed < r->n_prompt ? seq->n_computed : r->n_prompt,
                           memory_order_relaxed);
     atomic_store_explicit(&r->scheduled, now, memory_order_relaxed);
@@ -494,10 +497,6 @@ static void finish_row(struct scheduler *s, struct plan *plan, const struct plan
     for (int32_t i = 0; i < n_entries; i++) {
         int32_t entry = r->n_prompt_logprobs++;
         add_output(plan, seq, plan->n_tokens + entry - 1 - row->start, entry, entry);
-    }
-    if (row->start < r->n_prompt) {
-        int32_t end = row->start + row->n_tokens;
-        s->prompt_tokens += (uint64_t)((end < r->n_prompt ? end : r->n_prompt) - row->start);
     }
     seq->n_computed += row->n_tokens;
     seq->n_references++;

@@ -243,7 +243,7 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache.",
          (double)s->prefix_queries},
         {"gptd_prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache.", (double)s->prefix_hits},
-        {"gptd_prompt_tokens_total", "counter", "Prompt tokens computed.", (double)s->prompt_tokens},
+        {"gptd_prompt_tokens_total", "counter", "Prompt tokens of requests begun, cached ones included.", (double)s->prompt_tokens},
         {"gptd_generation_tokens_total", "counter", "Tokens generated.", (double)s->generation_tokens},
         {"gptd_num_preemptions_total", "counter", "Sequences preempted for want of KV blocks.",
          (double)s->n_preemptions},
