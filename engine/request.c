@@ -144,7 +144,8 @@ static int check_numbers(const struct sampling_params *p, const struct request_l
     if (p->logprobs < -1 || p->logprobs > limits->max_logprobs)
         return error_set(e, ERR_INVALID, "logprobs: %d is not -1 to %d", p->logprobs, limits->max_logprobs);
     if (p->prompt_logprobs < -1 || p->prompt_logprobs > limits->max_logprobs)
-        return error_set(e, ERR_INVALID, "prompt_logprobs: %d is not -1 to %d", p->prompt_logprobs, limits->max_logprobs);
+        return error_set(e, ERR_INVALID, "prompt_logprobs: %d is not -1 to %d", p->prompt_logprobs,
+                         limits->max_logprobs);
     return 0;
 }
 
