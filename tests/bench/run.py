@@ -122,6 +122,9 @@ def bench_server(binary, model, results):
     time.sleep(5)
     results["idle_cpu_share"] = (server.cpu_seconds() - before) / 5
     print(f"idle CPU                           {results['idle_cpu_share'] * 100:9.1f} % of a core")
+    first, _ = concurrent_streams(server, 1, 64)  # touches memory for the first time
+    print(f"first request after the start      {first[0] * 1e3:9.0f} ms to its first token")
+    results["ttft_first_request"] = first[0]
     for n in (1, 64, 500):
         times, wall = concurrent_streams(server, n, 64)
         first = [t for t in times if t is not None]
