@@ -63,8 +63,32 @@ SIMD_OBJ := $(foreach isa,$(ISAS),$(patsubst kernels/cpu/simd/%.c,$(BUILD)/obj/k
 LIBS_GPTD := $(addprefix $(BUILD)/lib,$(addsuffix .a,server engine models tokenizer kernels))
 LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd sentencepiece) -lcjson -lstdc++ -lm -ldl
 
-.PHONY: all run check clean
-all: $(BUILD)/gptd
+# ---- the CUDA backend: a library of its own beside the program, where there is nvcc ----
+
+NVCC := $(shell command -v nvcc)
+CUDA_LIB := $(BUILD)/libgptd_cuda.so
+CUDA_SRC := $(wildcard kernels/cuda/*.cu)
+CUDA_OBJ := $(patsubst kernels/cuda/%.cu,$(BUILD)/obj/kernels/cuda/%.o,$(CUDA_SRC))
+CUDA_C_OBJ := $(patsubst %,$(BUILD)/obj/pic/%.o,kernels/error.c kernels/dtype.c)
+# sm_80 and its PTX run on every later GPU; sm_90a is Hopper's own.
+CUDA_ARCH := -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90a,code=sm_90a
+NVCCFLAGS := -O3 -std=c++17 -I. -D_GNU_SOURCE -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror
+
+.PHONY: all run check clean cuda
+all: $(BUILD)/gptd $(if $(SAN),,$(if $(NVCC),$(CUDA_LIB)))
+cuda: $(CUDA_LIB)
+
+$(CUDA_LIB): $(CUDA_OBJ) $(CUDA_C_OBJ)
+	$(call say,LINK,$@)
+	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -z,now,-soname,libgptd_cuda.so
+$(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.cu
+	@mkdir -p $(@D)
+	$(call say,NVCC,$<)
+	$(Q)$(NVCC) $(NVCCFLAGS) $(CUDA_ARCH) -MMD -MP -c -o $@ $<
+$(BUILD)/obj/pic/%.c.o: %.c
+	@mkdir -p $(@D)
+	$(call say,CC,$<)
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -fPIC -fvisibility=hidden -MMD -MP -c -o $@ $<
 
 $(BUILD)/gptd: $(call objects,server/main.c) $(LIBS_GPTD)
 	$(call say,LINK,$@)
@@ -106,7 +130,7 @@ TRY = {"model": "$(notdir $(patsubst %/,%,$(MODEL)))", "prompt": "Once upon a ti
 # What a newcomer types: installs what is missing, builds, serves $(MODEL).
 run:
 	@./scripts/setup.sh run
-	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/gptd
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/gptd $(if $(NVCC),$(if $(wildcard /dev/nvidiactl),$(CUDA_LIB)))
 	@printf '\nTry it from another terminal:\n\n  curl -N http://%s:%s/v1/completions -H "%s" \\\n    -d %s\n\n' \
 	  '$(HOST)' '$(PORT)' 'Content-Type: application/json' "'"'$(TRY)'"'"
 	@exec $(BUILD)/gptd --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -188,6 +212,23 @@ check-e2e: $(BUILD)/gptd
 check-convert:
 	@if python3 -c 'import torch, safetensors, transformers' 2>/dev/null; then python3 tests/test_convert.py; \
 	  else echo "check-convert: skipped: python3 lacks torch, safetensors or transformers"; fi
+
+# ---- on a GPU machine: tests and benchmarks that are carried there ----
+
+GPU_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/gpu/%,$(wildcard tests/gpu/test_*.c))
+$(BUILD)/gpu/test_%: $(BUILD)/obj/tests/gpu/test_%.c.o $(BUILD)/obj/tests/model_rig.c.o $(LIBS_GPTD)
+	@mkdir -p $(@D)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -Wl,-Bstatic -lcheck -lsubunit -lcjson -Wl,-Bdynamic -lrt -lm -ldl
+
+# What a bare GPU machine lacks, in $(BUILD)/gpu: programs, tests and shared libraries, stripped; 40 MiB at most.
+.PHONY: gpu-tests gpu-bundle check-gpu
+gpu-tests: $(GPU_TESTS)
+gpu-bundle: $(BUILD)/gptd $(CUDA_LIB) $(GPU_TESTS)
+	@scripts/gpu_bundle.sh $(BUILD)
+# On that machine, in a copy of the working tree with the bundle.
+check-gpu:
+	@scripts/check_gpu.sh $(BUILD)/gpu
 
 # ---- benchmarks ----
 

@@ -29,6 +29,7 @@ void step_layout(struct step *step, struct arena *arena, const struct scheduler 
 
 void step_init(struct step *step, const struct scheduler *s, struct history history)
 {
+    step->batch.max_seqs = s->config.max_num_seqs;
     step->batch.max_blocks = s->max_blocks;
     step->batch.block_size = s->config.limits.block_size;
     step->batch.history = history;

@@ -39,7 +39,10 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
         .seed = o->seed,
         .tp_size = 1,
     };
-    if (kernels_open(&engine->kernels, o->backend, e) != 0 || model_create(&engine->model, &mo, e) != 0)
+    if (kernels_open(&engine->kernels, o->backend, e) != 0)
+        return e->code;
+    mo.copies_weights = !engine->kernels->reads_mapped_weights;
+    if (model_create(&engine->model, &mo, e) != 0)
         return e->code;
     engine->info = model_info_get(engine->model);
     struct device_options dopt = {
@@ -49,6 +52,11 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
         .max_context = engine->info->max_model_len,
         .max_dim = engine->info->max_dim,
         .max_tokens = o->max_num_batched_tokens > mo.max_logits_rows ? o->max_num_batched_tokens : mo.max_logits_rows,
+        .max_seqs = o->max_num_seqs,
+        .n_heads = engine->info->n_heads,
+        .n_kv_heads = engine->info->n_kv_heads,
+        .head_dim = engine->info->head_dim,
+        .block_size = o->block_size,
     };
     return engine->kernels->device_create(&engine->device, &dopt, e);
 }

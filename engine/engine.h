@@ -19,7 +19,7 @@
 
 struct engine_options {
     const char *model_dir;
-    const char *backend;            // "auto", "cpu"
+    const char *backend;            // "auto", "cpu", "cuda"
     bool dummy_weights;             // --load-format dummy
     bool reference_attention;       // --attention reference
     bool prefix_caching;            // reuse KV of equal prefixes across requests

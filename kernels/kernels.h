@@ -8,7 +8,8 @@
  * (params structs and the host arrays they point to) are copied or consumed before the call returns. `record` marks a
  * point in the stream, `wait` blocks until it is reached. The CPU backend runs each op before returning.
  *
- * Memory: pointers in `struct tensor` and `struct weight` are device pointers: from `alloc` or `weight_place`.
+ * Memory: pointers in `struct tensor` and `struct weight` are device pointers: from `alloc`, or into a mapped file where
+ * the backend reads_mapped_weights.
  * Ops never allocate. All tensors are contiguous, row-major, the last dimension fastest.
  *
  * The same answer every time: an op's result for a row (token, sequence) depends on that row's own data and position
@@ -36,6 +37,8 @@ enum dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_I32 };
 
 size_t dtype_size(enum dtype dtype);          // bytes per element
 const char *dtype_name(enum dtype dtype);     // "F32", "F16", "BF16", "I32": as safetensors writes them
+// to[n] = from[n], rounded to nearest, ties to even. Neither type is I32; `from` may stand at any address.
+void dtype_convert(void *to, enum dtype to_dtype, const void *from, enum dtype from_dtype, size_t n);
 
 enum { MAX_DIMS = 4, MAX_WEIGHT_PARTS = 3 };
 
@@ -58,6 +61,16 @@ struct device_options {
     int32_t max_context;    // likewise: the longest context any sequence can have, tokens
     int32_t max_dim;        // likewise: the widest row any op will see (hidden, intermediate, qkv), elements
     int32_t max_tokens;     // likewise: the most rows (tokens) any op will see in one call
+    int32_t max_seqs;       // likewise: the most sequences in one batch
+    int32_t n_heads, n_kv_heads, head_dim; // of the model's attention
+    int32_t block_size;     // tokens of a KV block
+};
+
+// A host array that ops of the coming step will be given, so that it is copied to the device once, not by every op.
+struct stage_array {
+    const void *host;
+    size_t bytes;
+    size_t capacity;        // bytes it may have in any step: its place on the device is fixed
 };
 
 // ---- embedding, history ---------------------------------------------------------------------------------------------
@@ -259,11 +272,15 @@ struct kernels {
     // May be called by several threads at once while weights are loaded.
     int (*copy_in)(struct device *device, void *to, const void *from_host, size_t bytes, struct error *e);
     int (*copy_out)(struct device *device, void *to_host, const void *from, size_t bytes, struct error *e);
-    // Puts checkpoint bytes that stay mapped at `host` where ops can read them: the CPU returns `host` itself.
-    const void *(*weight_place)(struct device *device, const void *host, size_t bytes);
+    // Ops read weights where their file is mapped, F32, F16 and BF16 each beside the others. Else all are copied in.
+    bool reads_mapped_weights;
 
     uint64_t (*record)(struct device *device);
     int (*wait)(struct device *device, uint64_t ticket, struct error *e);
+
+    // From here to the next call, an op that is given one of these host arrays reads the device's copy, made now.
+    // NULL: the backend reads host arrays where they are.
+    int (*stage)(struct device *device, const struct stage_array *arrays, int32_t n, struct error *e);
 
     // Stores n tokens at history[row][position ..].
     int (*history_write)(struct device *device, struct history history, int32_t row, int32_t position,
@@ -285,7 +302,8 @@ struct kernels {
 
 const struct kernels *kernels_cpu(void);
 
-// The backend by name: "cpu", or "auto" for the best this machine has. Unknown or absent: ERR_UNSUPPORTED, by name.
+// The backend by name: "cpu", "cuda", or "auto" for the best this machine has. Unknown or absent: ERR_UNSUPPORTED, by
+// name. The CUDA backend is libgptd_cuda.so beside the program (or GPTD_CUDA_LIBRARY), loaded when it is wanted.
 int kernels_open(const struct kernels **out, const char *backend, struct error *e);
 
 #ifdef __cplusplus

@@ -114,6 +114,28 @@ static void gather_rows(struct pass *p)
         .n = p->batch->n_logits_rows);
 }
 
+// Hands the step's arrays to the device at once: every layer reads them.
+static void stage(struct pass *p)
+{
+    const struct batch *b = p->batch;
+    const size_t size = sizeof(int32_t), n = (size_t)b->n_tokens, seqs = (size_t)b->n_seqs;
+    const size_t max_tokens = (size_t)p->ws->max_tokens, max_seqs = b->max_seqs ? (size_t)b->max_seqs : seqs;
+    const size_t n_rows = (size_t)b->n_logits_rows, max_rows = (size_t)p->ws->max_logits_rows;
+    const int32_t group = 0;
+    if (!p->kernels->stage) return;
+    const struct stage_array arrays[] = {
+        {b->tokens, n * size, max_tokens * size},
+        {b->positions, n * size, max_tokens * size},
+        {b->history_rows, n * size, max_tokens * size},
+        {b->slot_mapping[group], n * size, max_tokens * size},
+        {b->cu_seqlens_q, (seqs + 1) * size, (max_seqs + 1) * size},
+        {b->context_lens, seqs * size, max_seqs * size},
+        {b->logits_rows, n_rows * size, max_rows * size},
+        {b->block_tables[group], seqs * (size_t)b->max_blocks * size, max_seqs * (size_t)b->max_blocks * size},
+    };
+    finish(p, "stage", p->kernels->stage(p->device, arrays, sizeof arrays / sizeof *arrays, p->error));
+}
+
 int model_forward(struct model *m, const struct batch *batch, const struct kv_cache *kv, struct tensor *logits,
                   struct error *e)
 {
@@ -127,6 +149,7 @@ int model_forward(struct model *m, const struct batch *batch, const struct kv_ca
     }
     struct pass pass = {.kernels = m->kernels, .device = m->device, .config = &m->config, .ws = ws, .batch = batch,
                         .error = e}, *p = &pass;
+    stage(p);
     embed(p, &m->weights);
     rope(p);
     for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {

@@ -49,6 +49,12 @@ static void info_fill(struct model *m)
     };
 }
 
+static enum dtype copied_dtype(const struct model_options *o, const struct model_config *c)
+{
+    if (o->dtype != DTYPE_F32) return o->dtype;
+    return c->dtype == DTYPE_F16 ? DTYPE_F16 : DTYPE_BF16;
+}
+
 static int plan(struct model *m, struct error *e)
 {
     const struct model_options *o = &m->options;
@@ -64,7 +70,8 @@ static int plan(struct model *m, struct error *e)
     else if (m->config.rope.type == ROPE_DYNAMIC) m->config.max_model_len = m->config.max_positions;
     bool dummy = o->load_format == LOAD_DUMMY;
     if (!dummy) rc = checkpoint_open(&m->checkpoint, o->dir, e);
-    if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, e);
+    if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, o->copies_weights,
+                               copied_dtype(o, &m->config), e);
     if (rc) return rc;
     m->workspace.max_tokens = o->max_num_batched_tokens;
     m->workspace.max_logits_rows = o->max_logits_rows;

@@ -28,6 +28,10 @@ struct model_options {
     int32_t max_num_batched_tokens; // rows of the workspace
     int32_t max_logits_rows;      // rows of logits a step may ask for
     uint64_t seed;                // of dummy weights
+    // The device cannot read weights where the files are mapped: all are copied, the matrices in one 16-bit type:
+    // `dtype` or, if that is F32, the checkpoint's own (BF16 for one of F32).
+    bool copies_weights;
+    enum dtype dtype;
     int32_t tp_rank, tp_size;     // tensor parallelism: 0, 1 for now
 };
 
@@ -59,6 +63,7 @@ struct model_info {
 // For each kv group g: block_tables[g] is [n_seqs, max_blocks], slot_mapping[g] is [n_tokens].
 struct batch {
     int32_t n_tokens, n_seqs, n_logits_rows;
+    int32_t max_seqs;             // room of the arrays below, for a device that keeps a place for each; 0: n_seqs
     int32_t max_blocks;           // width of a block table row
     int32_t block_size;           // tokens
     int32_t *tokens;              // [n_tokens]; -1: sampled by an earlier step: take it from history

@@ -54,19 +54,38 @@ static inline void transpose_rows(char *out, const char *in, size_t n_rows, size
 }
 
 // Stores a tensor's transpose, [shape[0], shape[1]], at t->data: a few rows at a time, through host memory.
-static int copy_transposed(struct walk *k, const struct tensor *t, const char *from)
+static int copy_transposed(struct walk *k, const struct tensor *t, const char *from, enum dtype from_dtype)
 {
-    size_t n_rows = t->shape[0], n_cols = t->shape[1], size = dtype_size(t->dtype);
-    char *rows = malloc(COPY_ROWS * n_cols * size);
+    size_t n_rows = t->shape[0], n_cols = t->shape[1], size = dtype_size(from_dtype), to_size = dtype_size(t->dtype);
+    char *rows = malloc(COPY_ROWS * n_cols * (size > to_size ? size : to_size));
     if (!rows) return error_set(k->error, ERR_NOMEM, "out of memory for %d rows", COPY_ROWS);
     int rc = 0;
     for (size_t first = 0; first < n_rows && !rc; first += COPY_ROWS) {
         size_t n = n_rows - first < COPY_ROWS ? n_rows - first : COPY_ROWS;
         if (size == 4) transpose_rows(rows, from, n_rows, n_cols, first, n, 4);
         else transpose_rows(rows, from, n_rows, n_cols, first, n, 2);
-        rc = k->kernels->copy_in(k->device, (char *)t->data + first * n_cols * size, rows, n * n_cols * size, k->error);
+        if (t->dtype != from_dtype) dtype_convert(rows, t->dtype, rows, from_dtype, n * n_cols); // to a smaller type
+        rc = k->kernels->copy_in(k->device, (char *)t->data + first * n_cols * to_size, rows, n * n_cols * to_size,
+                                 k->error);
     }
     free(rows);
+    return rc;
+}
+
+// Stores a tensor of another type than the file's: some rows at a time, through host memory.
+static int copy_converted(struct walk *k, const struct tensor *t, const void *from, enum dtype from_dtype)
+{
+    enum { PIECE = 1 << 16 };
+    size_t n = t->shape[0] * t->shape[1], to_size = dtype_size(t->dtype), from_size = dtype_size(from_dtype);
+    char *piece = malloc(PIECE * to_size);
+    if (!piece) return error_set(k->error, ERR_NOMEM, "out of memory");
+    int rc = 0;
+    for (size_t i = 0; i < n && !rc; i += PIECE) {
+        size_t some = n - i < PIECE ? n - i : PIECE;
+        dtype_convert(piece, t->dtype, (const char *)from + i * from_size, from_dtype, some);
+        rc = k->kernels->copy_in(k->device, (char *)t->data + i * to_size, piece, some * to_size, k->error);
+    }
+    free(piece);
     return rc;
 }
 
@@ -81,16 +100,18 @@ static void drop_pages(const void *data, size_t size)
 static int bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tensor *found, bool transposed)
 {
     found->used = true;
-    if (!transposed && (uintptr_t)found->data % dtype_size(t->dtype) == 0) {
+    if (!transposed && !k->weights->copied && (uintptr_t)found->data % dtype_size(t->dtype) == 0) {
         k->weights->mapped_bytes += found->size;
         t->data = (void *)found->data;
-        if (k->kernels) t->data = (void *)k->kernels->weight_place(k->device, found->data, found->size);
-        return t->data ? 0 : error_set(k->error, ERR_NOMEM, "no memory for %zu bytes", found->size);
+        return 0;
     }
-    t->data = arena_take(k, found->size);
+    enum dtype stored = t->dtype;
+    if (k->weights->copied && t->n_dims == 2) t->dtype = k->weights->dtype;
+    t->data = arena_take(k, found->size / dtype_size(stored) * dtype_size(t->dtype));
     if (!t->data) return 0;
-    int rc = transposed ? copy_transposed(k, t, found->data)
-                        : k->kernels->copy_in(k->device, t->data, found->data, found->size, k->error);
+    int rc = transposed ? copy_transposed(k, t, found->data, stored)
+             : t->dtype != stored ? copy_converted(k, t, found->data, stored)
+                                  : k->kernels->copy_in(k->device, t->data, found->data, found->size, k->error);
     drop_pages(found->data, found->size);
     return rc;
 }
@@ -98,7 +119,7 @@ static int bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tens
 static int bind_dummy(struct walk *k, struct tensor *t, enum fill fill)
 {
     size_t n = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1);
-    t->dtype = k->config->dtype;
+    t->dtype = k->weights->copied ? k->weights->dtype : k->config->dtype;
     t->data = arena_take(k, n * dtype_size(t->dtype));
     if (!t->data) return 0;
     if (fill == FILL_NORMAL) {
@@ -261,9 +282,11 @@ static int walk(struct walk *k)
 }
 
 int weights_plan(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
-                 struct error *e)
+                 bool copied, enum dtype dtype, struct error *e)
 {
     memset(w, 0, sizeof *w);
+    w->copied = copied;
+    w->dtype = dtype;
     w->layers = calloc((size_t)config->n_layers, sizeof *w->layers);
     if (!w->layers) return error_set(e, ERR_NOMEM, "out of memory for %d layers", config->n_layers);
     struct walk k = {.weights = w, .config = config, .checkpoint = checkpoint, .error = e};
@@ -284,7 +307,7 @@ int weights_load(struct weights *w, const struct model_config *config, const str
         if (!w->arena) return error_set(e, ERR_NOMEM, "no memory for %zu bytes of weights", w->arena_bytes);
     }
     if (!checkpoint) {
-        k.dummy = dummy_create(config->dtype, seed);
+        k.dummy = dummy_create(w->copied ? w->dtype : config->dtype, seed);
         if (!k.dummy) return error_set(e, ERR_NOMEM, "out of memory");
     }
     rc = walk(&k);

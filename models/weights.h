@@ -4,6 +4,7 @@
  * tensor and adds up its bytes, weights_load does the same again and binds. A tensor is used in place, in the map, but:
  * - linear weights that the family stores as [in, out] (GPT-2) are copied, transposed;
  * - a tensor whose data is not aligned to its own element size is copied;
+ * - all are copied for a device that cannot read the map, the matrices converted to one type;
  * - dummy weights have no file.
  * Copies lie in one allocation, the arena. Layers' fused products (q, k, v; gate, up) are parts, not copies.
  */
@@ -35,11 +36,13 @@ struct weights {
     size_t mapped_bytes;        // used in place
     size_t arena_bytes;         // allocated by weights_load
     void *arena;
+    bool copied;                // all of them
+    enum dtype dtype;           // of the matrices, if copied
 };
 
-// checkpoint NULL: dummy weights of config->dtype.
+// checkpoint NULL: dummy weights of config->dtype, or of `dtype` if copied.
 int weights_plan(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
-                 struct error *e);
+                 bool copied, enum dtype dtype, struct error *e);
 // After weights_plan with the same arguments. The seed is that of dummy weights.
 int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
                  uint64_t seed, const struct kernels *kernels, struct device *device, struct error *e);

@@ -52,7 +52,7 @@ static const struct option options_table[] = {
     {"seed", OPTION_UINT64, AT(engine.seed), "N", "0", 0, 0, "base of the seeds of requests without one"},
 
     GROUP("Engine"),
-    {"backend", OPTION_STRING, AT(engine.backend), "auto|cpu", "auto", 0, 0, "where the model runs"},
+    {"backend", OPTION_STRING, AT(engine.backend), "auto|cpu|cuda", "auto", 0, 0, "where the model runs"},
     {"attention", OPTION_SWITCH, AT(engine.reference_attention), "flash|reference", "flash", 0, 0,
      "reference: the textbook form, to compare with"},
     {"threads", OPTION_INT32, AT(engine.n_threads), "N", "0", 0, 1024, "CPU threads of the model; 0: one per core"},

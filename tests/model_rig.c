@@ -19,13 +19,21 @@ static size_t block_bytes(const struct tensor *t)
     return t->shape[1] * t->shape[2] * t->shape[3] * dtype_size(t->dtype);
 }
 
+static void poison(struct rig *r, void *to, size_t bytes)
+{
+    void *bits = malloc(bytes);
+    memset(bits, 0xFF, bytes);
+    ck_assert_int_eq(r->kernels->copy_in(r->device, to, bits, bytes, NULL), 0);
+    free(bits);
+}
+
 // All bits set is NaN in every type: whoever reads a poisoned block is found out.
 static void block_poison(struct rig *r, int32_t block)
 {
     for (int32_t i = 0; i < r->info->n_layers; i++) {
         const struct tensor *k = &r->layers[i].k, *v = &r->layers[i].v;
-        memset((char *)k->data + (size_t)block * block_bytes(k), 0xFF, block_bytes(k));
-        memset((char *)v->data + (size_t)block * block_bytes(v), 0xFF, block_bytes(v));
+        poison(r, (char *)k->data + (size_t)block * block_bytes(k), block_bytes(k));
+        poison(r, (char *)v->data + (size_t)block * block_bytes(v), block_bytes(v));
     }
 }
 
@@ -33,8 +41,10 @@ void rig_init(struct rig *r, const struct rig_options *o)
 {
     struct error e = {0};
     memset(r, 0, sizeof *r);
-    r->kernels = kernels_cpu();
-    struct model_options mo = {.dir = o->dir, .max_model_len = o->max_model_len, .load_format = o->load_format,
+    int opened = kernels_open(&r->kernels, o->backend ? o->backend : "cpu", &e);
+    ck_assert_msg(opened == 0, "%s", e.message);
+    struct model_options mo = {.copies_weights = !r->kernels->reads_mapped_weights, .dtype = o->dtype,
+                               .dir = o->dir, .max_model_len = o->max_model_len, .load_format = o->load_format,
                                .max_num_batched_tokens = o->max_tokens, .max_logits_rows = 16, .tp_size = 1};
     int rc = model_create(&r->model, &mo, &e);
     ck_assert_msg(rc == 0, "%s", e.message);
@@ -42,7 +52,10 @@ void rig_init(struct rig *r, const struct rig_options *o)
     ck_assert_int_ge(r->info->max_model_len, o->max_len);
     struct device_options options = {.n_threads = 2, .reference_attention = o->reference_attention, .isa = o->isa,
                                      .max_vocab_size = r->info->vocab_size, .max_context = o->max_len,
-                                     .max_dim = r->info->max_dim, .max_tokens = o->max_tokens};
+                                     .max_dim = r->info->max_dim, .max_tokens = o->max_tokens,
+                                     .max_seqs = 1, .n_heads = r->info->n_heads,
+                                     .n_kv_heads = r->info->n_kv_heads, .head_dim = r->info->head_dim,
+                                     .block_size = o->block_size};
     rc = r->kernels->device_create(&r->device, &options, &e);
     ck_assert_msg(rc == 0, "%s", e.message);
     rc = model_load(r->model, r->kernels, r->device, &e);

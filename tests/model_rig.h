@@ -15,6 +15,8 @@ struct rig_options {
     bool reference_attention;
     const char *isa;            // NULL: the best
     enum load_format load_format;
+    const char *backend;        // NULL: "cpu"
+    enum dtype dtype;           // of copied weights; F32: the checkpoint's
     unsigned seed;              // of the blocks' order
 };
 

@@ -170,7 +170,7 @@ static const struct {
     {"--block-size 48", "", "--block-size 16|32|64"},
     {"--block-size 016", "", "--block-size 16|32|64"},
     {"--load-format pt", "", "--load-format auto|dummy"},
-    {"--backend cuda", "", "--backend auto|cpu"},
+    {"--backend tpu", "", "--backend auto|cpu|cuda"},
     {"--seed -1", "", "--seed 2^64"},
     {"--seed 18446744073709551616", "", "--seed 2^64"},
     {"--kv-cache-memory-bytes 4X", "", "--kv-cache-memory-bytes bytes"},

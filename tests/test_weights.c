@@ -165,6 +165,54 @@ END_TEST
 START_TEST(plan_is_what_is_taken_by_dummies) { bytes_check(all[_i], LOAD_DUMMY); }
 END_TEST
 
+// As for a device that cannot read the map: everything in one allocation, matrices in one type, vectors as they are.
+static void part_check(const struct weight_part *copy, const struct weight_part *original, size_t n_cols, enum dtype dtype)
+{
+    size_t n = original->n_rows * n_cols;
+    uint16_t *expected = malloc(n * sizeof *expected);
+    dtype_convert(expected, dtype, original->data, original->dtype, n);
+    ck_assert_int_eq(copy->dtype, dtype);
+    ck_assert_mem_eq(copy->data, expected, n * sizeof *expected);
+    ck_assert_int_eq(copy->bias.dtype, original->bias.dtype);
+    if (original->bias.data)
+        ck_assert_mem_eq(copy->bias.data, original->bias.data, original->n_rows * dtype_size(original->bias.dtype));
+    free(expected);
+}
+
+START_TEST(copied_weights)
+{
+    char path[128];
+    struct error e = {0};
+    struct device *device = device_make();
+    snprintf(path, sizeof path, VECTORS "%s", all[_i / 3]);
+    struct model_options o = options(path);
+    struct model *original = create(&o);
+    ck_assert_msg(model_load(original, &counting, device, &e) == 0, "%s", e.message);
+    o.copies_weights = true, o.dtype = (enum dtype)(_i % 3);
+    struct model *copy = create(&o);
+    size_t planned = model_info_get(copy)->weights_bytes, before = allocated;
+    int live_before = n_live;
+    ck_assert_msg(model_load(copy, &counting, device, &e) == 0, "%s", e.message);
+    enum dtype dtype = o.dtype != DTYPE_F32 ? o.dtype : original->config.dtype == DTYPE_F16 ? DTYPE_F16 : DTYPE_BF16;
+    ck_assert_int_eq(model_info_get(copy)->dtype, dtype);
+    ck_assert_uint_eq(copy->weights.mapped_bytes, 0);
+    ck_assert_uint_eq(allocated - before, planned + model_info_get(copy)->workspace_bytes);
+    ck_assert_int_eq(n_live - live_before, 2);
+    for (int32_t i = 0; i < original->config.n_layers; i++) {
+        const struct layer_weights *a = &copy->weights.layers[i], *b = &original->weights.layers[i];
+        for (int32_t j = 0; j < b->qkv.n_parts; j++) part_check(&a->qkv.part[j], &b->qkv.part[j], b->qkv.n_cols, dtype);
+        for (int32_t j = 0; j < b->mlp_in.n_parts; j++)
+            part_check(&a->mlp_in.part[j], &b->mlp_in.part[j], b->mlp_in.n_cols, dtype);
+        part_check(&a->mlp_out.part[0], &b->mlp_out.part[0], b->mlp_out.n_cols, dtype);
+    }
+    part_check(&copy->weights.lm_head.part[0], &original->weights.lm_head.part[0], original->weights.lm_head.n_cols, dtype);
+    model_destroy(copy);
+    model_destroy(original);
+    ck_assert_int_eq(n_live, 0);
+    kernels_cpu()->device_destroy(device);
+}
+END_TEST
+
 START_TEST(out_of_memory)
 {
     for (int which = 1; which <= 2; which++) {
@@ -431,6 +479,7 @@ int main(void)
     tcase_set_timeout(tc, 30);
     tcase_add_loop_test(tc, plan_is_what_is_taken, 0, sizeof all / sizeof *all);
     tcase_add_loop_test(tc, plan_is_what_is_taken_by_dummies, 0, sizeof all / sizeof *all);
+    tcase_add_loop_test(tc, copied_weights, 0, 3 * sizeof all / sizeof *all);
     tcase_add_test(tc, out_of_memory);
     tcase_add_test(tc, misaligned_data);
     tcase_add_test(tc, step_too_large);

@@ -46,12 +46,6 @@ static int cpu_copy(struct device *device, void *to, const void *from, size_t by
     return 0;
 }
 
-static const void *cpu_weight_place(struct device *device, const void *host, size_t bytes)
-{
-    (void)device, (void)bytes;
-    return host;
-}
-
 // ---- streams: every op is done when it returns ----------------------------------------------------------------------
 
 static uint64_t cpu_record(struct device *device)
@@ -197,7 +191,7 @@ const struct kernels *kernels_cpu(void)
         .free_host = cpu_free,
         .copy_in = cpu_copy,
         .copy_out = cpu_copy,
-        .weight_place = cpu_weight_place,
+        .reads_mapped_weights = true,
         .record = cpu_record,
         .wait = cpu_wait,
         .history_write = cpu_history_write,

@@ -1,0 +1,355 @@
+/* device.cu: the CUDA backend's table and its device: memory, the stream, tickets, staging of host arrays. */
+#include "kernels/cuda/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    ALIGNMENT = 256,            // of arrays on the device: whole sectors, and what bulk copies want
+    N_TICKETS = 16,             // recorded points that may be waited for
+    LOOSE_BYTES = 8 << 20,      // room of a step for arrays that nobody staged: sampling parameters, prompts, copies
+    OLDEST_SM = 80,
+};
+
+static size_t round_up(size_t n)
+{
+    return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+// ---- errors ---------------------------------------------------------------------------------------------------------
+
+int cuda_check(cudaError_t status, const char *op, struct error *e)
+{
+    if (status == cudaSuccess) return 0;
+    return error_set(e, ERR_DEVICE, "%s: %s (%s)", op, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+int launch_check(const char *op, struct error *e)
+{
+    return cuda_check(cudaGetLastError(), op, e);
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// Threads that load weights come without a current device.
+static void make_current(struct device *d)
+{
+    cudaSetDevice(d->ordinal);
+}
+
+static void *cuda_alloc(struct device *d, size_t bytes)
+{
+    void *memory = NULL;
+    make_current(d);
+    if (cudaMalloc(&memory, bytes ? bytes : 1) != cudaSuccess) {
+        cudaGetLastError(); // it would be taken for a later launch's
+        return NULL;
+    }
+    if (cudaMemsetAsync(memory, 0, bytes, d->stream) == cudaSuccess &&
+        cudaStreamSynchronize(d->stream) == cudaSuccess)
+        return memory;
+    cudaFree(memory);
+    return NULL;
+}
+
+static void cuda_free(struct device *d, void *memory)
+{
+    if (!memory) return;
+    make_current(d);
+    cudaFree(memory);
+}
+
+static void *cuda_alloc_host(struct device *d, size_t bytes)
+{
+    void *memory = NULL;
+    make_current(d);
+    if (cudaHostAlloc(&memory, bytes ? bytes : 1, cudaHostAllocPortable | cudaHostAllocMapped) != cudaSuccess) {
+        cudaGetLastError();
+        return NULL;
+    }
+    return memset(memory, 0, bytes);
+}
+
+static void cuda_free_host(struct device *d, void *memory)
+{
+    if (!memory) return;
+    make_current(d);
+    cudaFreeHost(memory);
+}
+
+static int cuda_copy_in(struct device *d, void *to, const void *from, size_t bytes, struct error *e)
+{
+    make_current(d);
+    // On the stream, behind what alloc or an op may still do there; it returns when `from` may be changed.
+    cudaError_t status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(d->stream);
+    return cuda_check(status, "copy to the device", e);
+}
+
+static int cuda_copy_out(struct device *d, void *to, const void *from, size_t bytes, struct error *e)
+{
+    make_current(d);
+    cudaError_t status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, d->stream);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(d->stream);
+    return cuda_check(status, "copy from the device", e);
+}
+
+// ---- staging --------------------------------------------------------------------------------------------------------
+
+// A slot is used again when what was copied out of it has arrived.
+static cudaError_t next_slot(struct device *d)
+{
+    struct staging *s = &d->staging;
+    cudaError_t status = cudaEventRecord(s->copied[s->slot], d->stream);
+    s->slot = (s->slot + 1) % N_STAGING_SLOTS;
+    return status == cudaSuccess ? cudaEventSynchronize(s->copied[s->slot]) : status;
+}
+
+static void *upload(struct device *d, const void *host, size_t bytes, size_t at, struct error *e)
+{
+    struct staging *s = &d->staging;
+    char *pinned = s->pinned + (size_t)s->slot * s->slot_bytes + at;
+    memcpy(pinned, host, bytes);
+    cudaError_t status = cudaMemcpyAsync(s->arrays + at, pinned, bytes, cudaMemcpyHostToDevice, d->stream);
+    return cuda_check(status, "staging", e) ? NULL : s->arrays + at;
+}
+
+int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, struct error *e)
+{
+    struct staging *s = &d->staging;
+    size_t at = 0;
+    s->n_staged = 0;
+    if (n > MAX_STAGED) return error_set(e, ERR_INVALID, "staging: %d arrays, %d at most", n, MAX_STAGED);
+    if (cuda_check(next_slot(d), "staging", e)) return ERR_DEVICE;
+    for (int32_t i = 0; i < n; i++) {
+        size_t capacity = arrays[i].capacity > arrays[i].bytes ? arrays[i].capacity : arrays[i].bytes;
+        if (at + capacity > s->slot_bytes - LOOSE_BYTES)
+            return error_set(e, ERR_INVALID, "staging: array %d does not fit the %zu bytes of a step", i, s->slot_bytes);
+        void *device = upload(d, arrays[i].host, arrays[i].bytes, at, e);
+        if (!device) return ERR_DEVICE;
+        s->staged[s->n_staged++] = (struct staged){arrays[i].host, device, arrays[i].bytes};
+        at += round_up(capacity);
+    }
+    s->used = s->slot_bytes - LOOSE_BYTES;
+    return 0;
+}
+
+const void *device_array(struct device *d, const void *host, size_t bytes, struct error *e)
+{
+    struct staging *s = &d->staging;
+    for (int32_t i = 0; i < s->n_staged; i++)
+        if (s->staged[i].host == host && bytes <= s->staged[i].bytes) return s->staged[i].device;
+    if (bytes > LOOSE_BYTES / 4) { // an op's few arrays must outlive one turn of the ring
+        error_set(e, ERR_INVALID, "staging: %zu bytes are more than a loose array may have", bytes);
+        return NULL;
+    }
+    if (s->used + bytes > s->slot_bytes) {
+        if (cuda_check(next_slot(d), "staging", e)) return NULL;
+        s->used = s->slot_bytes - LOOSE_BYTES;
+    }
+    const void *device = upload(d, host, bytes, s->used, e);
+    s->used += round_up(bytes);
+    return device;
+}
+
+static size_t staging_bytes(const struct device_options *o)
+{
+    size_t tokens = round_up((size_t)o->max_tokens * sizeof(int32_t)), seqs = (size_t)o->max_seqs;
+    size_t max_blocks = ((size_t)o->max_context + (size_t)o->block_size - 1) / (size_t)o->block_size;
+    size_t table = round_up(seqs * (max_blocks + 2) * sizeof(int32_t)); // the engine's rows may be longer by a little
+    return 8 * tokens + 2 * round_up((seqs + 1) * sizeof(int32_t)) + table + LOOSE_BYTES;
+}
+
+// ---- the stream -----------------------------------------------------------------------------------------------------
+
+static uint64_t cuda_record(struct device *d)
+{
+    uint64_t ticket = d->n_recorded++;
+    cudaEventRecord(d->tickets[ticket % N_TICKETS], d->stream);
+    return ticket;
+}
+
+static int cuda_wait(struct device *d, uint64_t ticket, struct error *e)
+{
+    return cuda_check(cudaEventSynchronize(d->tickets[ticket % N_TICKETS]), "waiting for the device", e);
+}
+
+// ---- device ---------------------------------------------------------------------------------------------------------
+
+static int check_options(const struct device_options *o, struct error *e)
+{
+    const struct { const char *name; int32_t value; } sizes[] = {
+        {"max_vocab_size", o->max_vocab_size}, {"max_context", o->max_context}, {"max_dim", o->max_dim},
+        {"max_tokens", o->max_tokens}, {"max_seqs", o->max_seqs}, {"n_heads", o->n_heads},
+        {"n_kv_heads", o->n_kv_heads}, {"head_dim", o->head_dim}, {"block_size", o->block_size},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value < 1) return error_set(e, ERR_INVALID, "device: %s is %d", sizes[i].name, sizes[i].value);
+    return 0;
+}
+
+// 0 if there is a GPU that this library has code for, else what is in the way.
+static int probe(int ordinal, struct cudaDeviceProp *prop, struct error *e)
+{
+    int n = 0;
+    cudaError_t status = cudaGetDeviceCount(&n);
+    if (status != cudaSuccess || n <= ordinal) {
+        cudaGetLastError();
+        return error_set(e, ERR_UNSUPPORTED, "no usable GPU: %s",
+                         status == cudaSuccess ? "the driver shows none" : cudaGetErrorString(status));
+    }
+    if (cuda_check(cudaGetDeviceProperties(prop, ordinal), "the GPU's properties", e)) return ERR_DEVICE;
+    if (prop->major * 10 + prop->minor >= OLDEST_SM) return 0;
+    return error_set(e, ERR_UNSUPPORTED, "%.64s has compute capability %d.%d; 8.0 is the oldest that is supported",
+                     prop->name, prop->major, prop->minor);
+}
+
+extern "C" __attribute__((visibility("default"))) int gptd_cuda_probe(struct error *e)
+{
+    struct cudaDeviceProp prop;
+    return probe(0, &prop, e);
+}
+
+static int open_gpu(struct device *d, struct error *e)
+{
+    struct cudaDeviceProp prop;
+    int rc = probe(d->ordinal, &prop, e);
+    if (rc) return rc;
+    d->sm = prop.major * 10 + prop.minor;
+    d->n_sms = prop.multiProcessorCount;
+    d->l2_bytes = (size_t)prop.l2CacheSize;
+    snprintf(d->description, sizeof d->description, "%.64s, sm_%d, %d multiprocessors, %.1f GiB", prop.name, d->sm,
+             d->n_sms, (double)prop.totalGlobalMem / (1 << 30));
+    return cuda_check(cudaSetDevice(d->ordinal), "choosing the GPU", e);
+}
+
+static int create_stream(struct device *d, struct error *e)
+{
+    if (cuda_check(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream", e)) return ERR_DEVICE;
+    d->tickets = (cudaEvent_t *)calloc(N_TICKETS, sizeof *d->tickets);
+    if (!d->tickets) return error_set(e, ERR_NOMEM, "device: out of memory");
+    for (int i = 0; i < N_TICKETS; i++)
+        if (cuda_check(cudaEventCreateWithFlags(&d->tickets[i], cudaEventDisableTiming), "an event", e))
+            return ERR_DEVICE;
+    for (int i = 0; i < N_STAGING_SLOTS; i++)
+        if (cuda_check(cudaEventCreateWithFlags(&d->staging.copied[i], cudaEventDisableTiming), "an event", e))
+            return ERR_DEVICE;
+    return 0;
+}
+
+static size_t largest(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+static int allocate(struct device *d, struct error *e)
+{
+    struct staging *s = &d->staging;
+    s->slot_bytes = round_up(staging_bytes(&d->options));
+    s->used = s->slot_bytes - LOOSE_BYTES;
+    s->pinned = (char *)cuda_alloc_host(d, N_STAGING_SLOTS * s->slot_bytes);
+    s->arrays = (char *)cuda_alloc(d, s->slot_bytes);
+    d->scratch_bytes = largest(largest(cuda_attention_scratch_bytes(d), cuda_sample_scratch_bytes(d)),
+                               cuda_linear_scratch_bytes(d));
+    d->scratch = cuda_alloc(d, d->scratch_bytes);
+    if (s->pinned && s->arrays && d->scratch) return 0;
+    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of scratch and %zu of staging", d->scratch_bytes,
+                     s->slot_bytes);
+}
+
+static void cuda_device_destroy(struct device *d)
+{
+    if (!d) return;
+    if (d->stream) {
+        make_current(d);
+        cudaStreamSynchronize(d->stream);
+        cuda_linear_destroy(d);
+        for (int i = 0; i < N_STAGING_SLOTS; i++)
+            if (d->staging.copied[i]) cudaEventDestroy(d->staging.copied[i]);
+        for (int i = 0; d->tickets && i < N_TICKETS; i++)
+            if (d->tickets[i]) cudaEventDestroy(d->tickets[i]);
+        cuda_free_host(d, d->staging.pinned);
+        cuda_free(d, d->staging.arrays);
+        cuda_free(d, d->scratch);
+        cudaStreamDestroy(d->stream);
+    }
+    free(d->tickets);
+    free(d);
+}
+
+static int cuda_device_create(struct device **out, const struct device_options *options, struct error *e)
+{
+    *out = NULL;
+    struct error own;
+    if (!e) e = &own;
+    struct device *d = (struct device *)calloc(1, sizeof *d);
+    if (!d) return error_set(e, ERR_NOMEM, "device: out of memory");
+    d->options = *options;
+    d->options.isa = NULL;
+    if (check_options(options, e) || open_gpu(d, e) || create_stream(d, e) || cuda_linear_create(d, e) ||
+        allocate(d, e)) {
+        cuda_device_destroy(d);
+        return e->code;
+    }
+    *out = d;
+    return 0;
+}
+
+static const char *cuda_device_description(struct device *d)
+{
+    return d->description;
+}
+
+static size_t cuda_device_memory(struct device *d)
+{
+    size_t free_bytes = 0, total = 0;
+    make_current(d);
+    if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) return 0;
+    return free_bytes + d->scratch_bytes + d->staging.slot_bytes; // what is ours already counts as there
+}
+
+static enum dtype cuda_activation_dtype(struct device *d, enum dtype weights)
+{
+    (void)d;
+    return weights;
+}
+
+static size_t cuda_scratch_bytes(struct device *d)
+{
+    return d->scratch_bytes + d->staging.slot_bytes;
+}
+
+extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_kernels_cuda(void)
+{
+    static struct kernels table;
+    table.name = "cuda";
+    table.asynchronous = true;
+    table.device_create = cuda_device_create;
+    table.device_destroy = cuda_device_destroy;
+    table.device_description = cuda_device_description;
+    table.device_memory = cuda_device_memory;
+    table.activation_dtype = cuda_activation_dtype;
+    table.scratch_bytes = cuda_scratch_bytes;
+    table.alloc = cuda_alloc;
+    table.free = cuda_free;
+    table.alloc_host = cuda_alloc_host;
+    table.free_host = cuda_free_host;
+    table.copy_in = cuda_copy_in;
+    table.copy_out = cuda_copy_out;
+    table.record = cuda_record;
+    table.wait = cuda_wait;
+    table.stage = cuda_stage;
+    table.history_write = cuda_history_write;
+    table.copy_blocks = cuda_copy_blocks;
+    table.embedding = cuda_embedding;
+    table.norm = cuda_norm;
+    table.linear = cuda_linear;
+    table.rope_table = cuda_rope_table;
+    table.rope_kv_write = cuda_rope_kv_write;
+    table.attention = cuda_attention;
+    table.activation = cuda_activation;
+    table.gather_rows = cuda_gather_rows;
+    table.sample = cuda_sample;
+    return &table;
+}

@@ -1,0 +1,315 @@
+/* linear.cu: out[T, N] = x[T, K] w[N, K]^T (+ bias) (+ out).
+ *
+ * More than GEMV_ROWS rows: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept, never
+ * timed). Up to GEMV_ROWS rows: a matrix-vector kernel of our own, bound by reading w once:
+ *   grid ceil(N / (WARPS * 2)), 128 threads; a warp owns two rows of w; 16 bytes a lane and load, 4 loads of each row in
+ *   flight. Sum of an element: each lane its columns ascending by 256, then a fixed tree over the lanes: the same bits
+ *   for any T the kernel takes. Bytes: N K sizeof(w) + T (K + N) sizeof(x).
+ * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
+ */
+#include <cublasLt.h>
+#include <stdlib.h>
+
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/types.cuh"
+
+enum {
+    GEMV_ROWS = 4,
+    WARPS = 4,
+    ROWS_PER_WARP = 2,
+    LOADS = 4,             // of 16 bytes of a row in flight in a lane
+    VECTOR = 8,            // elements of 16 bytes
+    MAX_ALGOS = 1024,
+    WORKSPACE_BYTES = 32 << 20,
+};
+
+// One matrix: a run of parts that lie together.
+struct product {
+    const void *w, *bias;
+    enum dtype dtype, bias_dtype;
+    size_t n_rows, column; // column of out where it begins
+};
+
+struct gemm_key {
+    size_t T, N, K, ldo;
+    enum dtype x, out;
+    bool accumulate;
+};
+
+struct algo {
+    struct gemm_key key;
+    cublasLtMatmulAlgo_t algo;
+    bool used;
+};
+
+struct cublas {
+    cublasLtHandle_t handle;
+    void *workspace;
+    struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
+};
+
+// ---- few rows -------------------------------------------------------------------------------------------------------
+
+struct gemv_args {
+    const void *x, *w, *bias;    // [T, K], [N, K], [N]
+    void *out;                   // [T, ldo]
+    enum dtype bias_dtype;
+    int32_t N, K;
+    size_t ldo;
+    bool accumulate;
+};
+
+template <typename T> __device__ __forceinline__ float dot8(uint4 a, uint4 b, float sum)
+{
+    union { uint4 bits; T element[VECTOR]; } x, y;
+    x.bits = a, y.bits = b;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sum = fmaf(to_float(x.element[i]), to_float(y.element[i]), sum);
+    return sum;
+}
+
+__device__ __forceinline__ uint4 load_once(const uint4 *p)
+{
+    uint4 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+    return r;
+}
+
+template <typename T, typename Out, int N_X>
+__global__ void __launch_bounds__(WARPS * 32) gemv_kernel(const struct gemv_args a)
+{
+    int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS_PER_WARP;
+    if (first >= a.N) return;
+    const uint4 *w[ROWS_PER_WARP], *x = (const uint4 *)a.x;
+    int n_vectors = a.K / VECTOR;
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++)
+        w[r] = (const uint4 *)((const T *)a.w + (size_t)min(first + r, a.N - 1) * a.K);
+    float sum[ROWS_PER_WARP][N_X] = {};
+    for (int v = lane; v < n_vectors; v += 32 * LOADS) {
+        uint4 weights[LOADS][ROWS_PER_WARP];
+#pragma unroll
+        for (int l = 0; l < LOADS; l++)
+#pragma unroll
+            for (int r = 0; r < ROWS_PER_WARP; r++)
+                weights[l][r] = v + 32 * l < n_vectors ? load_once(w[r] + v + 32 * l) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            if (v + 32 * l >= n_vectors) continue;
+#pragma unroll
+            for (int i = 0; i < N_X; i++) {
+                uint4 row = x[(size_t)i * n_vectors + v + 32 * l];
+#pragma unroll
+                for (int r = 0; r < ROWS_PER_WARP; r++) sum[r][i] = dot8<T>(weights[l][r], row, sum[r][i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++) {
+#pragma unroll
+        for (int i = 0; i < N_X; i++) {
+#pragma unroll
+            for (int s = 16; s > 0; s /= 2) sum[r][i] += __shfl_xor_sync(~0u, sum[r][i], s);
+        }
+        if (lane >= N_X || first + r >= a.N) continue;
+        float value = 0;
+#pragma unroll
+        for (int i = 0; i < N_X; i++) value = lane == i ? sum[r][i] : value;
+        Out *out = (Out *)a.out + (size_t)lane * a.ldo + first + r;
+        if (a.bias) value += load_as_float(a.bias, a.bias_dtype, first + r);
+        if (a.accumulate) value += to_float(*out);
+        *out = from_float<Out>(value);
+    }
+}
+
+template <typename T, typename Out> static void launch_gemv(cudaStream_t stream, int n_x, const struct gemv_args *a)
+{
+    unsigned grid = (unsigned)((a->N + WARPS * ROWS_PER_WARP - 1) / (WARPS * ROWS_PER_WARP)), block = WARPS * 32;
+    switch (n_x) {
+    case 1: gemv_kernel<T, Out, 1><<<grid, block, 0, stream>>>(*a); break;
+    case 2: gemv_kernel<T, Out, 2><<<grid, block, 0, stream>>>(*a); break;
+    case 3: gemv_kernel<T, Out, 3><<<grid, block, 0, stream>>>(*a); break;
+    default: gemv_kernel<T, Out, 4><<<grid, block, 0, stream>>>(*a); break;
+    }
+}
+
+static int run_gemv(struct device *d, const struct linear_params *p, const struct product *m, struct error *e)
+{
+    struct gemv_args a = {};
+    size_t out_size = dtype_size(p->out.dtype);
+    a.x = p->x.data, a.w = m->w, a.bias = m->bias, a.bias_dtype = m->bias_dtype;
+    a.out = (char *)p->out.data + m->column * out_size, a.ldo = p->out.shape[1];
+    a.N = (int32_t)m->n_rows, a.K = (int32_t)p->weight->n_cols, a.accumulate = p->accumulate;
+    int n_x = (int)p->x.shape[0];
+    bool wide = p->out.dtype == DTYPE_F32;
+    if (p->x.dtype == DTYPE_BF16 && wide) launch_gemv<__nv_bfloat16, float>(d->stream, n_x, &a);
+    else if (p->x.dtype == DTYPE_BF16) launch_gemv<__nv_bfloat16, __nv_bfloat16>(d->stream, n_x, &a);
+    else if (wide) launch_gemv<__half, float>(d->stream, n_x, &a);
+    else launch_gemv<__half, __half>(d->stream, n_x, &a);
+    return launch_check("linear", e);
+}
+
+// ---- cuBLASLt -------------------------------------------------------------------------------------------------------
+
+static cudaDataType_t cuda_type(enum dtype dtype)
+{
+    return dtype == DTYPE_BF16 ? CUDA_R_16BF : dtype == DTYPE_F16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
+static int blas_check(cublasStatus_t status, const char *what, struct error *e)
+{
+    if (status == CUBLAS_STATUS_SUCCESS) return 0;
+    return error_set(e, ERR_DEVICE, "linear: %s: %s", what, cublasLtGetStatusString(status));
+}
+
+struct gemm {
+    cublasLtMatmulDescOpaque_t op;
+    cublasLtMatrixLayoutOpaque_t w, x, out;
+};
+
+// Our row-major out[T, N] is cuBLAS's column-major [N, T]: w^T (its [K, N]) times x (its [K, T]).
+static int describe(struct gemm *g, const struct gemm_key *k, struct error *e)
+{
+    cublasOperation_t transposed = CUBLAS_OP_T;
+    cublasStatus_t s = cublasLtMatmulDescInit(&g->op, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    if (!s) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
+    if (!s) s = cublasLtMatrixLayoutInit(&g->w, cuda_type(k->x), k->K, k->N, (int64_t)k->K);
+    if (!s) s = cublasLtMatrixLayoutInit(&g->x, cuda_type(k->x), k->K, k->T, (int64_t)k->K);
+    if (!s) s = cublasLtMatrixLayoutInit(&g->out, cuda_type(k->out), k->N, k->T, (int64_t)k->ldo);
+    return blas_check(s, "describing a product", e);
+}
+
+static size_t hash(const struct gemm_key *k)
+{
+    size_t h = k->T * 0x9E3779B97F4A7C15u ^ k->N * 0xC2B2AE3D27D4EB4Fu ^ k->K * 0x165667B19E3779F9u;
+    h ^= (k->ldo * 4 + (size_t)k->out) * 0x27D4EB2F165667C5u ^ (size_t)k->x * 31 ^ (size_t)k->accumulate;
+    return (h ^ h >> 29) % MAX_ALGOS;
+}
+
+static bool same_key(const struct gemm_key *a, const struct gemm_key *b)
+{
+    return a->T == b->T && a->N == b->N && a->K == b->K && a->ldo == b->ldo && a->x == b->x && a->out == b->out &&
+           a->accumulate == b->accumulate;
+}
+
+static int find_algo(struct cublas *c, struct gemm *g, const struct gemm_key *key, struct algo **found, struct error *e)
+{
+    struct algo *slot = &c->algos[hash(key)];
+    *found = slot;
+    if (slot->used && same_key(&slot->key, key)) return 0;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    size_t bytes = WORKSPACE_BYTES;
+    int n = 0;
+    cublasLtMatmulHeuristicResult_t best;
+    cublasStatus_t s = cublasLtMatmulPreferenceInit(&preference);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
+                                                     sizeof bytes);
+    if (!s) s = cublasLtMatmulAlgoGetHeuristic(c->handle, &g->op, &g->w, &g->x, &g->out, &g->out, &preference, 1, &best, &n);
+    if (!s && n == 0) s = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (s)
+        return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]: %s", key->T, key->K, key->N,
+                         key->K, cublasLtGetStatusString(s));
+    slot->key = *key, slot->algo = best.algo, slot->used = true;
+    return 0;
+}
+
+// out[t][column + i] += bias[i]. One block a row.
+template <typename T>
+__global__ void add_bias_kernel(T *out, size_t ldo, const void *bias, enum dtype bias_dtype, int32_t n)
+{
+    out += (size_t)blockIdx.x * ldo;
+    for (int32_t i = threadIdx.x; i < n; i += blockDim.x)
+        out[i] = from_float<T>(to_float(out[i]) + load_as_float(bias, bias_dtype, i));
+}
+
+static int run_gemm(struct device *d, const struct linear_params *p, const struct product *m, struct error *e)
+{
+    struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
+                           p->accumulate};
+    struct gemm g;
+    struct algo *algo;
+    if (describe(&g, &key, e) || find_algo(d->cublas, &g, &key, &algo, e)) return ERR_DEVICE;
+    const float one = 1, beta = p->accumulate ? 1 : 0;
+    char *out = (char *)p->out.data + m->column * dtype_size(p->out.dtype);
+    cublasStatus_t s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out,
+                                      &g.out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
+    if (blas_check(s, "a product", e)) return ERR_DEVICE;
+    if (!m->bias) return 0;
+    FOR_ACTIVATION_TYPE(p->out.dtype, T_, add_bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
+        (T_ *)out, key.ldo, m->bias, m->bias_dtype, (int32_t)m->n_rows));
+    return launch_check("linear's bias", e);
+}
+
+// ---- the op ---------------------------------------------------------------------------------------------------------
+
+static int check(const struct linear_params *p, struct error *e)
+{
+    const struct weight *w = p->weight;
+    if (w->n_parts < 1 || w->n_parts > MAX_WEIGHT_PARTS || w->n_cols < 1)
+        return error_set(e, ERR_INVALID, "linear: %d parts of %zu columns", w->n_parts, w->n_cols);
+    size_t n_rows = 0;
+    for (int32_t i = 0; i < w->n_parts; i++) {
+        if (w->part[i].dtype != p->x.dtype || w->part[i].scales)
+            return error_set(e, ERR_UNSUPPORTED, "linear: part %d has %s weights%s, the activations are %s", i,
+                             dtype_name(w->part[i].dtype), w->part[i].scales ? " with scales" : "", dtype_name(p->x.dtype));
+        n_rows += w->part[i].n_rows;
+    }
+    if (p->x.n_dims != 2 || p->out.n_dims != 2 || p->x.shape[0] < 1 || p->x.shape[1] != w->n_cols ||
+        p->out.shape[1] != n_rows || p->x.shape[0] != p->out.shape[0] ||
+        (p->out.dtype != p->x.dtype && p->out.dtype != DTYPE_F32))
+        return error_set(e, ERR_INVALID, "linear: x [%zu, %zu], weight [%zu, %zu], out [%zu, %zu]", p->x.shape[0],
+                         p->x.shape[1], n_rows, w->n_cols, p->out.shape[0], p->out.shape[1]);
+    return 0;
+}
+
+// The products that make up the weight. Returns how many.
+static int32_t find_products(const struct weight *w, struct product products[MAX_WEIGHT_PARTS])
+{
+    int32_t n = 0;
+    size_t column = 0;
+    for (int32_t i = 0; i < w->n_parts; i++) {
+        const struct weight_part *part = &w->part[i];
+        struct product *last = n ? &products[n - 1] : NULL;
+        bool joins = last && !last->bias && !part->bias.data &&
+                     (const char *)last->w + last->n_rows * w->n_cols * dtype_size(last->dtype) == part->data;
+        if (joins) last->n_rows += part->n_rows;
+        else products[n++] = (struct product){part->data, part->bias.data, part->dtype, part->bias.dtype, part->n_rows,
+                                              column};
+        column += part->n_rows;
+    }
+    return n;
+}
+
+int cuda_linear(struct device *d, const struct linear_params *p, struct error *e)
+{
+    int rc = check(p, e);
+    if (rc) return rc;
+    struct product products[MAX_WEIGHT_PARTS];
+    int32_t n = find_products(p->weight, products);
+    bool few = p->x.shape[0] <= GEMV_ROWS && p->x.dtype != DTYPE_F32 && p->weight->n_cols % VECTOR == 0;
+    for (int32_t i = 0; i < n && !rc; i++) rc = few ? run_gemv(d, p, &products[i], e) : run_gemm(d, p, &products[i], e);
+    return rc;
+}
+
+size_t cuda_linear_scratch_bytes(const struct device *d)
+{
+    (void)d;
+    return 0;
+}
+
+int cuda_linear_create(struct device *d, struct error *e)
+{
+    d->cublas = (struct cublas *)calloc(1, sizeof *d->cublas);
+    if (!d->cublas) return error_set(e, ERR_NOMEM, "device: out of memory");
+    if (blas_check(cublasLtCreate(&d->cublas->handle), "cuBLASLt", e)) return ERR_DEVICE;
+    return cuda_check(cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES), "linear: workspace", e);
+}
+
+void cuda_linear_destroy(struct device *d)
+{
+    if (!d->cublas) return;
+    cudaFree(d->cublas->workspace);
+    if (d->cublas->handle) cublasLtDestroy(d->cublas->handle);
+    free(d->cublas);
+}

@@ -1,0 +1,94 @@
+/* norm.cu: RMS and layer norm, with the residual added first.
+ *
+ * Grid: one block a row, 256 threads; the row stays in shared memory as F32 between the passes (dim <= 32,768).
+ * Bytes: x and out once, residual and x again if there is one: bound by the memory for many rows, by latency for few.
+ * Sums: each thread its own columns in ascending order, then a fixed tree: the same bits whatever the batch.
+ */
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/types.cuh"
+
+enum { THREADS = 256, WARPS = THREADS / 32, MAX_DIM = 32768 };
+
+struct norm_args {
+    void *out, *x;
+    const void *residual;       // NULL: none
+    const void *weight, *bias;  // bias NULL: none
+    enum dtype weight_dtype, bias_dtype;
+    int32_t dim;
+    float eps;
+    bool layer;
+};
+
+// The sum over the block, in every thread.
+__device__ __forceinline__ float block_sum(float x, float *warp_sums)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) x += warp_sums[i];
+    __syncthreads();
+    return x;
+}
+
+template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(const struct norm_args a)
+{
+    extern __shared__ float row[]; // [dim]
+    __shared__ float warp_sums[WARPS];
+    T *x = (T *)a.x + (size_t)blockIdx.x * a.dim, *out = (T *)a.out + (size_t)blockIdx.x * a.dim;
+    const T *residual = a.residual ? (const T *)a.residual + (size_t)blockIdx.x * a.dim : NULL;
+    float sum = 0;
+    for (int32_t i = threadIdx.x; i < a.dim; i += THREADS) {
+        float value = to_float(x[i]);
+        if (residual) {
+            x[i] = from_float<T>(value + to_float(residual[i]));
+            value = to_float(x[i]);
+        }
+        row[i] = value;
+        sum += a.layer ? value : value * value;
+    }
+    sum = block_sum(sum, warp_sums);
+    float mean = 0, scale;
+    if (a.layer) {
+        mean = sum / a.dim, sum = 0;
+        for (int32_t i = threadIdx.x; i < a.dim; i += THREADS) sum += (row[i] - mean) * (row[i] - mean);
+        sum = block_sum(sum, warp_sums);
+    }
+    scale = 1.0f / sqrtf(sum / a.dim + a.eps);
+    for (int32_t i = threadIdx.x; i < a.dim; i += THREADS) {
+        float value = (row[i] - mean) * scale * load_as_float(a.weight, a.weight_dtype, i);
+        if (a.bias) value += load_as_float(a.bias, a.bias_dtype, i);
+        out[i] = from_float<T>(value);
+    }
+}
+
+template <typename T> static cudaError_t launch(cudaStream_t stream, unsigned n_rows, const struct norm_args *a)
+{
+    size_t shared = (size_t)a->dim * sizeof(float);
+    if (shared > 48 * 1024) {
+        cudaError_t status = cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        if (status != cudaSuccess) return status;
+    }
+    norm_kernel<T><<<n_rows, THREADS, shared, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
+{
+    size_t T = p->x.shape[0], dim = p->x.shape[1];
+    if (p->x.n_dims != 2 || p->out.n_dims != 2 || T < 1 || dim < 1 || dim > MAX_DIM || p->out.dtype != p->x.dtype ||
+        p->out.shape[0] != T || p->out.shape[1] != dim || p->weight.shape[0] != dim ||
+        (p->bias.data && p->bias.shape[0] != dim) ||
+        (p->residual.data && (p->residual.dtype != p->x.dtype || p->residual.shape[0] != T || p->residual.shape[1] != dim)))
+        return error_set(e, ERR_INVALID, "norm: shapes do not fit");
+    struct norm_args a = {};
+    a.out = p->out.data, a.x = p->x.data, a.residual = p->residual.data;
+    a.weight = p->weight.data, a.weight_dtype = p->weight.dtype;
+    a.bias = p->bias.data, a.bias_dtype = p->bias.dtype;
+    a.dim = (int32_t)dim, a.eps = p->eps, a.layer = p->kind == NORM_LAYER;
+    cudaError_t status;
+    FOR_ACTIVATION_TYPE(p->x.dtype, T_, status = launch<T_>(d->stream, (unsigned)T, &a));
+    return cuda_check(status, "norm", e);
+}

@@ -1,0 +1,408 @@
+/* test_cuda_ops.c: the CUDA backend's ops against the CPU's, on fresh random data in both 16-bit types.
+ *
+ * The CPU backend computes in F32 on the same rounded inputs, so what separates the two is the rounding of the output and
+ * the order of sums. Outputs are poisoned first. GPU suites do not fork.
+ */
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels/kernels.h"
+
+enum { MAX_TOKENS = 600, MAX_DIM = 4096, MAX_SEQS = 64, VOCAB = 1000, BLOCK = 64, CONTEXT = 1024 };
+
+static const struct kernels *gpu, *cpu;
+static struct device *gpu_device, *cpu_device;
+static struct error e;
+
+static void check(int rc)
+{
+    ck_assert_msg(rc == 0, "%s", e.message);
+}
+
+static float random_normal(void)
+{
+    float sum = 0;
+    for (int i = 0; i < 4; i++) sum += (float)rand() / (float)RAND_MAX - 0.5f;
+    return sum * 1.7f;
+}
+
+static int32_t random_int(int32_t low, int32_t high)
+{
+    return low + rand() % (high - low + 1);
+}
+
+// The same numbers on both sides: of `dtype` on the GPU, the same values in F32 on the CPU.
+struct pair {
+    struct tensor g, c;
+};
+
+static struct pair pair_of(enum dtype dtype, size_t rows, size_t cols)
+{
+    size_t n = rows * cols;
+    struct pair p = {{NULL, dtype, 2, {rows, cols}}, {NULL, DTYPE_F32, 2, {rows, cols}}};
+    float *values = malloc(n * sizeof *values);
+    char *bits = malloc(n * dtype_size(dtype));
+    for (size_t i = 0; i < n; i++) values[i] = random_normal();
+    dtype_convert(bits, dtype, values, DTYPE_F32, n);
+    p.g.data = gpu->alloc(gpu_device, n * dtype_size(dtype));
+    check(gpu->copy_in(gpu_device, p.g.data, bits, n * dtype_size(dtype), &e));
+    p.c.data = values;
+    dtype_convert(values, DTYPE_F32, bits, dtype, n);
+    free(bits);
+    return p;
+}
+
+static void poison(struct pair *p)
+{
+    size_t n = p->g.shape[0] * p->g.shape[1], bytes = n * dtype_size(p->g.dtype);
+    void *bits = malloc(bytes);
+    memset(bits, 0xFF, bytes);
+    check(gpu->copy_in(gpu_device, p->g.data, bits, bytes, &e));
+    memset(p->c.data, 0xFF, n * sizeof(float));
+    free(bits);
+}
+
+static void pair_free(struct pair *p)
+{
+    gpu->free(gpu_device, p->g.data);
+    free(p->c.data);
+}
+
+// ‖gpu − cpu‖ / ‖cpu‖ of both tensors.
+static double distance(const struct pair *p)
+{
+    size_t n = p->g.shape[0] * p->g.shape[1], bytes = n * dtype_size(p->g.dtype);
+    char *bits = malloc(bytes);
+    float *values = malloc(n * sizeof *values);
+    check(gpu->wait(gpu_device, gpu->record(gpu_device), &e));
+    check(gpu->copy_out(gpu_device, bits, p->g.data, bytes, &e));
+    dtype_convert(values, DTYPE_F32, bits, p->g.dtype, n);
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        double want = ((float *)p->c.data)[i];
+        difference += (values[i] - want) * (values[i] - want);
+        norm += want * want;
+    }
+    free(bits), free(values);
+    return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
+}
+
+// What rounding to the type alone costs is about 2^-9 / sqrt 3 for BF16 and 2^-12 / sqrt 3 for F16.
+static void expect_close(const struct pair *p, double factor, const char *what)
+{
+    double unit = p->g.dtype == DTYPE_BF16 ? 0x1p-9 : p->g.dtype == DTYPE_F16 ? 0x1p-12 : 0x1p-18, d = distance(p);
+    ck_assert_msg(d <= factor * unit, "%s, %s [%zu, %zu]: %.3g away, more than %.3g", what, dtype_name(p->g.dtype),
+                  p->g.shape[0], p->g.shape[1], d, factor * unit);
+}
+
+static enum dtype type_of(int i)
+{
+    return i % 2 ? DTYPE_F16 : DTYPE_BF16;
+}
+
+START_TEST(linear)
+{
+    static const size_t tokens[] = {1, 2, 3, 4, 5, 8, 17, 64, 300, 600}, dims[] = {8, 40, 64, 192, 264, 1000, 2048, 4096};
+    for (int round = 0; round < 60; round++) {
+        enum dtype dtype = type_of(round);
+        size_t T = tokens[round % 10], K = dims[random_int(0, 7)], n = 0;
+        struct weight gw = {.n_cols = K}, cw = {.n_cols = K};
+        struct pair parts[3], biases[3];
+        gw.n_parts = cw.n_parts = random_int(1, 3);
+        bool bias = random_int(0, 1), accumulate = random_int(0, 1), wide = !accumulate && random_int(0, 1);
+        for (int i = 0; i < gw.n_parts; i++) {
+            size_t rows = dims[random_int(0, 6)];
+            parts[i] = pair_of(dtype, rows, K);
+            biases[i] = pair_of(DTYPE_F32, 1, rows);
+            gw.part[i] = (struct weight_part){.data = parts[i].g.data, .dtype = dtype, .n_rows = rows};
+            cw.part[i] = (struct weight_part){.data = parts[i].c.data, .dtype = DTYPE_F32, .n_rows = rows};
+            if (bias) gw.part[i].bias = biases[i].g, cw.part[i].bias = biases[i].c;
+            if (bias) gw.part[i].bias.shape[0] = cw.part[i].bias.shape[0] = rows;
+            n += rows;
+        }
+        struct pair x = pair_of(dtype, T, K), out = pair_of(wide ? DTYPE_F32 : dtype, T, n);
+        if (!accumulate) poison(&out);
+        struct linear_params g = {out.g, x.g, &gw, accumulate}, c = {out.c, x.c, &cw, accumulate};
+        check(gpu->linear(gpu_device, &g, &e));
+        check(cpu->linear(cpu_device, &c, &e));
+        expect_close(&out, wide ? 8 : bias ? 2 : 1, "linear");
+        pair_free(&x), pair_free(&out);
+        for (int i = 0; i < gw.n_parts; i++) pair_free(&parts[i]), pair_free(&biases[i]);
+    }
+}
+END_TEST
+
+START_TEST(norm)
+{
+    static const size_t dims[] = {1, 7, 64, 192, 1000, 4096};
+    for (int round = 0; round < 24; round++) {
+        enum dtype dtype = type_of(round);
+        size_t T = (size_t)random_int(1, 70), dim = dims[round % 6];
+        struct pair x = pair_of(dtype, T, dim), out = pair_of(dtype, T, dim), r = pair_of(dtype, T, dim);
+        struct pair w = pair_of(round % 3 ? dtype : DTYPE_F32, 1, dim), b = pair_of(DTYPE_F32, 1, dim);
+        w.g.shape[0] = w.c.shape[0] = b.g.shape[0] = b.c.shape[0] = dim;
+        w.g.n_dims = w.c.n_dims = b.g.n_dims = b.c.n_dims = 1;
+        poison(&out);
+        struct norm_params g = {.out = out.g, .x = x.g, .weight = w.g, .kind = round % 4 < 2 ? NORM_RMS : NORM_LAYER,
+                                .eps = 1e-5f}, c = g;
+        c.out = out.c, c.x = x.c, c.weight = w.c;
+        if (g.kind == NORM_LAYER) g.bias = b.g, c.bias = b.c;
+        if (round % 2) g.residual = r.g, c.residual = r.c;
+        if (dim == 1 && g.kind == NORM_LAYER) continue; // all rounding
+        check(gpu->norm(gpu_device, &g, &e));
+        check(cpu->norm(cpu_device, &c, &e));
+        expect_close(&out, round % 2 ? 3 : 1.5, "norm");
+        expect_close(&x, 1, "norm's residual stream");
+        pair_free(&x), pair_free(&out), pair_free(&r), pair_free(&w), pair_free(&b);
+    }
+}
+END_TEST
+
+START_TEST(activation)
+{
+    for (int round = 0; round < 32; round++) {
+        enum dtype dtype = type_of(round);
+        bool gated = round % 4 < 2;
+        size_t T = (size_t)random_int(1, 50), m = (size_t)random_int(1, 3) * (size_t)random_int(1, 700);
+        struct pair x = pair_of(dtype, T, gated ? 2 * m : m), out = pair_of(dtype, T, m);
+        poison(&out);
+        struct activation_params g = {out.g, x.g, (enum activation)(round / 4 % 4), gated}, c = {out.c, x.c, g.kind, gated};
+        check(gpu->activation(gpu_device, &g, &e));
+        check(cpu->activation(cpu_device, &c, &e));
+        expect_close(&out, 1.2, "activation");
+        pair_free(&x), pair_free(&out);
+    }
+}
+END_TEST
+
+START_TEST(embedding_and_rows)
+{
+    struct history history = {gpu->alloc(gpu_device, 4 * CONTEXT * sizeof(int32_t)), 4, CONTEXT};
+    struct history host = {calloc(4 * CONTEXT, sizeof(int32_t)), 4, CONTEXT};
+    for (int32_t s = 0; s < 4; s++) {
+        int32_t tokens[CONTEXT];
+        for (int i = 0; i < CONTEXT; i++) tokens[i] = random_int(0, VOCAB - 1);
+        check(gpu->history_write(gpu_device, history, s, s, tokens, CONTEXT - s, &e));
+        check(cpu->history_write(cpu_device, host, s, s, tokens, CONTEXT - s, &e));
+    }
+    for (int round = 0; round < 12; round++) {
+        enum dtype dtype = type_of(round);
+        int32_t T = random_int(1, MAX_TOKENS), tokens[MAX_TOKENS], positions[MAX_TOKENS], rows[MAX_TOKENS];
+        size_t dim = (size_t)random_int(1, 500);
+        for (int32_t t = 0; t < T; t++) {
+            tokens[t] = random_int(0, 2) ? random_int(0, VOCAB - 1) : -1;
+            positions[t] = random_int(4, CONTEXT - 1), rows[t] = random_int(0, 3);
+        }
+        struct pair table = pair_of(dtype, VOCAB, dim), places = pair_of(dtype, CONTEXT, dim), out = pair_of(dtype, (size_t)T, dim);
+        poison(&out);
+        struct embedding_params g = {.out = out.g, .token_table = table.g, .tokens = tokens, .positions = positions,
+                                     .history_rows = rows, .history = history, .scale = 1}, c = g;
+        c.out = out.c, c.token_table = table.c, c.history = host;
+        if (round % 2) g.pos_table = places.g, c.pos_table = places.c;
+        check(gpu->embedding(gpu_device, &g, &e));
+        check(cpu->embedding(cpu_device, &c, &e));
+        expect_close(&out, 1, "embedding");
+        int32_t n = random_int(1, T), wanted[MAX_TOKENS];
+        for (int32_t i = 0; i < n; i++) wanted[i] = random_int(0, T - 1);
+        struct pair some = pair_of(dtype, (size_t)n, dim);
+        poison(&some);
+        check(gpu->gather_rows(gpu_device, &(struct gather_rows_params){some.g, out.g, wanted, n}, &e));
+        check(cpu->gather_rows(cpu_device, &(struct gather_rows_params){some.c, out.c, wanted, n}, &e));
+        expect_close(&some, 1, "gather_rows");
+        pair_free(&table), pair_free(&places), pair_free(&out), pair_free(&some);
+    }
+    gpu->free(gpu_device, history.tokens);
+    free(host.tokens);
+}
+END_TEST
+
+// Heads, dims and lengths of one round of rope, KV write and attention on both sides.
+struct attention_case {
+    int32_t n_heads, n_kv_heads, head_dim, block_size, n_seqs, window;
+    int32_t cu[MAX_SEQS + 1], context[MAX_SEQS], table[MAX_SEQS * (CONTEXT / 16)], max_blocks, n_blocks;
+    int32_t slots[MAX_TOKENS], positions[MAX_TOKENS], n_tokens;
+};
+
+static void case_draw(struct attention_case *a)
+{
+    static const int32_t heads[][2] = {{1, 1}, {4, 2}, {8, 1}, {8, 8}, {16, 4}, {6, 2}}, dims[] = {64, 128, 80, 96, 256, 40, 72, 8};
+    int i = random_int(0, 5);
+    a->n_heads = heads[i][0], a->n_kv_heads = heads[i][1], a->head_dim = dims[random_int(0, 7)];
+    a->block_size = 16 << random_int(0, 2);
+    a->window = random_int(0, 2) ? 0 : random_int(1, 300);
+    a->n_seqs = random_int(1, 12), a->n_tokens = 0, a->max_blocks = CONTEXT / a->block_size, a->n_blocks = 0;
+    for (int32_t s = 0; s < a->n_seqs; s++) {
+        int32_t context = random_int(0, 1) ? random_int(1, CONTEXT) : a->block_size * random_int(1, 6) + random_int(-1, 1);
+        int32_t n_q = s < a->n_seqs / 2 ? 1 : random_int(1, 40);
+        if (n_q > context) n_q = context;
+        a->cu[s] = a->n_tokens, a->context[s] = context;
+        for (int32_t b = 0; b < a->max_blocks; b++) a->table[s * a->max_blocks + b] = -1;
+        for (int32_t b = 0; b <= (context - 1) / a->block_size; b++) a->table[s * a->max_blocks + b] = a->n_blocks++;
+        for (int32_t q = 0; q < n_q; q++) {
+            int32_t p = context - n_q + q;
+            a->positions[a->n_tokens] = p;
+            a->slots[a->n_tokens++] = a->table[s * a->max_blocks + p / a->block_size] * a->block_size + p % a->block_size;
+        }
+    }
+    a->cu[a->n_seqs] = a->n_tokens;
+}
+
+static struct kv_layer layer_of(const struct kernels *k, struct device *d, const struct attention_case *a, enum dtype dtype)
+{
+    struct tensor t = {NULL, dtype, 4, {(size_t)a->n_blocks, (size_t)a->n_kv_heads, (size_t)a->block_size, (size_t)a->head_dim}};
+    struct kv_layer layer = {t, t};
+    size_t bytes = t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] * dtype_size(dtype);
+    layer.k.data = k->alloc(d, bytes), layer.v.data = k->alloc(d, bytes);
+    void *bits = malloc(bytes);
+    memset(bits, 0xFF, bytes); // NaN wherever nothing is written: it must reach nobody
+    check(k->copy_in(d, layer.k.data, bits, bytes, &e));
+    check(k->copy_in(d, layer.v.data, bits, bytes, &e));
+    free(bits);
+    return layer;
+}
+
+// Fills the cache through rope_kv_write, a context at a time, then attends.
+static void attention_round(const struct attention_case *a, enum dtype dtype)
+{
+    size_t width = (size_t)(a->n_heads + 2 * a->n_kv_heads) * (size_t)a->head_dim;
+    struct kv_layer g_layer = layer_of(gpu, gpu_device, a, dtype), c_layer = layer_of(cpu, cpu_device, a, DTYPE_F32);
+    int32_t half = a->head_dim / 4; // the rest passes through
+    float inv_freq[128];
+    for (int i = 0; i < half; i++) inv_freq[i] = powf(10000, -(float)i / (float)half);
+    float *g_freq = gpu->alloc(gpu_device, sizeof inv_freq);
+    check(gpu->copy_in(gpu_device, g_freq, inv_freq, sizeof inv_freq, &e));
+    for (int32_t s = 0; s <= a->n_seqs; s++) { // all of each sequence's context, then the new tokens again, as queries
+        int32_t n = s < a->n_seqs ? a->context[s] : a->n_tokens, slots[CONTEXT + MAX_TOKENS], places[CONTEXT + MAX_TOKENS];
+        for (int32_t i = 0; s < a->n_seqs && i < n; i++) {
+            places[i] = i;
+            slots[i] = a->table[s * a->max_blocks + i / a->block_size] * a->block_size + i % a->block_size;
+        }
+        for (int32_t first = 0; first < n; first += MAX_TOKENS) {
+            int32_t some = n - first < MAX_TOKENS ? n - first : MAX_TOKENS;
+            const int32_t *positions = s < a->n_seqs ? places + first : a->positions;
+            const int32_t *to = s < a->n_seqs ? slots + first : a->slots;
+            struct pair qkv = pair_of(dtype, (size_t)some, width), cs = pair_of(DTYPE_F32, (size_t)some, (size_t)(2 * half));
+            struct rope_table_params gt = {cs.g, positions, g_freq, 1}, ct = {cs.c, positions, inv_freq, 1};
+            check(gpu->rope_table(gpu_device, &gt, &e)), check(cpu->rope_table(cpu_device, &ct, &e));
+            ck_assert_msg(half == 0 || distance(&cs) < 1e-5, "rope_table: %g", distance(&cs));
+            struct rope_kv_write_params g = {qkv.g, cs.g, g_layer, to, a->n_heads, a->n_kv_heads, a->head_dim, 2 * half};
+            struct rope_kv_write_params c = {qkv.c, cs.c, c_layer, to, a->n_heads, a->n_kv_heads, a->head_dim, 2 * half};
+            check(gpu->rope_kv_write(gpu_device, &g, &e)), check(cpu->rope_kv_write(cpu_device, &c, &e));
+            expect_close(&qkv, 1.2, "rope");
+            if (s == a->n_seqs) {
+                struct pair out = pair_of(dtype, (size_t)n, (size_t)(a->n_heads * a->head_dim));
+                poison(&out);
+                struct attention_params ga = {.out = out.g, .qkv = qkv.g, .cache = g_layer, .cu_seqlens_q = a->cu,
+                    .context_lens = a->context, .block_table = a->table, .n_seqs = a->n_seqs, .max_blocks = a->max_blocks,
+                    .block_size = a->block_size, .n_heads = a->n_heads, .n_kv_heads = a->n_kv_heads,
+                    .head_dim = a->head_dim, .window = a->window, .scale = 1 / sqrtf((float)a->head_dim)}, ca = ga;
+                ca.out = out.c, ca.qkv = qkv.c, ca.cache = c_layer;
+                check(gpu->attention(gpu_device, &ga, &e)), check(cpu->attention(cpu_device, &ca, &e));
+                expect_close(&out, 4, "attention");
+                pair_free(&out);
+            }
+            pair_free(&qkv), pair_free(&cs);
+        }
+    }
+    gpu->free(gpu_device, g_freq);
+    gpu->free(gpu_device, g_layer.k.data), gpu->free(gpu_device, g_layer.v.data);
+    cpu->free(cpu_device, c_layer.k.data), cpu->free(cpu_device, c_layer.v.data);
+}
+
+START_TEST(rope_and_attention)
+{
+    for (int round = 0; round < 24; round++) {
+        static struct attention_case a;
+        case_draw(&a);
+        attention_round(&a, type_of(round));
+    }
+}
+END_TEST
+
+START_TEST(blocks_are_copied)
+{
+    enum { N = 20, BYTES = 2 * 16 * 40 * 2 };
+    struct tensor t = {NULL, DTYPE_BF16, 4, {N, 2, 16, 40}};
+    struct kv_layer layer = {t, t};
+    static unsigned char k[N][BYTES], v[N][BYTES], got[N][BYTES];
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < BYTES; j++) k[i][j] = (unsigned char)rand(), v[i][j] = (unsigned char)rand();
+    layer.k.data = gpu->alloc(gpu_device, sizeof k), layer.v.data = gpu->alloc(gpu_device, sizeof v);
+    check(gpu->copy_in(gpu_device, layer.k.data, k, sizeof k, &e));
+    check(gpu->copy_in(gpu_device, layer.v.data, v, sizeof v, &e));
+    int32_t from[] = {3, 0, 7}, to[] = {12, 19, 1};
+    check(gpu->copy_blocks(gpu_device, layer, from, to, 3, &e));
+    for (int i = 0; i < 3; i++) memcpy(k[to[i]], k[from[i]], BYTES), memcpy(v[to[i]], v[from[i]], BYTES);
+    check(gpu->copy_out(gpu_device, got, layer.k.data, sizeof k, &e));
+    ck_assert_mem_eq(got, k, sizeof k);
+    check(gpu->copy_out(gpu_device, got, layer.v.data, sizeof v, &e));
+    ck_assert_mem_eq(got, v, sizeof v);
+    gpu->free(gpu_device, layer.k.data), gpu->free(gpu_device, layer.v.data);
+}
+END_TEST
+
+// Staged arrays are read as they were when they were staged; loose ones as they are when the op is called.
+START_TEST(host_arrays_are_copied_when_they_are_given)
+{
+    struct pair table = pair_of(DTYPE_BF16, VOCAB, 64), out = pair_of(DTYPE_BF16, 3, 64);
+    struct history history = {gpu->alloc(gpu_device, 16), 1, 4};
+    int32_t tokens[3] = {1, 2, 3}, zeros[3] = {0};
+    struct embedding_params g = {.out = out.g, .token_table = table.g, .tokens = tokens, .positions = zeros,
+                                 .history_rows = zeros, .history = history, .scale = 1}, c = g;
+    c.out = out.c, c.token_table = table.c;
+    check(cpu->embedding(cpu_device, &c, &e));
+    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, &e));
+    memset(tokens, 0, sizeof tokens);
+    check(gpu->embedding(gpu_device, &g, &e));
+    expect_close(&out, 1, "staged");
+    check(gpu->stage(gpu_device, NULL, 0, &e));
+    for (int32_t i = 0; i < 2000; i++) { // many turns of the ring of loose arrays
+        for (int32_t j = 0; j < 3; j++) tokens[j] = (i * 3 + j) % VOCAB;
+        check(gpu->embedding(gpu_device, &g, &e));
+        memset(tokens, 0, sizeof tokens);
+    }
+    for (int32_t j = 0; j < 3; j++) tokens[j] = (1999 * 3 + j) % VOCAB;
+    check(cpu->embedding(cpu_device, &c, &e));
+    expect_close(&out, 1, "loose");
+    pair_free(&table), pair_free(&out);
+    gpu->free(gpu_device, history.tokens);
+}
+END_TEST
+
+int main(void)
+{
+    unsigned seed = (unsigned)time(NULL);
+    printf("seed %u\n", seed);
+    srand(seed);
+    struct device_options o = {.max_vocab_size = 128256, .max_context = CONTEXT, .max_dim = 3 * MAX_DIM, .max_tokens = MAX_TOKENS,
+                               .max_seqs = MAX_SEQS, .n_heads = 16, .n_kv_heads = 16, .head_dim = 256, .block_size = 16};
+    cpu = kernels_cpu();
+    if (kernels_open(&gpu, "cuda", &e) || gpu->device_create(&gpu_device, &o, &e) || cpu->device_create(&cpu_device, &o, &e)) {
+        fprintf(stderr, "%s\n", e.message);
+        return 1;
+    }
+    printf("%s\n", gpu->device_description(gpu_device));
+    Suite *suite = suite_create("cuda_ops");
+    TCase *tc = tcase_create("cuda_ops");
+    tcase_set_timeout(tc, 0);
+    tcase_add_test(tc, linear);
+    tcase_add_test(tc, norm);
+    tcase_add_test(tc, activation);
+    tcase_add_test(tc, embedding_and_rows);
+    tcase_add_test(tc, rope_and_attention);
+    tcase_add_test(tc, blocks_are_copied);
+    tcase_add_test(tc, host_arrays_are_copied_when_they_are_given);
+    suite_add_tcase(suite, tc);
+    SRunner *runner = srunner_create(suite);
+    srunner_set_fork_status(runner, CK_NOFORK);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    gpu->device_destroy(gpu_device);
+    cpu->device_destroy(cpu_device);
+    return failed != 0;
+}
