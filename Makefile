@@ -140,7 +140,7 @@ run:
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 FAKE_MODEL_TESTS := $(filter $(BUILD)/tests/test_engine% $(BUILD)/tests/test_scheduler%,$(TESTS))
 $(FAKE_MODEL_TESTS): $(call objects,tests/fake_model.c)
-$(BUILD)/tests/test_model: $(call objects,tests/model_rig.c)
+$(BUILD)/tests/test_model: $(call objects,tests/model_rig.c tests/model_vectors.c)
 $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(call say,LINK,$@)
@@ -216,10 +216,10 @@ check-convert:
 # ---- on a GPU machine: tests and benchmarks that are carried there ----
 
 GPU_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/gpu/%,$(wildcard tests/gpu/test_*.c))
-$(BUILD)/gpu/test_%: $(BUILD)/obj/tests/gpu/test_%.c.o $(BUILD)/obj/tests/model_rig.c.o $(LIBS_GPTD)
+$(BUILD)/gpu/test_%: $(BUILD)/obj/tests/gpu/test_%.c.o $(call objects,tests/model_rig.c tests/model_vectors.c) $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(call say,LINK,$@)
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -Wl,-Bstatic -lcheck -lsubunit -lcjson -Wl,-Bdynamic -lrt -lm -ldl
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -Wl,-Bstatic -lcheck -lsubunit -Wl,-Bdynamic -lcjson -lrt -lm -ldl
 
 # What a bare GPU machine lacks, in $(BUILD)/gpu: programs, tests and shared libraries, stripped; 40 MiB at most.
 .PHONY: gpu-tests gpu-bundle check-gpu

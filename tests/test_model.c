@@ -1,115 +1,16 @@
 /* test_model.c: every checkpoint under tests/vectors, loaded as a user would load it, against PyTorch's logits. */
 #include <check.h>
-#include <dirent.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
-#include "models/safetensors.h"
-#include "tests/model_rig.h"
-
-#define VECTORS "tests/vectors"
-
-enum { MAX_CASES = 64, MAX_LEN = 512, MAX_ROWS = 16, MAX_VOCAB = 512 };
+#include "tests/model_vectors.h"
 
 static char cases[MAX_CASES][128]; // directories
 static int n_cases;
 static unsigned seed;
-
-struct expected {
-    int32_t ids[MAX_LEN];      // prompt, then generated
-    int32_t n_prompt, n_ids;
-    int32_t rows[MAX_ROWS], n_rows;
-    float logits[MAX_ROWS][MAX_VOCAB];
-    int32_t vocab_size, max_model_len;
-};
-
-static int32_t tensor_copy(const struct safetensors *st, const char *name, void *out, size_t max_bytes)
-{
-    for (size_t i = 0; i < st->n_tensors; i++) {
-        const struct safetensors_tensor *t = &st->tensors[i];
-        if (strcmp(t->name, name)) continue;
-        ck_assert_uint_le(t->size, max_bytes);
-        memcpy(out, t->data, t->size);
-        return (int32_t)t->shape[t->n_dims - 1];
-    }
-    ck_abort_msg("%s: missing", name);
-    return 0;
-}
-
-// The header's metadata is not for the reader of weights: found by its text.
-static int32_t metadata_int(const struct safetensors *st, const char *key)
-{
-    const char *at = memmem(st->map, st->map_size, key, strlen(key));
-    return at ? atoi(at + strlen(key)) : 0;
-}
-
-static void expected_read(struct expected *x, const char *dir)
-{
-    char path[256];
-    struct safetensors st;
-    struct error e;
-    static float logits[MAX_ROWS * MAX_VOCAB];
-    memset(x, 0, sizeof *x);
-    snprintf(path, sizeof path, "%s/expected.safetensors", dir);
-    ck_assert_msg(safetensors_open(&st, path, &e) == 0, "%s", e.message);
-    x->n_prompt = tensor_copy(&st, "prompt", x->ids, sizeof x->ids);
-    x->n_ids = x->n_prompt + tensor_copy(&st, "generated", x->ids + x->n_prompt,
-                                         sizeof x->ids - (size_t)x->n_prompt * sizeof(int32_t));
-    x->n_rows = tensor_copy(&st, "rows", x->rows, sizeof x->rows);
-    x->vocab_size = tensor_copy(&st, "logits", logits, sizeof logits);
-    ck_assert_int_le(x->vocab_size, MAX_VOCAB);
-    for (int32_t i = 0; i < x->n_rows; i++) {
-        memcpy(x->logits[i], logits + i * x->vocab_size, (size_t)x->vocab_size * sizeof(float));
-    }
-    x->max_model_len = metadata_int(&st, "\"max_model_len\":\"");
-    safetensors_close(&st);
-}
-
-// ‖out − ref‖ / ‖ref‖
-static double distance(const float *out, const float *ref, int32_t n)
-{
-    double difference = 0, norm = 0;
-    for (int32_t i = 0; i < n; i++) {
-        difference += pow((double)out[i] - ref[i], 2);
-        norm += pow(ref[i], 2);
-    }
-    return sqrt(difference / norm);
-}
-
-static int32_t argmax(const float *x, int32_t n)
-{
-    int32_t best = 0;
-    for (int32_t i = 1; i < n; i++) {
-        if (x[i] > x[best]) best = i;
-    }
-    return best;
-}
-
-// The whole sequence in steps of random lengths up to max_step (or in one), tokens given.
-static void teacher_force(struct rig *r, const struct expected *x, int32_t max_step, float logits[MAX_ROWS][MAX_VOCAB])
-{
-    int32_t at = 0, n_seen = 0;
-    while (at < x->n_ids) {
-        int32_t n = max_step ? 1 + (int32_t)(random() % max_step) : x->n_ids, rows[MAX_ROWS], n_rows = 0;
-        if (n > x->n_ids - at) n = x->n_ids - at;
-        while (n_seen + n_rows < x->n_rows && x->rows[n_seen + n_rows] < at + n) {
-            rows[n_rows] = x->rows[n_seen + n_rows] - at;
-            n_rows++;
-        }
-        static float out[MAX_ROWS * MAX_VOCAB];
-        memset(out, 0xFF, sizeof out);
-        rig_step(r, x->ids + at, n, rows, n_rows, out);
-        for (int32_t i = 0; i < n_rows; i++) {
-            memcpy(logits[n_seen++], out + i * x->vocab_size, (size_t)x->vocab_size * sizeof(float));
-        }
-        at += n;
-    }
-    ck_assert_int_eq(n_seen, x->n_rows);
-}
 
 static void greedy_check(struct rig *r, const struct expected *x)
 {
@@ -163,32 +64,13 @@ END_TEST
 START_TEST(plain_c) { vectors_check(cases[_i], 16, false, "generic"); }
 END_TEST
 
-// A directory of a checkpoint with its expectations; other things live there too.
-static int is_case(const struct dirent *d)
-{
-    char path[512];
-    snprintf(path, sizeof path, VECTORS "/%s/expected.safetensors", d->d_name);
-    return access(path, F_OK) == 0;
-}
-
-static void cases_find(void)
-{
-    struct dirent **list;
-    int n = scandir(VECTORS, &list, is_case, alphasort);
-    for (int i = 0; i < n; i++) {
-        if (n_cases < MAX_CASES) snprintf(cases[n_cases++], sizeof *cases, VECTORS "/%.100s", list[i]->d_name);
-        free(list[i]);
-    }
-    if (n >= 0) free(list);
-}
-
 int main(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     seed = (unsigned)now.tv_nsec;
-    cases_find();
-    printf("seed %u, %d checkpoints in " VECTORS "\n", seed, n_cases);
+    n_cases = vectors_find(cases);
+    printf("seed %u, %d checkpoints in tests/vectors\n", seed, n_cases);
     fflush(stdout);
     if (n_cases < 20) return 1;
     Suite *suite = suite_create("model");
