@@ -176,7 +176,8 @@ static int allocate_steps(struct engine *engine)
     return 0;
 }
 
-static struct tensor alloc_kv(struct engine *engine, int32_t g, int32_t dim)
+// The next [n_blocks, n_kv_heads, block_size, dim] of the cache's one allocation.
+static struct tensor take_kv(const struct engine *engine, int32_t g, int32_t dim, size_t *at)
 {
     const struct kv_spec *spec = &engine->info->kv_groups[g];
     struct tensor t = {.dtype = spec->dtype, .n_dims = 4};
@@ -184,13 +185,17 @@ static struct tensor alloc_kv(struct engine *engine, int32_t g, int32_t dim)
     t.shape[1] = (size_t)spec->n_kv_heads;
     t.shape[2] = (size_t)engine->config.limits.block_size;
     t.shape[3] = (size_t)dim;
-    t.data = engine->kernels->alloc(engine->device,
-                                    t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] * dtype_size(spec->dtype));
+    t.data = (char *)engine->kv_memory + *at;
+    *at += t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] * dtype_size(spec->dtype);
     return t;
 }
 
 static int allocate_kv(struct engine *engine)
 {
+    size_t at = 0;
+    engine->kv_memory = engine->kernels->alloc(engine->device, engine->plan.kv_cache_bytes);
+    if (engine->kv_memory == NULL)
+        return ERR_NOMEM;
     for (int32_t g = 0; g < engine->info->n_kv_groups; g++) {
         const struct kv_spec *spec = &engine->info->kv_groups[g];
         engine->kv.n_blocks[g] = engine->config.limits.n_blocks[g];
@@ -198,11 +203,8 @@ static int allocate_kv(struct engine *engine)
         if (engine->kv.layers[g] == NULL)
             return ERR_NOMEM;
         for (int32_t i = 0; i < spec->n_layers; i++) {
-            struct kv_layer *layer = &engine->kv.layers[g][i];
-            layer->k = alloc_kv(engine, g, spec->k_dim);
-            layer->v = alloc_kv(engine, g, spec->v_dim);
-            if (layer->k.data == NULL || layer->v.data == NULL)
-                return ERR_NOMEM;
+            engine->kv.layers[g][i].k = take_kv(engine, g, spec->k_dim, &at);
+            engine->kv.layers[g][i].v = take_kv(engine, g, spec->v_dim, &at);
         }
     }
     return 0;
@@ -232,13 +234,9 @@ void engine_drain(struct engine *engine)
 static void free_device_memory(struct engine *engine)
 {
     const struct kernels *k = engine->kernels;
-    for (int32_t g = 0; g < MAX_KV_GROUPS; g++) {
-        for (int32_t i = 0; engine->kv.layers[g] != NULL && i < engine->info->kv_groups[g].n_layers; i++) {
-            k->free(engine->device, engine->kv.layers[g][i].k.data);
-            k->free(engine->device, engine->kv.layers[g][i].v.data);
-        }
+    for (int32_t g = 0; g < MAX_KV_GROUPS; g++)
         free(engine->kv.layers[g]);
-    }
+    k->free(engine->device, engine->kv_memory);
     for (int32_t i = 0; i < MAX_DEPTH; i++)
         k->free_host(engine->device, engine->steps[i].results);
     k->free(engine->device, engine->history.tokens);

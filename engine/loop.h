@@ -43,6 +43,7 @@ struct engine {
     void *tables;                     // what scheduler and steps point into
     struct history history;
     struct kv_cache kv;
+    void *kv_memory;                  // all of it
     double backend_seconds, step_seconds, host_seconds;
 };
 
