@@ -42,6 +42,9 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
     if (kernels_open(&engine->kernels, o->backend, e) != 0)
         return e->code;
     mo.copies_weights = !engine->kernels->reads_mapped_weights;
+    if (o->dtype != ENGINE_DTYPE_AUTO && !mo.copies_weights)
+        return error_set(e, ERR_UNSUPPORTED, "dtype: the CPU computes with the weights as they are in the file");
+    mo.dtype = o->dtype == ENGINE_DTYPE_BF16 ? DTYPE_BF16 : o->dtype == ENGINE_DTYPE_F16 ? DTYPE_F16 : DTYPE_F32;
     if (model_create(&engine->model, &mo, e) != 0)
         return e->code;
     engine->info = model_info_get(engine->model);
@@ -69,6 +72,7 @@ static int fill_config(struct engine *engine, const struct engine_options *o, st
     c->max_num_seqs = o->max_num_seqs;
     c->max_logits_rows = o->max_num_seqs + PROMPT_LOGPROB_ROWS;
     c->prefix_caching = o->prefix_caching;
+    c->own_memory = !engine->kernels->reads_mapped_weights;
     c->slow_client_timeout = o->slow_client_timeout;
     l->vocab_size = info->vocab_size;
     l->max_model_len = info->max_model_len;
@@ -85,7 +89,7 @@ static int fill_config(struct engine *engine, const struct engine_options *o, st
     return 0;
 }
 
-static void fill_plan(struct engine *engine)
+static void fill_plan(struct engine *engine, const struct engine_options *o)
 {
     const struct model_info *info = engine->info;
     struct engine_plan *p = &engine->plan;
@@ -94,6 +98,8 @@ static void fill_plan(struct engine *engine)
     strncpy(p->device, engine->kernels->device_description(engine->device), sizeof p->device - 1);
     p->n_parameters = info->n_parameters;
     p->memory_bytes = engine->kernels->device_memory(engine->device);
+    if (engine->config.own_memory)
+        p->memory_bytes = (size_t)((double)p->memory_bytes * o->gpu_memory_utilization);
     p->scratch_bytes = engine->kernels->scratch_bytes(engine->device);
     p->block_size = engine->config.limits.block_size;
     p->vocab_size = info->vocab_size;
@@ -118,7 +124,7 @@ int engine_create(struct engine **out, const struct engine_options *options, str
     engine->event_fd = -1;
     if (open_model(engine, options, e) != 0 || fill_config(engine, options, e) != 0)
         goto fail;
-    fill_plan(engine);
+    fill_plan(engine, options);
     engine->depth = engine->kernels->asynchronous ? MAX_DEPTH : 1;
     if (memory_plan_fill(&engine->plan, &engine->config, engine->info, options, engine->depth, e) != 0)
         goto fail;

@@ -17,9 +17,12 @@
 #include "kernels/error.h"
 #include "kernels/sampling.h"
 
+enum engine_dtype { ENGINE_DTYPE_AUTO, ENGINE_DTYPE_BF16, ENGINE_DTYPE_F16 };
+
 struct engine_options {
     const char *model_dir;
     const char *backend;            // "auto", "cpu", "cuda"
+    unsigned dtype;                 // enum engine_dtype: what a GPU computes in; auto: the checkpoint's, BF16 for F32
     bool dummy_weights;             // --load-format dummy
     bool reference_attention;       // --attention reference
     bool prefix_caching;            // reuse KV of equal prefixes across requests
@@ -28,8 +31,9 @@ struct engine_options {
     int32_t max_num_seqs;           // choices running at once
     int32_t max_num_batched_tokens; // tokens a step
     int32_t block_size;             // tokens per KV block: 16, 32 or 64
-    size_t kv_cache_memory_bytes;   // 0: what max_num_seqs sequences of max_model_len need, at most half of the memory
-                                    // that weights, workspace, history and scratch leave; rounded down to whole blocks
+    double gpu_memory_utilization;  // of the memory that is free on the GPU, for everything; (0, 1]
+    size_t kv_cache_memory_bytes;   // 0: what max_num_seqs sequences of max_model_len need, at most what weights,
+                                    // workspace, history and scratch leave (on the CPU half of it), in whole blocks
     int32_t max_queue_requests;     // waiting requests; more: ERR_BUSY
     int64_t max_queue_tokens;       // prompt tokens of waiting requests; more: ERR_BUSY
     int32_t max_logprobs;           // most top log-probabilities a request may ask for

@@ -75,6 +75,7 @@ int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, 
                      const struct engine_options *options, int32_t depth, struct error *e)
 {
     size_t asked = options->kv_cache_memory_bytes, device_scratch = plan->scratch_bytes, left;
+    size_t part = config->own_memory ? 1 : 2; // a machine's memory serves others, too: half of it is not ours to take
     plan->weights_bytes = info->weights_bytes;
     plan->workspace_bytes = info->workspace_bytes;
     plan->history_bytes = (size_t)config->max_num_seqs * (size_t)config->limits.max_model_len * sizeof(int32_t);
@@ -82,7 +83,7 @@ int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, 
     for (int32_t pass = 0; pass < 2; pass++) {
         left = bytes_left(plan, config, device_scratch, depth);
         plan->kv_cache_bytes = asked > 0 ? share_out(config, info, asked, SIZE_MAX)
-                                         : share_out(config, info, left / 2, (size_t)config->max_num_seqs);
+                                         : share_out(config, info, left / part, (size_t)config->max_num_seqs);
     }
     left = bytes_left(plan, config, device_scratch, depth);
     if (plan->kv_cache_bytes > left || left == 0)
@@ -94,7 +95,7 @@ int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, 
         plan->block_bytes += block;
         if (config->limits.n_blocks[g] < 1)
             return error_set(e, ERR_NOMEM, "%zu bytes for the KV cache do not hold one block of %zu bytes a group",
-                             asked > 0 ? asked : left / 2, block);
+                             asked > 0 ? asked : left / part, block);
     }
     plan->kv_tokens = (int64_t)plan->n_blocks * config->limits.block_size;
     return 0;

@@ -21,6 +21,7 @@ struct scheduler_config {
     int32_t max_num_seqs;           // slots
     int32_t max_logits_rows;        // at least max_num_seqs; what is more serves prompt log-probabilities
     bool prefix_caching;
+    bool own_memory;                // the device's memory serves nobody else
     double slow_client_timeout;     // seconds
 };
 

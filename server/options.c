@@ -19,6 +19,7 @@ enum option_type {
     OPTION_UINT64,
     OPTION_BYTES,   // size_t, with suffixes K, M, G, T (powers of 1,024)
     OPTION_SECONDS, // double
+    OPTION_SHARE,   // double
     OPTION_BOOL,    // --name, --no-name; true or false in variables and files
     OPTION_ACTION,  // bool, on the command line only
 };
@@ -53,6 +54,10 @@ static const struct option options_table[] = {
 
     GROUP("Engine"),
     {"backend", OPTION_STRING, AT(engine.backend), "auto|cpu|cuda", "auto", 0, 0, "where the model runs"},
+    {"dtype", OPTION_ENUM, AT(engine.dtype), "auto|bfloat16|float16", "auto", 0, 0,
+     "what a GPU computes in; auto: the checkpoint's, bfloat16 for float32"},
+    {"gpu-memory-utilization", OPTION_SHARE, AT(engine.gpu_memory_utilization), "SHARE", "0.9", 0.01, 1,
+     "of the memory that is free on the GPU, for everything"},
     {"attention", OPTION_SWITCH, AT(engine.reference_attention), "flash|reference", "flash", 0, 0,
      "reference: the textbook form, to compare with"},
     {"threads", OPTION_INT32, AT(engine.n_threads), "N", "0", 0, 1024, "CPU threads of the model; 0: one per core"},
@@ -61,7 +66,7 @@ static const struct option options_table[] = {
      "tokens computed in one step; at least --max-num-seqs"},
     {"block-size", OPTION_INT32, AT(engine.block_size), "16|32|64", "64", 16, 64, "tokens in a block of the KV cache"},
     {"kv-cache-memory-bytes", OPTION_BYTES, AT(engine.kv_cache_memory_bytes), "BYTES", "0", 0, 0x1p50,
-     "such as 4G; 0: every sequence at full length, at most half of the memory"},
+     "such as 4G; 0: all sequences at full length, at most half of the memory (GPU: all)"},
     {"enable-prefix-caching", OPTION_BOOL, AT(engine.prefix_caching), NULL, "true", 0, 0,
      "reuse the KV of equal beginnings across requests"},
     {"max-queue-requests", OPTION_INT32, AT(engine.max_queue_requests), "N", "2048", 1, 1 << 20,
@@ -273,7 +278,8 @@ static const char *value_parse(const struct option *p, const char *text, int ind
         *number = (double)v->uint64;
         return NULL;
     case OPTION_SECONDS:
-        if (!parse_seconds(text, &v->seconds)) return "a number of seconds";
+    case OPTION_SHARE:
+        if (!parse_seconds(text, &v->seconds)) return p->type == OPTION_SHARE ? "a number" : "a number of seconds";
         *number = v->seconds;
         return NULL;
     case OPTION_BOOL:
@@ -299,7 +305,8 @@ static void value_store(const struct option *p, struct options *o, const union v
     case OPTION_INT64: *(int64_t *)field = v->int64; break;
     case OPTION_UINT64: *(uint64_t *)field = v->uint64; break;
     case OPTION_BYTES: *(size_t *)field = v->uint64; break;
-    case OPTION_SECONDS: *(double *)field = v->seconds; break;
+    case OPTION_SECONDS:
+    case OPTION_SHARE: *(double *)field = v->seconds; break;
     }
 }
 

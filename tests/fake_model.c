@@ -374,7 +374,8 @@ static int sample(struct device *d, const struct sample_params *p, struct error 
 }
 
 #define FAKE_KERNELS(is_async, create) { \
-    .name = "fake", .asynchronous = is_async, .device_create = create, .device_destroy = device_destroy, \
+    .name = "fake", .asynchronous = is_async, .reads_mapped_weights = true, \
+    .device_create = create, .device_destroy = device_destroy, \
     .device_description = device_description, .device_memory = device_memory, .scratch_bytes = scratch_bytes, \
     .alloc = fake_alloc, .free = fake_free, .alloc_host = fake_alloc, .free_host = fake_free, .record = record, \
     .wait = wait_for, .history_write = history_write, .copy_blocks = copy_blocks, .sample = sample, \

@@ -35,7 +35,8 @@ struct staging {
     int32_t n_staged;
 };
 
-struct cublas; // linear.cu
+struct cublas;  // linear.cu
+struct sampler; // sample.cu
 
 struct device {
     struct device_options options;
@@ -48,6 +49,7 @@ struct device {
     uint64_t n_recorded;
     struct staging staging;
     struct cublas *cublas;
+    struct sampler *sampler;
     void *scratch;             // of the op that runs: partial sums of attention, of split-K products, of sampling
     size_t scratch_bytes;
     char description[128];
@@ -64,6 +66,8 @@ size_t cuda_linear_scratch_bytes(const struct device *d);
 
 int cuda_linear_create(struct device *d, struct error *e);
 void cuda_linear_destroy(struct device *d);
+int cuda_sample_create(struct device *d, struct error *e);
+void cuda_sample_destroy(struct device *d);
 
 // 0, or ERR_DEVICE with the op's name and CUDA's words.
 int cuda_check(cudaError_t status, const char *op, struct error *e);
