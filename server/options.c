@@ -66,7 +66,7 @@ static const struct option options_table[] = {
      "tokens computed in one step; at least --max-num-seqs"},
     {"block-size", OPTION_INT32, AT(engine.block_size), "16|32|64", "64", 16, 64, "tokens in a block of the KV cache"},
     {"kv-cache-memory-bytes", OPTION_BYTES, AT(engine.kv_cache_memory_bytes), "BYTES", "0", 0, 0x1p50,
-     "such as 4G; 0: all sequences at full length, if half of the memory holds them"},
+     "such as 4G; 0: all sequences in full, at most half the memory (GPU: all)"},
     {"enable-prefix-caching", OPTION_BOOL, AT(engine.prefix_caching), NULL, "true", 0, 0,
      "reuse the KV of equal beginnings across requests"},
     {"max-queue-requests", OPTION_INT32, AT(engine.max_queue_requests), "N", "2048", 1, 1 << 20,
