@@ -1,0 +1,424 @@
+/* attention_prefill.cu: Flash Attention of many query rows over dense or paged keys and values (Dao, "FlashAttention-2",
+ * 2023), for sm_80 and newer: mma.sync, ldmatrix, cp.async.
+ *
+ * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). The q heads of one KV head are packed into the
+ * rows: packed row r of a sequence is query r / group, head r % group of the KV head, so that one pass over K and V
+ * serves all of them and short chunks fill their tiles.
+ * Grid: one block per tile of WARPS * MT * 16 packed rows and KV head, those with the most keys first. WARPS warps a
+ * block, each with MT * 16 rows. Blocks beyond the last tile (the host knows only a bound) end at once.
+ * Shared memory: Q (ROWS, D), a ring of three KV tiles (64, D): K0 V0 K1 V1 K2 ..., each fetched two products ahead.
+ * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile of rows (mostly from L2).
+ * Bound by mma.sync (on Hopper about 0.6 of what wgmma does); at 32 rows a warp, reading K and V from shared memory
+ * takes 0.6 of the products' time, at 16 rows more than all of it: hence MT = 2 wherever registers allow.
+ *
+ * The same bits for a row in any batch, chunk or tile shape: every instance takes the keys in the same steps of 64, at
+ * multiples of 64, ascending; what a row does not see leaves it as it was (softmax_step); masked and other steps run the
+ * same code but for adjust_scores, which is skipped where all rows of the tile see all keys of the step.
+ */
+#include "kernels/cuda/attention.cuh"
+
+namespace {
+
+enum { RING = 3 };
+
+struct prefill_args {
+    struct flash_attention_params p;
+    struct scoring scoring;
+    int32_t group; // q heads per KV head
+};
+
+// The work of one block.
+struct prefill_tile {
+    int32_t kv_head;
+    int32_t first_row, n_rows;     // of the sequence's packed rows: where the tile begins, how many there are in all
+    int32_t query_row;             // row of q that the sequence begins with
+    int32_t first_position;        // of its first query
+    int32_t first_key, end_key;    // seen by any row of the tile
+    int32_t full_first, full_end;  // seen by every row
+    const int32_t *pages;          // its row of the block table; NULL: dense
+    size_t kv_offset;              // elements to its first key in k, v (dense), its KV head included
+};
+
+// Shared memory beside the tiles. The tile's description is here, too: registers are what is scarce.
+template <int ROWS> struct prefill_rows {
+    prefill_tile tile;
+    int32_t query[ROWS]; // of the sequence; -1: the tile's row is beyond the last
+    int32_t head[ROWS];
+    float slope[ROWS];   // in units of log2(e)
+    int32_t pages[2][4]; // of the keys 0-15, 16-31, 32-47, 48-63 of a step; even and odd steps
+};
+
+template <int D, int MT, int WARPS> struct prefill_shape {
+    static constexpr int ROWS = WARPS * MT * 16;
+    static constexpr int THREADS = WARPS * 32;
+    static constexpr int Q_BYTES = ROWS * tile_layout<D>::STRIDE;
+    static constexpr int KV_BYTES = KV_TILE * tile_layout<D>::STRIDE;
+    static constexpr int SMEM = Q_BYTES + RING * KV_BYTES + (int)sizeof(prefill_rows<ROWS>);
+    static_assert(SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
+};
+
+// ---- which tile -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int32_t tiles_of(const prefill_args &a, int32_t s, int32_t rows)
+{
+    int32_t n = a.p.cu_seqlens_q[s + 1] - a.p.cu_seqlens_q[s];
+    return n == 1 && a.p.skip_single ? 0 : (n * a.group + rows - 1) / rows;
+}
+
+// Sum over the sequences of min(their tiles, limit), by a whole warp.
+__device__ __forceinline__ int32_t count_tiles(const prefill_args &a, int32_t rows, int32_t limit)
+{
+    int32_t sum = 0;
+    for (int32_t s = threadIdx.x % 32; s < a.p.n_seqs; s += 32) sum += min(tiles_of(a, s, rows), limit);
+    return __reduce_add_sync(0xffffffffu, sum);
+}
+
+// The index-th sequence of those with more than `round` tiles, by a whole warp; -1 if there are fewer.
+__device__ __forceinline__ int32_t find_sequence(const prefill_args &a, int32_t rows, int32_t round, int32_t index)
+{
+    int32_t lane = threadIdx.x % 32;
+    for (int32_t first = 0; first < a.p.n_seqs; first += 32) {
+        bool has = first + lane < a.p.n_seqs && tiles_of(a, first + lane, rows) > round;
+        uint32_t mask = __ballot_sync(0xffffffffu, has);
+        bool is_it = has && __popc(mask & ((1u << lane) - 1)) == index;
+        uint32_t found = __ballot_sync(0xffffffffu, is_it);
+        if (found) return first + __ffs((int)found) - 1;
+        index -= __popc(mask);
+    }
+    return -1;
+}
+
+// Tiles are counted in rounds, round r holding tile r of every sequence that has one; blocks take them from the last
+// round to the first, because late queries see the most keys.
+__device__ __forceinline__ bool find_tile(const prefill_args &a, int32_t order, int32_t rows, int32_t *seq, int32_t *tile)
+{
+    int32_t index = count_tiles(a, rows, INT32_MAX) - 1 - order;
+    if (index < 0) return false;
+    if (a.p.n_seqs == 1) {
+        *seq = 0;
+        *tile = index;
+        return true;
+    }
+    int32_t low = 0, high = index; // tiles before round `low` are at most index, before round high + 1 more
+    while (low < high) {
+        int32_t middle = low + (high - low + 1) / 2;
+        if (count_tiles(a, rows, middle) <= index) low = middle;
+        else high = middle - 1;
+    }
+    *tile = low;
+    *seq = find_sequence(a, rows, low, index - count_tiles(a, rows, low));
+    return *seq >= 0;
+}
+
+__device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int32_t s, int32_t tile, int32_t kv_head,
+                                                      int32_t rows)
+{
+    const struct flash_attention_params &p = a.p;
+    prefill_tile t;
+    t.kv_head = kv_head;
+    t.query_row = p.cu_seqlens_q[s];
+    int32_t n_queries = p.cu_seqlens_q[s + 1] - t.query_row;
+    int32_t first_token = p.block_table ? 0 : p.cu_seqlens_k[s];
+    int32_t length = p.block_table ? p.context_lens[s] : p.cu_seqlens_k[s + 1] - first_token;
+    t.first_row = tile * rows;
+    t.n_rows = n_queries * a.group;
+    t.first_position = length - n_queries;
+    int32_t first = t.first_position + t.first_row / a.group;
+    int32_t last = t.first_position + min(t.first_row + rows - 1, t.n_rows - 1) / a.group;
+    t.first_key = max(first - a.scoring.left, 0);
+    t.end_key = min(last + a.scoring.right + 1, length);
+    t.full_first = last - a.scoring.left;
+    t.full_end = min(first + a.scoring.right + 1, length);
+    t.pages = p.block_table ? p.block_table + (size_t)s * (size_t)p.max_blocks : nullptr;
+    t.kv_offset = (size_t)kv_head * p.kv_head_stride + (size_t)first_token * p.kv_stride;
+    return t;
+}
+
+// ---- fetching -------------------------------------------------------------------------------------------------------
+
+// Entry of the block table for keys 16 * part .. of `step`, by threads 0-3; what no row of the tile sees is not read.
+__device__ __forceinline__ bool page_seen(const prefill_tile &t, int32_t step, int part)
+{
+    int32_t key = step * KV_TILE + part * 16;
+    return key < t.end_key && key + 15 >= t.first_key;
+}
+
+__device__ __forceinline__ void fetch_pages(const prefill_args &a, const prefill_tile &t, int32_t step, uint32_t to)
+{
+    int part = (int)threadIdx.x;
+    if (part >= 4 || !t.pages) return;
+    bool seen = page_seen(t, step, part);
+    const int32_t *from = t.pages + (seen ? (step * KV_TILE + part * 16) / a.p.block_size : 0);
+    cp_async_4(to + (uint32_t)((step & 1) * 16 + part * 4), from, seen ? 4 : 0);
+}
+
+// Keys (or values) of one step; those that no row of the tile sees become zeros and are not read. pages: of the step.
+template <int D, int THREADS>
+__device__ __forceinline__ void fetch_keys(const prefill_args &a, const prefill_tile &t, const void *base, int32_t step,
+                                           const int32_t *pages, uint32_t to)
+{
+    constexpr int CHUNKS = tile_layout<D>::CHUNKS;
+    static_assert(KV_TILE * CHUNKS % THREADS == 0, "whole rounds");
+    const uint16_t *from = (const uint16_t *)base + t.kv_offset;
+    // Dense keys are pages of 16 one after the other.
+    uint32_t page_mask = t.pages ? (uint32_t)a.p.block_size - 1 : 15;
+    uint32_t page_stride = t.pages ? (uint32_t)a.p.kv_block_stride : (uint32_t)a.p.kv_stride * 16;
+    uint32_t stride = (uint32_t)a.p.kv_stride;
+#pragma unroll
+    for (int i = 0; i < KV_TILE * CHUNKS / THREADS; i++) {
+        int index = (int)threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
+        int32_t key = step * KV_TILE + row;
+        bool seen = key >= t.first_key && key < t.end_key && chunk * 8 < a.p.head_dim;
+        uint32_t page = t.pages ? (uint32_t)pages[row / 16] : (uint32_t)(step * 4 + row / 16);
+        size_t offset = (size_t)page * page_stride + (((uint32_t)row & page_mask) * stride + (uint32_t)chunk * 8);
+        cp_async_16(to + tile_layout<D>::offset(row, chunk), from + (seen ? offset : 0), seen ? 16 : 0);
+    }
+}
+
+// What threads know of the rows of the tile; ends without a barrier.
+template <int ROWS, int THREADS>
+__device__ __forceinline__ void describe_rows(const prefill_args &a, const prefill_tile &t, prefill_rows<ROWS> *rows)
+{
+    for (int r = (int)threadIdx.x; r < ROWS; r += THREADS) {
+        int32_t row = t.first_row + r, head = t.kv_head * a.group + row % a.group;
+        rows->query[r] = row < t.n_rows ? row / a.group : -1;
+        rows->head[r] = head;
+        rows->slope[r] = a.scoring.slopes ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0.0f;
+    }
+}
+
+template <int D, int ROWS, int THREADS>
+__device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefill_tile &t, const prefill_rows<ROWS> *rows,
+                                              uint32_t to)
+{
+    constexpr int CHUNKS = tile_layout<D>::CHUNKS;
+#pragma unroll
+    for (int index = (int)threadIdx.x; index < ROWS * CHUNKS; index += THREADS) {
+        int row = index / CHUNKS, chunk = index % CHUNKS;
+        int32_t query = rows->query[row];
+        bool seen = query >= 0 && chunk * 8 < a.p.head_dim;
+        size_t offset = (size_t)(t.query_row + query) * a.p.q_stride + (size_t)rows->head[row] * a.p.q_head_stride +
+                        (size_t)chunk * 8;
+        cp_async_16(to + tile_layout<D>::offset(row, chunk), (const uint16_t *)a.p.q + (seen ? offset : 0),
+                    seen ? 16 : 0);
+    }
+}
+
+// ---- one step -------------------------------------------------------------------------------------------------------
+
+// s [MT * 16, 64] = Q x K'.
+template <typename T, int D, int MT>
+__device__ __forceinline__ void multiply_keys(float (&s)[MT][KV_TILE / 8][4], uint32_t q, uint32_t k)
+{
+#pragma unroll
+    for (int i = 0; i < MT * KV_TILE / 2; i++) s[i / (KV_TILE / 2)][i / 4 % (KV_TILE / 8)][i % 4] = 0;
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        uint32_t query[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) ldmatrix(query[m], tile_layout<D>::further(q, 16 * m, 2 * step));
+#pragma unroll
+        for (int n = 0; n < KV_TILE / 16; n++) {
+            uint32_t key[4];
+            ldmatrix(key, tile_layout<D>::further(k, 16 * n, 2 * step));
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma<T>(s[m][2 * n], query[m], key[0], key[1]);
+                mma<T>(s[m][2 * n + 1], query[m], key[2], key[3]);
+            }
+        }
+    }
+}
+
+template <int MT, int ROWS>
+__device__ __forceinline__ void adjust_tile(float (&s)[MT][KV_TILE / 8][4], const prefill_args &a, const prefill_tile &t,
+                                            const prefill_rows<ROWS> *rows, int32_t step)
+{
+    int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * MT * 16 + lane / 4;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = first + 16 * m + 8 * half;
+            struct score_row row;
+            row.position = t.first_position + rows->query[r];
+            row.first = row.position - a.scoring.left;
+            row.last = min(row.position + a.scoring.right, t.end_key - 1);
+            row.slope = rows->slope[r];
+            adjust_scores(s[m], half, step * KV_TILE + lane % 4 * 2, row, a.scoring);
+        }
+    }
+}
+
+// ---- output ---------------------------------------------------------------------------------------------------------
+
+// Divides by the sums and stores; through the warp's own rows of Q in shared memory, so that whole chunks are written.
+template <typename T, int D, int MT, int ROWS>
+__device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max)[MT][2], float (&sum)[MT][2],
+                                           const prefill_args &a, const prefill_tile &t, const prefill_rows<ROWS> *rows,
+                                           unsigned char *q)
+{
+    constexpr int CHUNKS = tile_layout<D>::CHUNKS;
+    int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * MT * 16;
+    __syncwarp(); // all lanes have read their last of Q
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = first + 16 * m + 8 * half + lane / 4;
+            float total = quad_sum(sum[m][half]), factor = inverse(total);
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                uint32_t pair = pack<T>(__fmul_rn(o[m][n][2 * half], factor), __fmul_rn(o[m][n][2 * half + 1], factor));
+                *(uint32_t *)(q + tile_layout<D>::offset(r, n) + lane % 4 * 4) = pair;
+            }
+            if (a.p.lse && lane % 4 == 0 && rows->query[r] >= 0)
+                a.p.lse[(size_t)(t.query_row + rows->query[r]) * (size_t)a.p.n_heads + (size_t)rows->head[r]] =
+                    log_sum(max[m][half], total);
+        }
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int index = lane; index < MT * 16 * CHUNKS; index += 32) {
+        int r = first + index / CHUNKS, chunk = index % CHUNKS;
+        int32_t query = rows->query[r];
+        if (query < 0 || chunk * 8 >= a.p.head_dim) continue;
+        size_t offset = (size_t)(t.query_row + query) * a.p.out_stride + (size_t)rows->head[r] * a.p.out_head_stride;
+        *(uint4 *)((uint16_t *)a.p.out + offset + (size_t)chunk * 8) = *(const uint4 *)(q + tile_layout<D>::offset(r, chunk));
+    }
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <typename T, int D, int MT, int WARPS, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(const __grid_constant__ prefill_args a)
+{
+    using shape = prefill_shape<D, MT, WARPS>;
+    constexpr int ROWS = shape::ROWS, THREADS = shape::THREADS;
+    extern __shared__ __align__(1024) unsigned char smem[];
+    wait_for_previous_kernel();
+
+    int32_t seq, tile, kv_head = (int32_t)(blockIdx.x % (unsigned)a.p.n_kv_heads);
+    if (!find_tile(a, (int32_t)(blockIdx.x / (unsigned)a.p.n_kv_heads), ROWS, &seq, &tile)) return;
+    prefill_rows<ROWS> *rows = (prefill_rows<ROWS> *)(smem + shape::Q_BYTES + RING * shape::KV_BYTES);
+    if (threadIdx.x == 0) rows->tile = describe_tile(a, seq, tile, kv_head, ROWS);
+    __syncthreads();
+    const prefill_tile &t = rows->tile;
+    const int32_t first_step = t.first_key / KV_TILE, end_step = (t.end_key + KV_TILE - 1) / KV_TILE;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const uint32_t q = shared_address(smem), pages = shared_address(rows->pages);
+    uint32_t k_tile = q + shape::Q_BYTES, v_tile = k_tile + shape::KV_BYTES, free_tile = v_tile + shape::KV_BYTES;
+
+    float o[MT][D / 8][4], max[MT][2], sum[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT * D / 2; i++) o[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        max[i / 2][i % 2] = -CUDART_INF_F;
+        sum[i / 2][i % 2] = 0;
+    }
+
+    describe_rows<ROWS, THREADS>(a, t, rows);
+    if (first_step < end_step) {
+        fetch_pages(a, t, first_step, pages);
+        fetch_pages(a, t, first_step + 1, pages);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        fetch_queries<D, ROWS, THREADS>(a, t, rows, q);
+        fetch_keys<D, THREADS>(a, t, a.p.k, first_step, rows->pages[first_step & 1], k_tile);
+        cp_async_commit();
+        fetch_keys<D, THREADS>(a, t, a.p.v, first_step, rows->pages[first_step & 1], v_tile);
+        cp_async_commit();
+    } else {
+        __syncthreads();
+    }
+    const bool adjust_all = a.scoring.softcap_in != 0 || a.scoring.slopes;
+    for (int32_t step = first_step; step < end_step; step++) {
+        cp_async_wait<1>(); // K of this step, and the pages of the next
+        __syncthreads();    // everyone's part of it; and all have done with V of the step before
+        if (step + 1 < end_step) {
+            fetch_keys<D, THREADS>(a, t, a.p.k, step + 1, rows->pages[(step + 1) & 1], free_tile);
+            fetch_pages(a, t, step + 2, pages);
+        }
+        cp_async_commit();
+        float s[MT][KV_TILE / 8][4];
+        multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane) + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
+                                k_tile + lane_of_keys<D>(lane));
+        if (adjust_all || step * KV_TILE < t.full_first || (step + 1) * KV_TILE > t.full_end)
+            adjust_tile<MT, ROWS>(s, a, t, rows, step);
+        uint32_t p[MT][KV_TILE / 16][4];
+        bool moved = false;
+        float factor[MT][2];
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            softmax_step(s[m], max[m], sum[m], factor[m], a.scoring.multiplier);
+            pack_rows<T>(p[m], s[m]);
+            moved |= factor[m][0] != 1 || factor[m][1] != 1;
+        }
+        if (__any_sync(0xffffffffu, moved)) { // else all factors are 1
+#pragma unroll
+            for (int m = 0; m < MT; m++) scale_rows<D>(o[m], factor[m]);
+        }
+        cp_async_wait<1>(); // V of this step
+        __syncthreads();    // and all have done with K
+        if (step + 1 < end_step) fetch_keys<D, THREADS>(a, t, a.p.v, step + 1, rows->pages[(step + 1) & 1], k_tile);
+        cp_async_commit();
+        add_values<T, D, MT, KV_TILE / 8>(o, p, v_tile + lane_of_rows<D>(lane));
+        uint32_t k_next = free_tile;
+        free_tile = v_tile;
+        v_tile = k_tile;
+        k_tile = k_next;
+    }
+    store_tile<T, D, MT, ROWS>(o, max, sum, a, t, rows, smem);
+}
+
+// ---- tile choice, launcher ------------------------------------------------------------------------------------------
+
+template <typename T, int D, int MT, int WARPS, int BLOCKS>
+cudaError_t launch_shape(const prefill_args &a, size_t n_tiles, int sm, cudaStream_t stream)
+{
+    using shape = prefill_shape<D, MT, WARPS>;
+    size_t n_blocks = n_tiles * (size_t)a.p.n_kv_heads;
+    if (n_blocks > INT32_MAX) return cudaErrorInvalidValue;
+    return launch_kernel(attention_prefill_kernel<T, D, MT, WARPS, BLOCKS>, (unsigned)n_blocks, shape::THREADS,
+                         shape::SMEM, sm, stream, a);
+}
+
+// At most so many tiles: every sequence may end with a part of one.
+size_t tiles_at_most(const prefill_args &a, size_t rows)
+{
+    return (size_t)a.p.n_tokens * (size_t)a.group / rows + (size_t)a.p.n_seqs;
+}
+
+// Tiles of 128 rows, unless they leave multiprocessors without a second block: then of 64.
+template <typename T, int D, int MT, int WARPS, int BLOCKS, int SMALL_BLOCKS>
+cudaError_t launch_rows(const prefill_args &a, int sm, int n_sms, cudaStream_t stream)
+{
+    size_t n_tiles = tiles_at_most(a, 128);
+    if (n_tiles * (size_t)a.p.n_kv_heads < 2 * (size_t)n_sms)
+        return launch_shape<T, D, 1, 4, SMALL_BLOCKS>(a, tiles_at_most(a, 64), sm, stream);
+    return launch_shape<T, D, MT, WARPS, BLOCKS>(a, n_tiles, sm, stream);
+}
+
+template <typename T> cudaError_t launch_dim(const prefill_args &a, int sm, int n_sms, cudaStream_t stream)
+{
+    int32_t dim = a.p.head_dim;
+    if (dim <= 64) return launch_rows<T, 64, 2, 4, 3, 4>(a, sm, n_sms, stream);
+    if (dim <= 80) return launch_rows<T, 80, 2, 4, 2, 3>(a, sm, n_sms, stream);
+    if (dim <= 96) return launch_rows<T, 96, 2, 4, 2, 3>(a, sm, n_sms, stream);
+    if (dim <= 128) return launch_rows<T, 128, 2, 4, 2, 3>(a, sm, n_sms, stream);
+    return launch_rows<T, 256, 1, 8, 1, 1>(a, sm, n_sms, stream);
+}
+
+} // namespace
+
+cudaError_t launch_prefill(const struct flash_attention_params *p, cudaStream_t stream)
+{
+    int sm, n_sms, smem_per_sm;
+    cudaError_t status = device_figures(&sm, &n_sms, &smem_per_sm);
+    if (status != cudaSuccess) return status;
+    prefill_args a = {*p, scoring_of(p), p->n_heads / p->n_kv_heads};
+    if (p->dtype == FLASH_ATTENTION_BF16) return launch_dim<__nv_bfloat16>(a, sm, n_sms, stream);
+    return launch_dim<__half>(a, sm, n_sms, stream);
+}
