@@ -11,13 +11,13 @@
  *                   among them and draws.
  *   report_kernel   log-probabilities: rank.
  *
- * A batch launches those that one of its rows needs: highest_kernel alone if it is greedy. Bound by bandwidth with many
- * rows, by launches and latency (about 3 us a kernel) with few: 1 row of 128k ids is 32 blocks of 16 KB. The draw's
- * noise costs 20 integer operations an id (Philox); its logarithms are taken only where an id can still win.
+ * A batch launches those that one of its rows needs: highest_kernel alone if it is greedy. Bound by bandwidth with
+ * many rows, by launches and latency (an estimated 3 us a kernel) with few: 1 row of 128k ids is 32 blocks of 16 KB.
+ * The draw's noise costs 20 integer operations an id (Philox); its logarithms are taken only where an id can still win.
  *
- * Results go straight to the host's memory (mapped, from alloc_host): under 200 bytes a row, on the bus while the kernel
- * ends, where a copy would be one more operation in the stream behind it. They are complete with the kernel, so after
- * wait() of a later record().
+ * Results go straight to the host's memory (mapped, from alloc_host): under 200 bytes a row, on the bus while the
+ * kernel ends, where a copy would be one more operation in the stream behind it. They are complete with the kernel, so
+ * after wait() of a later record().
  *
  * Scratch: rows with processors or filters take one of SLOTS slots (work row, histogram, list); a batch with more is cut
  * into several launches, as is one of more than MAX_ROWS rows, or whose lists exceed PACK_BYTES.
@@ -129,15 +129,16 @@ __global__ void __launch_bounds__(THREADS) highest_kernel(const __grid_constant_
     }
     if (GENERAL && row.filtered) {
         uint32_t *words = (uint32_t *)&s.histograms[row.slot];
-        for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < sizeof(struct histogram) / 4; i += gridDim.x * THREADS)
-            words[i] = 0;
+        uint32_t step = gridDim.x * THREADS;
+        for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < sizeof(struct histogram) / 4; i += step) words[i] = 0;
     }
     if (threadIdx.x == 0) part->raw = raw, part->processed = processed;
     if (!is_last_of_row(s)) return;
     struct row_state *state = &s.states[blockIdx.y];
     bool mine = (int32_t)threadIdx.x < s.n_parts;
     raw = block_max(mine ? __ldcg(&part_of(s, (int32_t)threadIdx.x)->raw) : 0);
-    if (GENERAL && row.processed) processed = block_max(mine ? __ldcg(&part_of(s, (int32_t)threadIdx.x)->processed) : 0);
+    if (GENERAL && row.processed)
+        processed = block_max(mine ? __ldcg(&part_of(s, (int32_t)threadIdx.x)->processed) : 0);
     if (GENERAL && row.n_logprobs >= 0) combine_summaries(s, row.n_logprobs, raw, state);
     if (threadIdx.x == 0) decide(s, row, state, raw, processed);
 }
@@ -145,7 +146,8 @@ __global__ void __launch_bounds__(THREADS) highest_kernel(const __grid_constant_
 // ---- draw -----------------------------------------------------------------------------------------------------------
 
 // The best draw of this thread's ids.
-__device__ __forceinline__ wide draw_ids(const float (&tempered)[IDS_PER_THREAD], const struct device_row &row, float bound)
+__device__ __forceinline__ wide draw_ids(const float (&tempered)[IDS_PER_THREAD], const struct device_row &row,
+                                         float bound)
 {
     wide best = 0;
 #pragma unroll
@@ -180,7 +182,8 @@ __device__ __forceinline__ void count_ids(const float (&tempered)[IDS_PER_THREAD
 }
 
 // From the whole row's histogram: in which bucket the filters cut.
-__device__ __forceinline__ void find_cut(const struct histogram *h, const struct device_row &row, struct row_state *state)
+__device__ __forceinline__ void find_cut(const struct histogram *h, const struct device_row &row,
+                                         struct row_state *state)
 {
     wide counts[BUCKETS_PER_THREAD], masses[BUCKETS_PER_THREAD], n = 0, total = 0, before;
     for (uint32_t i = 0; i < BUCKETS_PER_THREAD; i++) {
@@ -524,9 +527,9 @@ int cuda_sample_create(struct device *d, struct error *e)
     sampler->pack = (char *)malloc(PACK_BYTES);
     sampler->seen = (uint32_t *)calloc(mask_words((size_t)d->options.max_vocab_size), sizeof *sampler->seen);
     if (!sampler->pack || !sampler->seen) return error_set(e, ERR_NOMEM, "sample: out of memory");
-    if (cuda_check(cudaMalloc((void **)&sampler->arrived, MAX_ROWS * sizeof *sampler->arrived), "sample", e))
-        return ERR_DEVICE;
-    return cuda_check(cudaMemsetAsync(sampler->arrived, 0, MAX_ROWS * sizeof *sampler->arrived, d->stream), "sample", e);
+    size_t bytes = MAX_ROWS * sizeof *sampler->arrived;
+    if (cuda_check(cudaMalloc((void **)&sampler->arrived, bytes), "sample", e)) return ERR_DEVICE;
+    return cuda_check(cudaMemsetAsync(sampler->arrived, 0, bytes, d->stream), "sample", e);
 }
 
 void cuda_sample_destroy(struct device *d)

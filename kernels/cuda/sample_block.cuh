@@ -1,8 +1,8 @@
 /* sample_block.cuh: what sampling's kernels share: what they are given, and reductions over a block.
  *
  * A row of V logits is cut into parts of PART_IDS ids, one block each; the last block of a row to finish combines the
- * parts. Maxima and sums of integers are the same in any order; the one sum of floats is taken in a fixed order. So a row's
- * result depends on that row alone.
+ * parts. Maxima and sums of integers are the same in any order; the one sum of floats is taken in a fixed order. So a
+ * row's result depends on that row alone.
  */
 #ifndef GPTD_KERNELS_CUDA_SAMPLE_BLOCK_CUH
 #define GPTD_KERNELS_CUDA_SAMPLE_BLOCK_CUH
@@ -231,8 +231,8 @@ __device__ __forceinline__ int32_t id_at(int i)
 }
 
 // The row has its answer: to the host, to the history, and to the kernels that follow.
-__device__ __forceinline__ void finish_row(const struct sampling &s, const struct device_row &row, struct row_state *state,
-                                           int32_t id, bool invalid, bool barred)
+__device__ __forceinline__ void finish_row(const struct sampling &s, const struct device_row &row,
+                                           struct row_state *state, int32_t id, bool invalid, bool barred)
 {
     struct sample_result *r = row.result;
     r->id = id, r->rank = 0, r->logprob = 0, r->n_top = 0;

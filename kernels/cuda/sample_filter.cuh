@@ -1,15 +1,19 @@
 /* sample_filter.cuh: top_k and top_p without a sort, by the radix of (key, id).
  *
- * A candidate's place is key << ID_BITS | id: likeliest first, then lowest id; no two are alike. Where to cut is found digit
- * by digit: a histogram of counts and masses over the digit, then the bucket in which the running sum reaches the
- * target. Masses are exp(tempered logit) in fixed point, so their sums are the same in any order.
+ * A candidate's place is key << ID_BITS | id: likeliest first, then lowest id; no two are alike. Where to cut is found
+ * digit by digit: a histogram of counts and masses over the digit, then the bucket in which the running sum reaches
+ * the target. Masses are exp(tempered logit) in fixed point, so their sums are the same in any order.
  */
 #ifndef GPTD_KERNELS_CUDA_SAMPLE_FILTER_CUH
 #define GPTD_KERNELS_CUDA_SAMPLE_FILTER_CUH
 
 #include "kernels/cuda/sample_block.cuh"
 
-enum { ID_BITS = 20, N_DIGITS = 5 };
+enum {
+    ID_BITS = 20,
+    PLACE_BITS = 51,  // a finite key has 31
+    DIGIT_BITS = 10,  // the first digit has 11: a bucket of the row's histogram
+};
 
 // The fixed point of masses: 1, that of the likeliest id, is 2^42, so that a sum over 2^20 ids fits 64 bits.
 __device__ __forceinline__ wide mass_of(uint32_t key)
@@ -60,7 +64,7 @@ __device__ __forceinline__ uint32_t find_bucket(const wide (&mine)[BUCKETS_PER_T
     if (threadIdx.x == 0) found = N_BUCKETS, found_before = 0;
     __syncthreads();
     if (running < target && running + sum >= target) {
-        uint32_t n_before = 0; // of this thread's buckets; without an index that is not constant: mine stays in registers
+        uint32_t n_before = 0; // of this thread's; constant indices alone keep them in registers
         for (int i = 0; i < BUCKETS_PER_THREAD - 1; i++)
             if (n_before == (uint32_t)i && running + mine[i] < target) running += mine[i], n_before++;
         found = threadIdx.x * BUCKETS_PER_THREAD + n_before, found_before = running;
@@ -100,10 +104,8 @@ struct candidates {
 // the target.
 __device__ wide find_limit(const struct candidates &c, struct buckets &b, wide limit, bool by_mass, wide target)
 {
-    const int shifts[N_DIGITS + 1] = {40, 30, 20, 10, 0, 0}; // digits of 11, 10, 10, 10, 10 bits
     wide prefix = 0, above = 0;
-    for (int digit = 0, top = 51; digit < N_DIGITS; top = shifts[digit++]) {
-        int shift = shifts[digit];
+    for (int top = PLACE_BITS, shift = DIGIT_BITS * 4; shift >= 0; top = shift, shift -= DIGIT_BITS) {
         uint32_t mask = (1u << (top - shift)) - 1;
         buckets_clear(b);
         c.each([&](wide place) {
@@ -121,7 +123,7 @@ __device__ wide find_limit(const struct candidates &c, struct buckets &b, wide l
         above += before;
         prefix = prefix << (top - shift) | bucket;
         uint32_t count = b.count[bucket];
-        if (digit == N_DIGITS - 1 || count == 1 || (!by_mass && above + count == target)) {
+        if (shift == 0 || count == 1 || (!by_mass && above + count == target)) {
             wide last = ((prefix + 1) << shift) - 1;
             return last < limit ? last : limit;
         }

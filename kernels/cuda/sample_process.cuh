@@ -28,8 +28,8 @@ __device__ __forceinline__ void penalize_one(float &x, uint32_t count, const str
     if (count >= GENERATED) x = __fsub_rn(x, row.presence_penalty);
 }
 
-__device__ __forceinline__ bool context_ends_in(const int32_t *context, const struct device_row &row, const int32_t *ids,
-                                                int32_t n)
+__device__ __forceinline__ bool context_ends_in(const int32_t *context, const struct device_row &row,
+                                                const int32_t *ids, int32_t n)
 {
     if (n < 0 || n > row.position - row.n_prompt) return false;
     for (int32_t i = 0; i < n; i++)
@@ -53,8 +53,8 @@ __device__ __forceinline__ void apply_bans(const struct sampling &s, const struc
     }
 }
 
-__device__ __forceinline__ void apply_lists(const struct sampling &s, const struct device_row &row, struct processing &p,
-                                            const int32_t *mask, int32_t first, int32_t n)
+__device__ __forceinline__ void apply_lists(const struct sampling &s, const struct device_row &row,
+                                            struct processing &p, const int32_t *mask, int32_t first, int32_t n)
 {
     const int32_t *allowed = s.pool + row.allowed, *bias = s.pool + row.bias, *run_ends = s.pool + row.bias_runs;
     const int32_t *context = s.history + (size_t)row.history_row * (size_t)s.max_len;
