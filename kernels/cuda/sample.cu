@@ -19,8 +19,8 @@
  * kernel ends, where a copy would be one more operation in the stream behind it. They are complete with the kernel, so
  * after wait() of a later record().
  *
- * Scratch: rows with processors or filters take one of SLOTS slots (work row, histogram, list); a batch with more is cut
- * into several launches, as is one of more than MAX_ROWS rows, or whose lists exceed PACK_BYTES.
+ * Scratch: rows with processors or filters take one of SLOTS slots (work row, histogram, list); a batch with more is
+ * cut into several launches, as is one of more than MAX_ROWS rows, or whose lists exceed PACK_BYTES.
  */
 #include "kernels/cuda/cuda.h"
 
