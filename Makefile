@@ -80,7 +80,7 @@ cuda: $(CUDA_LIB)
 
 $(CUDA_LIB): $(CUDA_OBJ) $(CUDA_C_OBJ)
 	$(call say,LINK,$@)
-	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -z,now,-soname,libgptd_cuda.so
+	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -z,defs,-z,now,-soname,libgptd_cuda.so
 $(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)

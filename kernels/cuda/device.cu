@@ -264,6 +264,7 @@ static void cuda_device_destroy(struct device *d)
     if (d->stream) {
         make_current(d);
         cudaStreamSynchronize(d->stream);
+        cuda_sample_destroy(d);
         cuda_linear_destroy(d);
         for (int i = 0; i < N_STAGING_SLOTS; i++)
             if (d->staging.copied[i]) cudaEventDestroy(d->staging.copied[i]);
@@ -288,7 +289,7 @@ static int cuda_device_create(struct device **out, const struct device_options *
     d->options = *options;
     d->options.isa = NULL;
     if (check_options(options, e) || open_gpu(d, e) || create_stream(d, e) || cuda_linear_create(d, e) ||
-        allocate(d, e)) {
+        cuda_sample_create(d, e) || allocate(d, e)) {
         cuda_device_destroy(d);
         return e->code;
     }
