@@ -36,7 +36,13 @@ size_t decode_scratch_bytes(const struct flash_attention_params *p);
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// 16 bytes from global to shared memory, past the registers; n_bytes 0 reads nothing and stores zeros.
+// 16 bytes from global to shared memory, past the registers.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// The same; n_bytes 0 reads nothing and stores zeros.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, int n_bytes)
 {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(n_bytes) : "memory");

@@ -34,6 +34,7 @@ struct prefill_tile {
     int32_t query_row;             // row of q that the sequence begins with
     int32_t first_position;        // of its first query
     int32_t first_key, end_key;    // seen by any row of the tile
+    int32_t first_step, end_step;  // that hold them
     int32_t full_first, full_end;  // seen by every row
     const int32_t *pages;          // its row of the block table; NULL: dense
     size_t kv_offset;              // elements to its first key in k, v (dense), its KV head included
@@ -42,10 +43,10 @@ struct prefill_tile {
 // Shared memory beside the tiles. The tile's description is here, too: registers are what is scarce.
 template <int ROWS> struct prefill_rows {
     prefill_tile tile;
+    __align__(16) int32_t pages[2][4]; // of the keys 0-15, 16-31, 32-47, 48-63 of a step; even and odd steps
     int32_t query[ROWS]; // of the sequence; -1: the tile's row is beyond the last
     int32_t head[ROWS];
     float slope[ROWS];   // in units of log2(e)
-    int32_t pages[2][4]; // of the keys 0-15, 16-31, 32-47, 48-63 of a step; even and odd steps
 };
 
 template <int D, int MT, int WARPS> struct prefill_shape {
@@ -127,6 +128,8 @@ __device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int
     int32_t last = t.first_position + min(t.first_row + rows - 1, t.n_rows - 1) / a.group;
     t.first_key = max(first - a.scoring.left, 0);
     t.end_key = min(last + a.scoring.right + 1, length);
+    t.first_step = t.first_key / KV_TILE;
+    t.end_step = (t.end_key + KV_TILE - 1) / KV_TILE;
     t.full_first = last - a.scoring.left;
     t.full_end = min(first + a.scoring.right + 1, length);
     t.pages = p.block_table ? p.block_table + (size_t)s * (size_t)p.max_blocks : nullptr;
@@ -152,27 +155,81 @@ __device__ __forceinline__ void fetch_pages(const prefill_args &a, const prefill
     cp_async_4(to + (uint32_t)((step & 1) * 16 + part * 4), from, seen ? 4 : 0);
 }
 
-// Keys (or values) of one step; those that no row of the tile sees become zeros and are not read. pages: of the step.
+// Where the keys of one step lie. Dense keys are pages of 16 one after the other.
+struct key_source {
+    const uint16_t *base;
+    uint32_t page_mask, page_stride, stride; // keys in a page - 1; elements
+};
+
+__device__ __forceinline__ key_source source_of(const prefill_args &a, const prefill_tile &t, const void *base)
+{
+    const uint16_t *from = (const uint16_t *)base + t.kv_offset;
+    if (!t.pages) return {from, 15, (uint32_t)a.p.kv_stride * 16, (uint32_t)a.p.kv_stride};
+    return {from, (uint32_t)a.p.block_size - 1, (uint32_t)a.p.kv_block_stride, (uint32_t)a.p.kv_stride};
+}
+
+// Keys (or values) of a step of which the tile sees only some, or of a padded head_dim: what is not seen becomes zeros
+// and is not read.
+template <int D, int THREADS>
+__device__ __forceinline__ void fetch_some_keys(const prefill_args &a, const prefill_tile &t, const key_source &source,
+                                                int32_t step, const int32_t *pages, uint32_t to)
+{
+    constexpr int CHUNKS = tile_layout<D>::CHUNKS;
+#pragma unroll 1
+    for (int index = (int)threadIdx.x; index < KV_TILE * CHUNKS; index += THREADS) {
+        int row = index / CHUNKS, chunk = index % CHUNKS;
+        int32_t key = step * KV_TILE + row;
+        bool seen = key >= t.first_key && key < t.end_key && chunk * 8 < a.p.head_dim;
+        uint32_t page = t.pages ? (uint32_t)pages[row / 16] : (uint32_t)(step * 4 + row / 16);
+        size_t offset = (size_t)page * source.page_stride + (((uint32_t)row & source.page_mask) * source.stride);
+        cp_async_16(to + tile_layout<D>::offset(row, chunk), source.base + (seen ? offset + (size_t)chunk * 8 : 0),
+                    seen ? 16 : 0);
+    }
+}
+
+// Keys (or values) of one step, all of which the tile sees. pages: of the step.
+template <int D, int THREADS>
+__device__ __forceinline__ void fetch_all_keys(const prefill_tile &t, const key_source &source, int32_t step,
+                                               const int32_t *pages, uint32_t to)
+{
+    constexpr int CHUNKS = tile_layout<D>::CHUNKS;
+    static_assert(KV_TILE * CHUNKS % THREADS == 0, "whole rounds");
+    int4 page = make_int4(step * 4, step * 4 + 1, step * 4 + 2, step * 4 + 3);
+    if (t.pages) page = *(const int4 *)pages;
+    const uint16_t *part[4];
+    part[0] = source.base + (size_t)(uint32_t)page.x * source.page_stride;
+    part[1] = source.base + (size_t)(uint32_t)page.y * source.page_stride + (16 & source.page_mask) * source.stride;
+    part[2] = source.base + (size_t)(uint32_t)page.z * source.page_stride + (32 & source.page_mask) * source.stride;
+    part[3] = source.base + (size_t)(uint32_t)page.w * source.page_stride + (48 & source.page_mask) * source.stride;
+    if constexpr (THREADS % CHUNKS == 0 && 16 * CHUNKS % THREADS == 0) { // every part of 16 keys in whole rounds
+        constexpr int ROWS = THREADS / CHUNKS, ROUNDS = 16 / ROWS;
+        int row = (int)threadIdx.x / CHUNKS, chunk = (int)threadIdx.x % CHUNKS;
+        uint32_t offset = (uint32_t)row * source.stride + (uint32_t)chunk * 8;
+#pragma unroll
+        for (int i = 0; i < 4 * ROUNDS; i++)
+            cp_async_16(to + tile_layout<D>::offset(row + i * ROWS, chunk),
+                        part[i / ROUNDS] + (offset + (uint32_t)(i % ROUNDS * ROWS) * source.stride));
+    } else {
+#pragma unroll
+        for (int i = 0; i < KV_TILE * CHUNKS / THREADS; i++) {
+            int index = (int)threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
+            int first = i * THREADS / CHUNKS / 16, last = ((i + 1) * THREADS - 1) / CHUNKS / 16; // parts of this round
+            const uint16_t *low = part[first], *high = part[last], *from = row / 16 == first ? low : high;
+            cp_async_16(to + tile_layout<D>::offset(row, chunk),
+                        from + ((uint32_t)(row % 16) * source.stride + (uint32_t)chunk * 8));
+        }
+    }
+}
+
 template <int D, int THREADS>
 __device__ __forceinline__ void fetch_keys(const prefill_args &a, const prefill_tile &t, const void *base, int32_t step,
                                            const int32_t *pages, uint32_t to)
 {
-    constexpr int CHUNKS = tile_layout<D>::CHUNKS;
-    static_assert(KV_TILE * CHUNKS % THREADS == 0, "whole rounds");
-    const uint16_t *from = (const uint16_t *)base + t.kv_offset;
-    // Dense keys are pages of 16 one after the other.
-    uint32_t page_mask = t.pages ? (uint32_t)a.p.block_size - 1 : 15;
-    uint32_t page_stride = t.pages ? (uint32_t)a.p.kv_block_stride : (uint32_t)a.p.kv_stride * 16;
-    uint32_t stride = (uint32_t)a.p.kv_stride;
-#pragma unroll
-    for (int i = 0; i < KV_TILE * CHUNKS / THREADS; i++) {
-        int index = (int)threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
-        int32_t key = step * KV_TILE + row;
-        bool seen = key >= t.first_key && key < t.end_key && chunk * 8 < a.p.head_dim;
-        uint32_t page = t.pages ? (uint32_t)pages[row / 16] : (uint32_t)(step * 4 + row / 16);
-        size_t offset = (size_t)page * page_stride + (((uint32_t)row & page_mask) * stride + (uint32_t)chunk * 8);
-        cp_async_16(to + tile_layout<D>::offset(row, chunk), from + (seen ? offset : 0), seen ? 16 : 0);
-    }
+    key_source source = source_of(a, t, base);
+    if (step * KV_TILE >= t.first_key && (step + 1) * KV_TILE <= t.end_key && a.p.head_dim == D)
+        fetch_all_keys<D, THREADS>(t, source, step, pages, to);
+    else
+        fetch_some_keys<D, THREADS>(a, t, source, step, pages, to);
 }
 
 // What threads know of the rows of the tile; ends without a barrier.
@@ -288,6 +345,13 @@ __device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max
     }
 }
 
+// Offset of the tile n further in the ring.
+template <int KV_BYTES> __device__ __forceinline__ uint32_t further(uint32_t place, int n)
+{
+    uint32_t next = place + (uint32_t)(n * KV_BYTES);
+    return next >= RING * KV_BYTES ? next - RING * KV_BYTES : next;
+}
+
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, int D, int MT, int WARPS, int BLOCKS>
@@ -304,10 +368,9 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     if (threadIdx.x == 0) rows->tile = describe_tile(a, seq, tile, kv_head, ROWS);
     __syncthreads();
     const prefill_tile &t = rows->tile;
-    const int32_t first_step = t.first_key / KV_TILE, end_step = (t.end_key + KV_TILE - 1) / KV_TILE;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const uint32_t q = shared_address(smem), pages = shared_address(rows->pages);
-    uint32_t k_tile = q + shape::Q_BYTES, v_tile = k_tile + shape::KV_BYTES, free_tile = v_tile + shape::KV_BYTES;
+    const uint32_t q = shared_address(smem), ring = q + shape::Q_BYTES, pages = shared_address(rows->pages);
+    uint32_t place = 0; // in the ring: K of the step; V is one further, the free tile two
 
     float o[MT][D / 8][4], max[MT][2], sum[MT][2];
 #pragma unroll
@@ -319,32 +382,34 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     }
 
     describe_rows<ROWS, THREADS>(a, t, rows);
-    if (first_step < end_step) {
+    if (t.first_step < t.end_step) {
+        const int32_t first_step = t.first_step;
         fetch_pages(a, t, first_step, pages);
         fetch_pages(a, t, first_step + 1, pages);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
         fetch_queries<D, ROWS, THREADS>(a, t, rows, q);
-        fetch_keys<D, THREADS>(a, t, a.p.k, first_step, rows->pages[first_step & 1], k_tile);
+        fetch_keys<D, THREADS>(a, t, a.p.k, first_step, rows->pages[first_step & 1], ring);
         cp_async_commit();
-        fetch_keys<D, THREADS>(a, t, a.p.v, first_step, rows->pages[first_step & 1], v_tile);
+        fetch_keys<D, THREADS>(a, t, a.p.v, first_step, rows->pages[first_step & 1], ring + shape::KV_BYTES);
         cp_async_commit();
     } else {
         __syncthreads();
     }
     const bool adjust_all = a.scoring.softcap_in != 0 || a.scoring.slopes;
-    for (int32_t step = first_step; step < end_step; step++) {
+    for (int32_t step = t.first_step; step < t.end_step; step++) {
         cp_async_wait<1>(); // K of this step, and the pages of the next
         __syncthreads();    // everyone's part of it; and all have done with V of the step before
-        if (step + 1 < end_step) {
-            fetch_keys<D, THREADS>(a, t, a.p.k, step + 1, rows->pages[(step + 1) & 1], free_tile);
+        if (step + 1 < t.end_step) {
+            fetch_keys<D, THREADS>(a, t, a.p.k, step + 1, rows->pages[(step + 1) & 1],
+                                    ring + further<shape::KV_BYTES>(place, 2));
             fetch_pages(a, t, step + 2, pages);
         }
         cp_async_commit();
         float s[MT][KV_TILE / 8][4];
         multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane) + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
-                                k_tile + lane_of_keys<D>(lane));
+                                ring + place + lane_of_keys<D>(lane));
         if (adjust_all || step * KV_TILE < t.full_first || (step + 1) * KV_TILE > t.full_end)
             adjust_tile<MT, ROWS>(s, a, t, rows, step);
         uint32_t p[MT][KV_TILE / 16][4];
@@ -362,13 +427,11 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
         }
         cp_async_wait<1>(); // V of this step
         __syncthreads();    // and all have done with K
-        if (step + 1 < end_step) fetch_keys<D, THREADS>(a, t, a.p.v, step + 1, rows->pages[(step + 1) & 1], k_tile);
+        if (step + 1 < t.end_step)
+            fetch_keys<D, THREADS>(a, t, a.p.v, step + 1, rows->pages[(step + 1) & 1], ring + place);
         cp_async_commit();
-        add_values<T, D, MT, KV_TILE / 8>(o, p, v_tile + lane_of_rows<D>(lane));
-        uint32_t k_next = free_tile;
-        free_tile = v_tile;
-        v_tile = k_tile;
-        k_tile = k_next;
+        add_values<T, D, MT, KV_TILE / 8>(o, p, ring + further<shape::KV_BYTES>(place, 1) + lane_of_rows<D>(lane));
+        place = further<shape::KV_BYTES>(place, 2);
     }
     store_tile<T, D, MT, ROWS>(o, max, sum, a, t, rows, smem);
 }

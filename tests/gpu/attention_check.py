@@ -1,0 +1,708 @@
+#!/usr/bin/env python3
+"""Checks and times the attention kernels of libgptd_cuda.so (kernels/flash_attention.h) against PyTorch on a GPU.
+
+    attention_check.py [build/libgptd_cuda.so]          every group of cases; a line each, then "N passed, N failed"
+    attention_check.py --time [build/libgptd_cuda.so]   prefill and decode against PyTorch's FlashAttention-2
+
+Inputs are random and fresh (the seed is printed; --seed repeats a run), outputs poisoned, unused cache slots NaN. The
+error ||out - ref|| / ||ref|| against float64 must be at most 1.25 times that of PyTorch in the same type: SDPA's flash
+backend where it has the feature, else a plain softmax in float32 with weights in the type. What must be equal bit for
+bit (alone or in a batch, whole or in chunks, any block table) is compared so.
+"""
+import argparse
+import ctypes
+import random
+import statistics
+import sys
+import time
+import traceback
+import warnings
+
+import torch
+
+DEVICE = "cuda"
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+ERROR_RATIO = 1.25
+LSE_TOLERANCE = 5e-4
+MATRIX_BYTES = 1 << 28  # of one part of a reference's scores
+
+
+class Params(ctypes.Structure):
+    """struct flash_attention_params"""
+    _fields_ = [(name, ctypes.c_void_p) for name in ("out", "lse", "q", "k", "v")] + \
+               [(name, ctypes.c_size_t) for name in ("out_stride", "out_head_stride", "q_stride", "q_head_stride",
+                                                     "kv_block_stride", "kv_head_stride", "kv_stride")] + \
+               [(name, ctypes.c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_table",
+                                                     "alibi_slopes", "scratch")] + \
+               [("scratch_bytes", ctypes.c_size_t), ("tickets", ctypes.c_void_p)] + \
+               [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_heads", "n_kv_heads", "head_dim",
+                                                    "block_size", "max_blocks", "max_context", "causal", "window_left",
+                                                    "window_right", "skip_single")] + \
+               [("scale", ctypes.c_float), ("softcap", ctypes.c_float)]
+
+
+class Library:
+    def __init__(self, path):
+        self.lib = ctypes.CDLL(path)
+        for name in ("prefill", "decode"):
+            function = getattr(self.lib, "gptd_flash_attention_" + name)
+            function.argtypes, function.restype = [ctypes.POINTER(Params), ctypes.c_void_p], ctypes.c_int
+        scratch = self.lib.gptd_flash_attention_scratch_bytes
+        scratch.argtypes, scratch.restype = [ctypes.POINTER(Params)], ctypes.c_size_t
+
+    def run(self, name, params):
+        stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else None
+        status = getattr(self.lib, "gptd_flash_attention_" + name)(ctypes.byref(params), stream)
+        if status:
+            raise RuntimeError(f"{name}: CUDA error {status}")
+
+    def scratch(self, params):
+        return torch.empty(self.lib.gptd_flash_attention_scratch_bytes(ctypes.byref(params)), dtype=torch.uint8,
+                           device=DEVICE)
+
+
+class Options:
+    def __init__(self, causal=True, left=-1, right=-1, slopes=None, softcap=0.0, scale=None):
+        self.causal, self.left, self.right, self.slopes = causal, left, right, slopes
+        self.softcap, self.scale = softcap, scale
+
+    def plain(self):
+        return self.left < 0 and self.right < 0 and self.slopes is None and self.softcap == 0
+
+
+class Heads:
+    def __init__(self, dtype=torch.bfloat16, dim=128, q=8, kv=2):
+        self.dtype, self.dim, self.q, self.kv = dtype, dim, q, kv
+
+
+class Sequence:
+    """n queries at the end of a context of `length`: q [n, H, D], k, v [length, KV, D]"""
+    def __init__(self, heads, n, length, spread=1.0):
+        self.heads, self.n, self.length = heads, n, length
+        def fresh(*shape):
+            return torch.randn(*shape, device=DEVICE).to(heads.dtype)
+        self.q = (fresh(n, heads.q, heads.dim).float() * spread).to(heads.dtype)
+        self.k, self.v = fresh(length, heads.kv, heads.dim), fresh(length, heads.kv, heads.dim)
+
+    def part(self, first, end):
+        """queries first .. end - 1, with the context that ends with them"""
+        part = object.__new__(Sequence)
+        part.heads, part.n, part.length = self.heads, end - first, self.length - self.n + end
+        part.q, part.k, part.v = self.q[first:end], self.k[:part.length], self.v[:part.length]
+        return part
+
+
+def device_ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def sums(values):
+    return [sum(values[:i]) for i in range(len(values) + 1)]
+
+
+# ---- references -----------------------------------------------------------------------------------------------------
+
+def scores_of(s, o, kv_head, first, end, dtype):
+    """[group, end - first, length] scores of queries first .. end - 1, and whether each is seen"""
+    heads, group = s.heads, s.heads.q // s.heads.kv
+    q = s.q[first:end, kv_head * group:(kv_head + 1) * group].to(dtype).transpose(0, 1)
+    x = torch.matmul(q, s.k[:, kv_head].to(dtype).t()) * (o.scale or heads.dim ** -0.5)
+    if o.softcap:
+        x = torch.tanh(x / o.softcap) * o.softcap
+    position = torch.arange(s.length - s.n + first, s.length - s.n + end, device=DEVICE)[:, None]
+    key = torch.arange(s.length, device=DEVICE)[None, :]
+    if o.slopes is not None:
+        slopes = o.slopes[kv_head * group:(kv_head + 1) * group].to(dtype)
+        x = x + slopes[:, None, None] * (key - position).to(dtype)
+    seen = key >= position - o.left if o.left >= 0 else torch.ones_like(key >= position)
+    right = 0 if o.causal else o.right
+    return x, seen & (key <= position + right) if right >= 0 else seen
+
+
+def attend(s, o, exact):
+    """out [n, H, D], lse [n, H]: in float64 if exact, else softmax in float32, weights and output in the type"""
+    heads, group = s.heads, s.heads.q // s.heads.kv
+    dtype = torch.float64 if exact else torch.float32
+    out = torch.zeros(s.n, heads.q, heads.dim, dtype=dtype, device=DEVICE)
+    lse = torch.full((s.n, heads.q), -torch.inf, dtype=dtype, device=DEVICE)
+    if s.length == 0:
+        return out, lse
+    step = max(1, MATRIX_BYTES // (8 * group * s.length))
+    for kv_head in range(heads.kv):
+        these = slice(kv_head * group, (kv_head + 1) * group)
+        for first in range(0, s.n, step):
+            end = min(first + step, s.n)
+            x, seen = scores_of(s, o, kv_head, first, end, dtype)
+            x = x.masked_fill(~seen, -torch.inf)
+            lse[first:end, these] = torch.logsumexp(x, -1).transpose(0, 1)
+            weights = torch.softmax(x, -1).nan_to_num(0.0)
+            v = s.v[:, kv_head]
+            if exact:
+                y = torch.matmul(weights, v.double())
+            else:
+                y = torch.matmul(weights.to(heads.dtype), v).float()
+            out[first:end, these] = y.transpose(0, 1)
+    return out, lse
+
+
+def sdpa(s, o):
+    """PyTorch's FlashAttention-2, or None where it does not do this"""
+    if DEVICE != "cuda" or not o.plain() or (o.causal and s.n != s.length) or s.length == 0:
+        return None
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        group = s.heads.q // s.heads.kv
+        q, k, v = (x.transpose(0, 1)[None] for x in (s.q, s.k.repeat_interleave(group, 1),
+                                                     s.v.repeat_interleave(group, 1)))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=o.causal, scale=o.scale)
+        return out[0].transpose(0, 1).double()
+    except RuntimeError:
+        return None
+
+
+def relative(x, reference):
+    return float((x.double() - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+# ---- running the kernels --------------------------------------------------------------------------------------------
+
+def poisoned(*shape, dtype):
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+class Run:
+    """A batch in device memory, paged (block_size > 0) or dense, q in fused rows; keeps what the pointers point to"""
+    def __init__(self, sequences, options, block_size=64, spare=3):
+        self.sequences, self.options, heads = sequences, options, sequences[0].heads
+        self.heads, self.block_size = heads, block_size
+        n_tokens, p = sum(s.n for s in sequences), Params()
+        self.qkv = poisoned(max(n_tokens, 1), (heads.q + 2 * heads.kv) * heads.dim, dtype=heads.dtype)
+        self.qkv[:n_tokens, :heads.q * heads.dim] = torch.cat([s.q.reshape(s.n, -1) for s in sequences])
+        self.out = poisoned(max(n_tokens, 1), heads.q, heads.dim, dtype=heads.dtype)
+        self.lse = poisoned(max(n_tokens, 1), heads.q, dtype=torch.float32)
+        self.cu_q = device_ints(sums([s.n for s in sequences]))
+        self.slopes = None if options.slopes is None else options.slopes.float().contiguous()
+        p.out, p.lse, p.q = self.out.data_ptr(), self.lse.data_ptr(), self.qkv.data_ptr()
+        p.out_stride, p.out_head_stride = heads.q * heads.dim, heads.dim
+        p.q_stride, p.q_head_stride = (heads.q + 2 * heads.kv) * heads.dim, heads.dim
+        p.cu_seqlens_q = self.cu_q.data_ptr()
+        p.alibi_slopes = None if self.slopes is None else self.slopes.data_ptr()
+        p.dtype, p.n_seqs, p.n_tokens = DTYPES[heads.dtype], len(sequences), n_tokens
+        p.n_heads, p.n_kv_heads, p.head_dim = heads.q, heads.kv, heads.dim
+        p.causal, p.window_left, p.window_right = int(options.causal), options.left, options.right
+        p.scale, p.softcap = options.scale or heads.dim ** -0.5, options.softcap
+        p.max_context = max(max(s.length for s in sequences), 1)
+        self.p = p
+        if block_size:
+            self.place_pages(spare)
+        else:
+            self.place_dense()
+
+    def place_pages(self, spare):
+        heads, size, p = self.heads, self.block_size, self.p
+        counts = [(s.length + size - 1) // size for s in self.sequences]
+        n_blocks, max_blocks = sum(counts) + spare, max(counts) + 2
+        ids = torch.randperm(n_blocks).tolist()
+        self.k, self.v = (poisoned(n_blocks, heads.kv, size, heads.dim, dtype=heads.dtype) for _ in range(2))
+        table = [[-1] * max_blocks for _ in self.sequences]
+        for row, s, count in zip(table, self.sequences, counts):
+            mine = [ids.pop() for _ in range(count)]
+            where = torch.tensor(mine, dtype=torch.int64, device=DEVICE)
+            for cache, x in ((self.k, s.k), (self.v, s.v)):
+                tiles = poisoned(count * size, heads.kv, heads.dim, dtype=heads.dtype)
+                tiles[:s.length] = x
+                if count:
+                    cache[where] = tiles.view(count, size, heads.kv, heads.dim).transpose(1, 2)
+            behind = max(0, s.length - s.n - self.options.left) if self.options.left >= 0 else 0
+            row[:count] = [-1 if (i + 1) * size <= behind else block for i, block in enumerate(mine)]
+            for i in range(min(behind // size, count)):
+                self.k[mine[i]], self.v[mine[i]] = float("nan"), float("nan")
+        self.table, self.lens = device_ints(table), device_ints([s.length for s in self.sequences])
+        p.k, p.v = self.k.data_ptr(), self.v.data_ptr()
+        p.kv_stride, p.kv_head_stride = heads.dim, size * heads.dim
+        p.kv_block_stride, p.block_size, p.max_blocks = heads.kv * size * heads.dim, size, max_blocks
+        p.block_table, p.context_lens = self.table.data_ptr(), self.lens.data_ptr()
+
+    def place_dense(self):
+        heads, p = self.heads, self.p
+        rows = sum(s.length for s in self.sequences)
+        self.kv = poisoned(rows + 64, 2 * heads.kv, heads.dim, dtype=heads.dtype)
+        self.kv[:rows, :heads.kv] = torch.cat([s.k for s in self.sequences])
+        self.kv[:rows, heads.kv:] = torch.cat([s.v for s in self.sequences])
+        self.cu_k = device_ints(sums([s.length for s in self.sequences]))
+        p.k = self.kv.data_ptr()
+        p.v = self.kv.data_ptr() + heads.kv * heads.dim * self.kv.element_size()
+        p.kv_stride, p.kv_head_stride = 2 * heads.kv * heads.dim, heads.dim
+        p.cu_seqlens_k = self.cu_k.data_ptr()
+
+    def prefill(self, library):
+        library.run("prefill", self.p)
+        return self.results()
+
+    def decode(self, library, scratch=None):
+        self.p.scratch_bytes = 0
+        self.scratch = library.scratch(self.p) if scratch is None else scratch
+        self.scratch.fill_(255)
+        self.p.scratch, self.p.scratch_bytes = self.scratch.data_ptr(), self.scratch.numel()
+        library.run("decode", self.p)
+        return self.results()
+
+    def results(self):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        cuts = sums([s.n for s in self.sequences])
+        return [(self.out[a:b].clone(), self.lse[a:b].clone()) for a, b in zip(cuts, cuts[1:])]
+
+
+class Failure(Exception):
+    pass
+
+
+def check(condition, what):
+    if not condition:
+        raise Failure(what)
+
+
+def check_close(run, results, worst):
+    """All rows of the batch together against float64; notes the worst ratio to PyTorch's error"""
+    outs, exact, other, lse, lse_exact, names = [], [], [], [], [], set()
+    for s, (out, sums_) in zip(run.sequences, results):
+        reference, reference_lse = attend(s, run.options, True)
+        theirs = sdpa(s, run.options)
+        names.add("plain" if theirs is None else "sdpa")
+        other.append((attend(s, run.options, False)[0].to(s.heads.dtype) if theirs is None else theirs).double())
+        outs.append(out)
+        exact.append(reference)
+        lse.append(sums_.double())
+        lse_exact.append(reference_lse)
+    out, exact, other, lse, lse_exact = (torch.cat(x) for x in (outs, exact, other, lse, lse_exact))
+    check(bool(torch.isfinite(out).all()), "NaN or infinity in the output (unwritten, or read where it should not)")
+    floor = 1e-6  # a single key comes out exact
+    ratio = relative(out, exact) / max(relative(other, exact), floor)
+    worst["ratio"] = max(worst.get("ratio", 0), ratio)
+    worst["error"] = max(worst.get("error", 0), relative(out, exact))
+    worst.setdefault("against", set()).update(names)
+    check(ratio <= ERROR_RATIO, f"error {relative(out, exact):.2e}, PyTorch's {relative(other, exact):.2e}")
+    empty = torch.isinf(lse_exact)
+    check(bool((torch.isinf(lse) == empty).all()), "lse is infinite in other places")
+    if bool((~empty).any()):
+        difference = float((lse - lse_exact)[~empty].abs().max())
+        worst["lse"] = max(worst.get("lse", 0), difference)
+        check(difference <= LSE_TOLERANCE, f"lse differs by {difference:.2e}")
+
+
+def same_bits(a, b):
+    return all(torch.equal(x.view(torch.int16 if x.element_size() == 2 else torch.int32),
+                           y.view(torch.int16 if y.element_size() == 2 else torch.int32)) for x, y in zip(a, b))
+
+
+def alibi(n_heads):
+    return torch.tensor([2.0 ** (-8 * (i + 1) / n_heads) for i in range(n_heads)], device=DEVICE)
+
+
+def ragged(heads, pairs, spread=1.0):
+    return [Sequence(heads, n, length, spread) for n, length in pairs]
+
+
+EDGES = [(1, 1), (63, 63), (64, 64), (65, 65), (3, 130), (1, 200), (17, 17), (130, 333)]
+
+
+# ---- groups of cases: each yields functions; one that raises is one that failed --------------------------------------
+
+def head_dims(library, worst):
+    for dtype in DTYPES:
+        for dim in (64, 80, 96, 128, 256, 40, 72, 8, 248):
+            heads = Heads(dtype, dim, 4, 2)
+            yield f"{dtype} d{dim}", lambda heads=heads: both(library, ragged(heads, EDGES), Options(), 64, worst)
+
+
+def both(library, sequences, options, block_size, worst):
+    """Prefill of all, and decode of each one's last query"""
+    run = Run(sequences, options, block_size)
+    check_close(run, run.prefill(library), worst)
+    if options.right < 0 or options.causal:
+        run = Run([s.part(s.n - 1, s.n) for s in sequences], options, block_size)
+        check_close(run, run.decode(library), worst)
+
+
+def gqa(library, worst):
+    for q, kv in ((4, 4), (8, 4), (8, 2), (16, 2), (8, 1), (10, 2), (17, 1), (40, 1), (71, 1)):
+        for dim in (64, 128):
+            heads = Heads(random.choice(list(DTYPES)), dim, q, kv)
+            yield f"{q}/{kv} d{dim}", lambda heads=heads: both(library, ragged(heads, EDGES), Options(), 64, worst)
+
+
+def block_sizes(library, worst):
+    for size in (16, 32, 64):
+        pairs = [(n, n) for n in (1, size - 1, size, size + 1, 1000)] + [(5, 777), (100, 2 * size + 1)]
+        for dim in (64, 80, 128, 256):
+            heads = Heads(random.choice(list(DTYPES)), dim, 8, 2)
+            yield f"blocks of {size} d{dim}", lambda heads=heads, pairs=pairs, size=size: \
+                both(library, ragged(heads, pairs), Options(), size, worst)
+
+
+def lengths(library, worst):
+    for dtype in DTYPES:
+        heads = Heads(dtype, 128, 8, 2)
+        yield f"{dtype} 1000, 4097", lambda heads=heads: \
+            both(library, ragged(heads, [(1000, 1000), (4097, 4097)]), Options(), 64, worst)
+        yield f"{dtype} 100k", lambda heads=heads: \
+            both(library, ragged(heads, [(70, 100_003), (2, 9), (1, 16_385), (1, 8_193)]), Options(), 64, worst)
+    yield "peaked scores", lambda: both(library, ragged(Heads(), EDGES, 6.0), Options(), 64, worst)
+
+
+def windows(library, worst):
+    pairs = EDGES + [(700, 700), (100, 1000), (2, 1500)]
+    for left in (0, 16, 63, 64, 100, 500):
+        for size in (16, 64):
+            heads = Heads(random.choice(list(DTYPES)), random.choice((64, 96, 128)), 8, 2)
+            yield f"window {left + 1}, blocks of {size}", lambda left=left, size=size, heads=heads: \
+                both(library, ragged(heads, pairs), Options(left=left), size, worst)
+    for left, right in ((30, 10), (-1, 5), (100, -1), (0, 0), (64, 64)):
+        yield f"window {left}, {right}", lambda left=left, right=right: both(
+            library, ragged(Heads(), pairs), Options(causal=False, left=left, right=right), 32, worst)
+
+
+def scores(library, worst):
+    for name, make in (("alibi", lambda h: Options(slopes=alibi(h.q))), ("softcap", lambda h: Options(softcap=20.0)),
+                       ("softcap + alibi", lambda h: Options(softcap=5.0, slopes=alibi(h.q))),
+                       ("alibi + window", lambda h: Options(left=99, slopes=alibi(h.q))),
+                       ("softcap + window", lambda h: Options(left=40, softcap=30.0)),
+                       ("scale", lambda h: Options(scale=0.3)),
+                       ("alibi not causal", lambda h: Options(causal=False, slopes=alibi(h.q)))):
+        for heads in (Heads(torch.bfloat16, 128, 8, 2), Heads(torch.float16, 64, 6, 6), Heads(torch.float16, 256, 34, 2)):
+            yield f"{name} d{heads.dim}", lambda heads=heads, make=make: both(
+                library, ragged(heads, EDGES + [(300, 900)], 3.0), make(heads), 64, worst)
+
+
+def not_causal(library, worst):
+    for dim in (64, 128, 256):
+        heads = Heads(random.choice(list(DTYPES)), dim, 8, 2)
+        yield f"d{dim}", lambda heads=heads: both(library, ragged(heads, EDGES), Options(causal=False), 64, worst)
+
+
+def prefill_only(library, sequences, options, block_size, worst):
+    run = Run(sequences, options, block_size)
+    check_close(run, run.prefill(library), worst)
+
+
+def dense(library, worst):
+    pairs = EDGES + [(1000, 1000), (100, 40), (5, 0), (65, 64)]
+    for dim in (64, 80, 128, 256):
+        for causal in (True, False):
+            heads = Heads(random.choice(list(DTYPES)), dim, 8, random.choice((8, 2)))
+            yield f"d{dim} causal {causal}", lambda heads=heads, causal=causal: \
+                prefill_only(library, ragged(heads, pairs), Options(causal), 0, worst)
+    yield "window, alibi", lambda: prefill_only(library, ragged(Heads(), pairs), Options(left=50, slopes=alibi(8)), 0, worst)
+
+
+def chunk_bits(library, heads, length, options, block_size):
+    s = Sequence(heads, length, length)
+    whole = Run([s], options, block_size).prefill(library)[0]
+    cuts = sorted({0, length, *(random.randrange(1, length) for _ in range(6))})
+    parts = [s.part(a, b) for a, b in zip(cuts, cuts[1:])]
+    pieces = Run(parts, options, block_size).prefill(library)  # all chunks in one batch, each with its own copy
+    for a, b, piece in zip(cuts, cuts[1:], pieces):
+        check(same_bits(piece, (whole[0][a:b], whole[1][a:b])), f"queries {a} .. {b - 1} differ from the whole prompt's")
+
+
+def chunked(library, worst):
+    for dim, q, kv in ((64, 8, 8), (80, 8, 2), (96, 8, 2), (128, 16, 4), (128, 12, 2), (256, 8, 1), (72, 4, 2)):
+        for options in (Options(), Options(left=300), Options(slopes=alibi(q)), Options(softcap=10.0, left=77)):
+            heads = Heads(random.choice(list(DTYPES)), dim, q, kv)
+            yield f"{q}/{kv} d{dim}", lambda heads=heads, options=options: \
+                chunk_bits(library, heads, random.randrange(900, 1300), options, random.choice((16, 32, 64)))
+    # Tiles of 128 rows for the whole, of 64 for the chunks.
+    for dim in (64, 80, 128, 256):
+        yield f"4097 d{dim}", lambda dim=dim: chunk_bits(library, Heads(torch.bfloat16, dim, 16, 16), 4097, Options(), 64)
+
+
+def batch_bits(library, sequences, options, name):
+    together = getattr(Run(sequences, options), name)(library)
+    order = list(range(len(sequences)))
+    random.shuffle(order)
+    shuffled = getattr(Run([sequences[i] for i in order], options), name)(library)
+    for i, s in enumerate(sequences):
+        alone = getattr(Run([s], options), name)(library)[0]
+        check(same_bits(alone, together[i]), f"sequence {i} ({s.n} of {s.length}) alone differs from it in the batch")
+        check(same_bits(shuffled[order.index(i)], together[i]), f"sequence {i} differs in another order of the batch")
+
+
+def batched(library, worst):
+    many = [(random.randrange(1, 400), 0) for _ in range(70)]
+    for dim in (64, 128, 256):
+        for options in (Options(), Options(left=100)):
+            heads = Heads(random.choice(list(DTYPES)), dim, 8, 2)
+            pairs = [(n, n + random.randrange(0, 300)) for n, _ in many]
+            yield f"prefill d{dim}", lambda heads=heads, pairs=pairs, options=options: \
+                batch_bits(library, ragged(heads, pairs), options, "prefill")
+            lens = [random.choice((1, 63, 64, 65, 128, 129, 500, 1025, 4097, 9000)) for _ in range(70)] + [20_000]
+            yield f"decode d{dim}", lambda heads=heads, lens=lens, options=options: \
+                batch_bits(library, ragged(heads, [(1, n) for n in lens]), options, "decode")
+
+
+def mixed_batch(library, heads, worst):
+    """As the op calls them: decode leaves sequences with several queries alone, prefill those with one"""
+    sequences = ragged(heads, [(1, 100), (1, 1), (40, 40), (1, 999), (130, 500), (2, 2), (1, 64)])
+    run = Run(sequences, Options())
+    run.p.skip_single = 1
+    run.prefill(library)
+    for s, (out, _) in zip(sequences, run.results()):
+        check(bool(torch.isnan(out).all()) == (s.n == 1), "prefill wrote a row of decode, or left one of its own")
+    check_close(run, run.decode(library), worst)
+
+
+def empty_rows(library):
+    heads = Heads()
+    run = Run(ragged(heads, [(1, 0), (1, 70), (1, 0)]), Options())
+    results = run.decode(library)
+    for i in (0, 2):
+        check(bool((results[i][0] == 0).all()) and bool(torch.isneginf(results[i][1]).all()), "no keys: not zero")
+    check(bool(torch.isfinite(results[1][0]).all()), "a row beside it is wrong")
+
+
+def small_scratch(library):
+    run = Run(ragged(Heads(), [(1, n) for n in (3000, 64, 1500, 2900, 1, 700, 2999)]), Options())
+    whole = run.decode(library)
+    scratch = run.scratch[:run.scratch.numel() // 7 * 2 // 16 * 16]
+    again = Run(run.sequences, Options())
+    check(all(same_bits(a, b) for a, b in zip(again.decode(library, scratch), whole)), "in several launches: differs")
+    rows = Run(run.sequences, Options())
+    rows.p.cu_seqlens_q = None
+    check(all(same_bits(a, b) for a, b in zip(rows.decode(library, scratch), whole)), "without cu_seqlens_q: differs")
+
+
+def repeated(library):
+    run = Run(ragged(Heads(), [(1, n) for n in (5000, 64, 1500, 130, 8192)]), Options())
+    first = run.decode(library)
+    for _ in range(20):
+        run.out.fill_(float("nan"))
+        check(all(same_bits(a, b) for a, b in zip(run.decode(library, run.scratch), first)), "a repeated call differs")
+
+
+def graph(library):
+    """One captured launch serves every context: lengths change in place"""
+    lens = [3000, 200, 64, 5000]
+    run = Run(ragged(Heads(), [(1, n) for n in lens]), Options())
+    want = run.decode(library)
+    captured = torch.cuda.CUDAGraph()
+    run.lens.fill_(1)
+    with torch.cuda.graph(captured):
+        library.run("decode", run.p)
+    for factor in (1.0, 0.5, 0.01):
+        now = [max(1, int(n * factor)) for n in lens]
+        run.lens.copy_(device_ints(now))
+        run.out.fill_(float("nan"))
+        captured.replay()
+        got = run.results()
+        for s, (out, _), n, whole in zip(run.sequences, got, now, want):
+            short = s.part(0, 1)
+            short.length, short.k, short.v = n, s.k[:n], s.v[:n]
+            expected = whole if n == s.length else Run([short], Options()).decode(library)[0]
+            check(same_bits((out,), (expected[0],)), f"replayed at {n} tokens: differs")
+
+
+def refusals(library):
+    def refused(change, name="prefill"):
+        run = Run(ragged(Heads(), [(3, 3)] if name == "prefill" else [(1, 3)]), Options())
+        change(run.p)
+        try:
+            getattr(run, name)(library)
+        except RuntimeError:
+            return
+        raise Failure("was not refused")
+    refused(lambda p: setattr(p, "head_dim", 100))
+    refused(lambda p: setattr(p, "head_dim", 264))
+    refused(lambda p: setattr(p, "n_kv_heads", 3))
+    refused(lambda p: setattr(p, "block_size", 48))
+    refused(lambda p: setattr(p, "scale", 0.0))
+    refused(lambda p: setattr(p, "k", p.k + 2))
+    refused(lambda p: setattr(p, "block_table", None), "decode")
+
+
+def calls(library, worst):
+    for dtype in DTYPES:
+        yield f"mixed batch {dtype}", lambda dtype=dtype: mixed_batch(library, Heads(dtype), worst)
+    yield "rows without keys", lambda: empty_rows(library)
+    yield "small scratch", lambda: small_scratch(library)
+    yield "repeated", lambda: repeated(library)
+    yield "refusals", lambda: refusals(library)
+    if DEVICE == "cuda":
+        yield "graph", lambda: graph(library)
+
+
+GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, not_causal, dense, chunked, batched, calls]
+
+
+def run_group(group, library):
+    """(passed, failed), with one line for the group and one for each failure"""
+    worst, passed, failures, begin = {}, 0, [], time.time()
+    for name, case in group(library, worst):
+        try:
+            case()
+            passed += 1
+        except Exception as e:
+            where = "" if isinstance(e, Failure) else f" ({traceback.extract_tb(e.__traceback__)[-1].name})"
+            failures.append(f"  FAILED {name}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}{where}")
+            if "CUDA error: an illegal" in str(e) or "unspecified launch failure" in str(e):
+                failures.append("  the device is lost: the rest of the run means nothing")
+                break
+    figures = "".join(f"  {key} {worst[key]:.2e}" if key != "ratio" else f"  worst ratio {worst[key]:.3f}"
+                      for key in ("ratio", "error", "lse") if key in worst)
+    against = " of " + "+".join(sorted(worst["against"])) if worst.get("against") else ""
+    print(f"{group.__name__:13} {passed:3} passed {len(failures):3} failed{figures}{against}  {time.time() - begin:.1f} s",
+          flush=True)
+    print("\n".join(failures), flush=True) if failures else None
+    return passed, len(failures)
+
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+def captured(function, n=1):
+    """A graph of n calls, after two uncaptured ones"""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(0)
+        function(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    result = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(result):
+        for i in range(n):
+            function(i)
+    return result
+
+
+def medians(graphs, repeats):
+    """Milliseconds of each graph, taken in turn"""
+    times = [[] for _ in graphs]
+    for _ in range(repeats):
+        for graph_, list_ in zip(graphs, times):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph_.replay()
+            end.record()
+            end.synchronize()
+            list_.append(begin.elapsed_time(end))
+    return [statistics.median(x) for x in times]
+
+
+def dense_params(q, k, v, out, n_seqs, cu, heads):
+    p = Params()
+    p.out, p.q, p.k, p.v = (x.data_ptr() for x in (out, q, k, v))
+    p.out_stride = p.q_stride = heads.q * heads.dim
+    p.out_head_stride = p.q_head_stride = p.kv_head_stride = heads.dim
+    p.kv_stride = heads.kv * heads.dim
+    p.cu_seqlens_q = p.cu_seqlens_k = cu.data_ptr()
+    p.dtype, p.n_seqs, p.n_tokens, p.n_heads, p.n_kv_heads = DTYPES[heads.dtype], n_seqs, q.shape[0], heads.q, heads.kv
+    p.head_dim, p.causal, p.window_left, p.window_right, p.scale = heads.dim, 1, -1, -1, heads.dim ** -0.5
+    return p
+
+
+def time_prefill(library, heads, total, s):
+    """[ours ms, FlashAttention-2 ms, FLOPs]"""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    n_seqs = total // s
+    q = torch.randn(total, heads.q, heads.dim, device=DEVICE).to(heads.dtype)
+    k, v = (torch.randn(total, heads.kv, heads.dim, device=DEVICE).to(heads.dtype) for _ in range(2))
+    out, cu = torch.empty_like(q), device_ints([i * s for i in range(n_seqs + 1)])
+    p = dense_params(q, k, v, out, n_seqs, cu, heads)
+    group = heads.q // heads.kv
+    theirs = [x.view(n_seqs, s, heads.q, heads.dim).transpose(1, 2)
+              for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
+
+    def flash(_):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(*theirs, is_causal=True)
+
+    ours, other = medians([captured(lambda _: library.run("prefill", p)), captured(flash)], 15)
+    return ours, other, 2 * s * s * heads.q * heads.dim * n_seqs
+
+
+def time_decode(library, heads, batch, length, block_size=64):
+    """[µs, bytes of K and V]: each call of the graph has pages of its own, beyond L2 in all"""
+    n_pages = (length + block_size - 1) // block_size
+    n_bytes = 2 * batch * length * heads.kv * heads.dim * 2
+    n_sets = max(1, min(64, (256 << 20) // n_bytes + 1))
+    shape = (n_sets * batch * n_pages, heads.kv, block_size, heads.dim)
+    k, v = (torch.randn(*shape, device=DEVICE, dtype=heads.dtype) for _ in range(2))
+    tables = torch.randperm(shape[0], device=DEVICE).to(torch.int32).view(n_sets, batch, n_pages).contiguous()
+    q = torch.randn(batch, heads.q, heads.dim, device=DEVICE).to(heads.dtype)
+    out, lens = torch.empty_like(q), device_ints([length] * batch)
+    p = dense_params(q, k, v, out, batch, lens, heads)
+    p.cu_seqlens_q = p.cu_seqlens_k = None
+    p.kv_stride, p.kv_head_stride = heads.dim, block_size * heads.dim
+    p.kv_block_stride = heads.kv * block_size * heads.dim
+    p.context_lens, p.block_size, p.max_blocks, p.max_context = lens.data_ptr(), block_size, n_pages, max(length, 32768)
+    scratch = library.scratch(p)
+    p.scratch, p.scratch_bytes = scratch.data_ptr(), scratch.numel()
+
+    def ours(i):
+        p.block_table = tables[i].data_ptr()
+        library.run("decode", p)
+
+    return medians([captured(ours, n_sets)], 15)[0] * 1e3 / n_sets, n_bytes
+
+
+def times(library):
+    print(f"{torch.cuda.get_device_name()}, bf16; prefill causal: TFLOP/s of 2 s^2 H D, FlashAttention-2 in the same run")
+    print(f"{'prefill':24} {'s':>6} {'ms':>9} {'TFLOP/s':>9} {'FA2':>9} {'ratio':>6}")
+    cases = [(Heads(torch.bfloat16, 128, 16, 16), 16384, s) for s in (512, 1024, 2048, 4096, 8192, 16384)]
+    cases += [(Heads(torch.bfloat16, 64, 32, 32), 16384, s) for s in (1024, 16384)]
+    cases += [(Heads(torch.bfloat16, 256, 8, 8), 16384, s) for s in (1024, 16384)]
+    cases += [(Heads(torch.bfloat16, 128, 32, 8), s, s) for s in (512, 1024, 2048, 8192)]
+    for heads, total, s in cases:
+        name = f"d{heads.dim} {heads.q}/{heads.kv} b{total // s}"
+        try:
+            ours, other, flops = time_prefill(library, heads, total, s)
+            print(f"{name:24} {s:6} {ours:9.3f} {flops / ours / 1e9:9.1f} {flops / other / 1e9:9.1f} {other / ours:6.2f}",
+                  flush=True)
+        except Exception as e:
+            print(f"{name:24} {s:6} FAILED {str(e)[:120]}", flush=True)
+    print(f"{'paged decode':24} {'length':>6} {'us':>9} {'GB/s of KV':>11}")
+    for heads, batch, length in [(Heads(torch.bfloat16, 128, 32, 8), b, n) for b, n in (
+            (1, 1024), (1, 4096), (1, 8192), (1, 32768), (8, 1024), (64, 2048), (256, 1024))] + \
+            [(Heads(torch.bfloat16, 128, 64, 8), 64, 2048), (Heads(torch.bfloat16, 64, 32, 32), 32, 2048)]:
+        name = f"d{heads.dim} {heads.q}/{heads.kv} b{batch}"
+        try:
+            us, n_bytes = time_decode(library, heads, batch, length)
+            print(f"{name:24} {length:6} {us:9.1f} {n_bytes / us / 1e3:11.0f}", flush=True)
+        except Exception as e:
+            print(f"{name:24} {length:6} FAILED {str(e)[:120]}", flush=True)
+    return 0
+
+
+def checks(library, only):
+    total = [0, 0]
+    for group in GROUPS:
+        if only and group.__name__ not in only:
+            continue
+        for i, n in enumerate(run_group(group, library)):
+            total[i] += n
+    print(f"{total[0]} passed, {total[1]} failed")
+    return 1 if total[1] or not total[0] else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", nargs="?", default="build/libgptd_cuda.so")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--only", nargs="*", help="groups: " + " ".join(g.__name__ for g in GROUPS))
+    arguments = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 31) if arguments.seed is None else arguments.seed
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if DEVICE == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    warnings.filterwarnings("ignore")  # of backends that do not fit
+    print(f"seed {seed}")
+    library = Library(arguments.library)
+    return times(library) if arguments.time else checks(library, arguments.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
