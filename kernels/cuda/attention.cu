@@ -93,8 +93,8 @@ static int check_shapes(const struct attention_params *p, const struct device_op
         p->head_dim > MAX_HEAD_DIM || p->head_dim % 8 || n_tokens > (size_t)o->max_tokens ||
         !is_matrix(&p->out, dtype, n_tokens, (size_t)p->n_heads * dim) ||
         !is_matrix(&p->qkv, dtype, n_tokens, (size_t)(p->n_heads + 2 * p->n_kv_heads) * dim))
-        return error_set(e, ERR_INVALID, "attention: shapes do not fit (%d heads, %d KV heads, head_dim %d)", p->n_heads,
-                         p->n_kv_heads, p->head_dim);
+        return error_set(e, ERR_INVALID, "attention: shapes do not fit (%d heads, %d KV heads, head_dim %d)",
+                         p->n_heads, p->n_kv_heads, p->head_dim);
     if ((p->block_size != 16 && p->block_size != 32 && p->block_size != 64) || !k->data || !v->data || k->n_dims != 4 ||
         v->n_dims != 4 || k->dtype != dtype || v->dtype != dtype || memcmp(k->shape, v->shape, sizeof(k->shape)) ||
         k->shape[1] != (size_t)p->n_kv_heads || k->shape[2] != (size_t)p->block_size || k->shape[3] != dim)
@@ -193,12 +193,14 @@ int cuda_attention(struct device *d, const struct attention_params *p, struct er
             decode.n_seqs = n_first;
             decode.cu_seqlens_q = NULL;
         }
-        if (cuda_check((cudaError_t)gptd_flash_attention_decode(&decode, d->stream), "attention", e)) return ERR_DEVICE;
+        int status = gptd_flash_attention_decode(&decode, d->stream);
+        if (cuda_check((cudaError_t)status, "attention", e)) return ERR_DEVICE;
     }
     if (n_single < p->n_seqs) {
         struct flash_attention_params prefill = after(&f, n_first);
         prefill.skip_single = 1;
-        if (cuda_check((cudaError_t)gptd_flash_attention_prefill(&prefill, d->stream), "attention", e)) return ERR_DEVICE;
+        int status = gptd_flash_attention_prefill(&prefill, d->stream);
+        if (cuda_check((cudaError_t)status, "attention", e)) return ERR_DEVICE;
     }
     return 0;
 }

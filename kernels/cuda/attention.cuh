@@ -45,7 +45,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from)
 // The same; n_bytes 0 reads nothing and stores zeros.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, int n_bytes)
 {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(n_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "r"(n_bytes)
+                 : "memory");
 }
 
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, int n_bytes)
@@ -218,8 +220,8 @@ __device__ __forceinline__ float tanh_exp(float x)
 // Softcap, ALiBi, -infinity where the row does not see the key, for the elements that a lane holds of one row:
 // half 0 is row lane / 4, half 1 is 8 further. first_key: that of the lane's first element.
 template <int NT>
-__device__ __forceinline__ void adjust_scores(float (&s)[NT][4], int half, int32_t first_key, const struct score_row &row,
-                                              const struct scoring &scoring)
+__device__ __forceinline__ void adjust_scores(float (&s)[NT][4], int half, int32_t first_key,
+                                              const struct score_row &row, const struct scoring &scoring)
 {
     if (scoring.softcap_in != 0) {
 #pragma unroll

@@ -11,9 +11,9 @@
  * Partial results (fp32, with their maximum and sum) go to scratch; the block that finishes the last split of a head
  * group adds them, in order of the splits, and writes the result.
  *
- * FLOPs: 4 D per (q head, key seen). Bytes: K and V of what is seen, once per head group, + 8 (D + 2) per (q head, split),
- * about 3 % at 4 q heads of a KV head. Bound by memory: per multiprocessor two blocks of 4 warps hold 128 KB in flight
- * (head_dim 128).
+ * FLOPs: 4 D per (q head, key seen). Bytes: K and V of what is seen, once per head group, + 8 (D + 2) per (q head,
+ * split): 6 % at most at 4 q heads of a KV head, half of it to L2 alone. Bound by memory: per multiprocessor two blocks
+ * of 4 warps hold 128 KB in flight (head_dim 128).
  */
 #include "kernels/cuda/attention.cuh"
 
@@ -32,24 +32,29 @@ struct decode_args {
     int32_t n_groups;      // head groups: KV * groups_per_kv
     int32_t max_splits;    // of any row: partials are [S, H, max_splits, D]
     int32_t min_steps;     // of a split
+    int32_t blocks_per_sm; // of the grid
     float *partial;        // [S, H, max_splits, D]
     float2 *partial_sum;   // [S, H, max_splits]: maximum (in units of log2(e)) and sum
     int32_t *tickets;      // [S, n_groups]
+};
+
+// Shared memory beside the rings and Q.
+struct decode_shared {
+    float max[WARPS][MAX_ROWS], sum[WARPS][MAX_ROWS];
+    float weight[MAX_ROWS][MAX_SPLITS];
+    int32_t is_last;
 };
 
 template <int D> struct decode_shape {
     static constexpr int STAGES = D > 128 ? 2 : 3;
     static constexpr int HALF_BYTES = STRIPE * tile_layout<D>::STRIDE; // K or V of a stage
     static constexpr int RING_BYTES = WARPS * STAGES * 2 * HALF_BYTES;
+    static constexpr bool KEEPS_Q = D <= 128; // in registers; else in shared memory
+    static constexpr int Q_BYTES = KEEPS_Q ? 0 : MAX_ROWS * D * 2;
+    static constexpr int SMEM = RING_BYTES + Q_BYTES + (int)sizeof(decode_shared);
     static constexpr int BLOCKS = D > 128 ? 1 : D > 80 ? 2 : 3; // per multiprocessor, where memory allows
     static_assert(2 * HALF_BYTES >= MAX_ROWS * D * 4, "a warp's result fits its stage");
-};
-
-// Shared memory beside the rings.
-struct decode_shared {
-    float max[WARPS][MAX_ROWS], sum[WARPS][MAX_ROWS];
-    float weight[MAX_ROWS][MAX_SPLITS];
-    int32_t is_last;
+    static_assert(SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
 };
 
 // ---- the list of work -----------------------------------------------------------------------------------------------
@@ -132,9 +137,12 @@ __device__ __forceinline__ cursor find_share(const decode_args &a)
     uint32_t sum = 0;
     for (int32_t s = lane; s < a.p.n_seqs; s += 32) sum += (uint32_t)row_of(a, s).n_steps;
     uint32_t n_units = __reduce_add_sync(0xffffffffu, sum) * (uint32_t)a.n_groups;
-    uint32_t begin = (uint32_t)((uint64_t)n_units * blockIdx.x / gridDim.x);
+    // Blocks come to multiprocessors in turn: those of one take neighbouring shares, so that little work is spread out.
+    uint32_t per_sm = (uint32_t)a.blocks_per_sm, n_sms = gridDim.x / per_sm;
+    uint32_t share = blockIdx.x % n_sms * per_sm + blockIdx.x / n_sms;
+    uint32_t begin = (uint32_t)((uint64_t)n_units * share / gridDim.x);
     cursor c = {};
-    c.end = (uint32_t)((uint64_t)n_units * (blockIdx.x + 1) / gridDim.x);
+    c.end = (uint32_t)((uint64_t)n_units * (share + 1) / gridDim.x);
     if (begin >= c.end) {
         c.unit = c.end;
         return c;
@@ -212,18 +220,55 @@ __device__ __forceinline__ int32_t heads_of(const decode_args &a, int32_t group)
     return min(a.group - group % a.groups_per_kv * MAX_ROWS, (int32_t)MAX_ROWS);
 }
 
-// Q of a head group as the A operand, rows beyond its heads zero.
-template <int D> __device__ __forceinline__ void load_queries(const decode_args &a, const cursor &c, uint32_t (&q)[D / 16][4])
+// Q of a head group as A operands, one for each 16 columns, where a warp keeps them.
+template <int D, bool KEEPS_Q = decode_shape<D>::KEEPS_Q> struct decode_queries {
+    uint32_t operand[D / 16][4];
+    __device__ __forceinline__ void put(int step, const uint32_t (&x)[4])
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) operand[step][i] = x[i];
+    }
+    __device__ __forceinline__ void get(int step, uint32_t (&x)[4]) const
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = operand[step][i];
+    }
+};
+
+// In shared memory, the same for all warps: each brings its part of the steps.
+template <int D> struct decode_queries<D, false> {
+    uint4 *operand; // [D / 16, 32 lanes]
+    __device__ __forceinline__ void put(int step, const uint32_t (&x)[4])
+    {
+        uint4 *to = operand + step * 32 + threadIdx.x % 32;
+        if (step % WARPS == (int)threadIdx.x / 32) *to = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+    __device__ __forceinline__ void get(int step, uint32_t (&x)[4]) const
+    {
+        uint4 y = operand[step * 32 + (int)threadIdx.x % 32];
+        x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+    }
+};
+
+// Rows beyond the group's heads are zero. All warps come here together.
+template <int D>
+__device__ __forceinline__ void load_queries(const decode_args &a, const cursor &c, decode_queries<D> &q)
 {
     int lane = (int)threadIdx.x % 32, heads = heads_of(a, c.group);
     const uint16_t *from = (const uint16_t *)a.p.q + query_row(a, c.s) * a.p.q_stride +
                            (size_t)first_head(a, c.group) * a.p.q_head_stride;
 #pragma unroll
-    for (int i = 0; i < D / 4; i++) {
-        int row = lane / 4 + i % 2 * 8, column = i / 4 * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
-        bool there = row < heads && column < a.p.head_dim;
-        q[i / 4][i % 4] = there ? *(const uint32_t *)(from + (size_t)row * a.p.q_head_stride + column) : 0;
+    for (int step = 0; step < D / 16; step++) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = lane / 4 + i % 2 * 8, column = step * 16 + i / 2 * 8 + lane % 4 * 2;
+            bool there = row < heads && column < a.p.head_dim;
+            x[i] = there ? *(const uint32_t *)(from + (size_t)row * a.p.q_head_stride + column) : 0;
+        }
+        q.put(step, x);
     }
+    if (!decode_shape<D>::KEEPS_Q) __syncthreads();
 }
 
 // ---- one step -------------------------------------------------------------------------------------------------------
@@ -246,15 +291,16 @@ template <int D> __device__ __forceinline__ void clear(decode_state<D> &state)
 
 // Even and odd k steps in sums of their own: half the chain.
 template <typename T, int D>
-__device__ __forceinline__ void multiply_stripe(float (&s)[2][4], const uint32_t (&q)[D / 16][4], uint32_t k)
+__device__ __forceinline__ void multiply_stripe(float (&s)[2][4], const decode_queries<D> &q, uint32_t k)
 {
     float part[2][2][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
-        uint32_t key[4];
+        uint32_t query[4], key[4];
+        q.get(step, query);
         ldmatrix(key, tile_layout<D>::further(k, 0, 2 * step));
-        mma<T>(part[step % 2][0], q[step], key[0], key[1]);
-        mma<T>(part[step % 2][1], q[step], key[2], key[3]);
+        mma<T>(part[step % 2][0], query, key[0], key[1]);
+        mma<T>(part[step % 2][1], query, key[2], key[3]);
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) s[i / 4][i % 4] = __fadd_rn(part[0][i / 4][i % 4], part[1][i / 4][i % 4]);
@@ -279,7 +325,7 @@ __device__ __forceinline__ void adjust_stripe(float (&s)[2][4], const decode_arg
 }
 
 template <typename T, int D>
-__device__ __forceinline__ void add_stripe(decode_state<D> &state, const uint32_t (&q)[D / 16][4], const decode_args &a,
+__device__ __forceinline__ void add_stripe(decode_state<D> &state, const decode_queries<D> &q, const decode_args &a,
                                            const cursor &c, uint32_t stage)
 {
     int lane = (int)threadIdx.x % 32;
@@ -299,7 +345,8 @@ __device__ __forceinline__ void add_stripe(decode_state<D> &state, const uint32_
 
 // A warp's result to its stage (float [16, D]), maximum and sum to shared memory.
 template <int D>
-__device__ __forceinline__ void leave_result(const decode_state<D> &state, int heads, float *stage, decode_shared *shared)
+__device__ __forceinline__ void leave_result(const decode_state<D> &state, int heads, float *stage,
+                                             decode_shared *shared)
 {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
 #pragma unroll
@@ -374,7 +421,8 @@ __device__ __forceinline__ void merge_warps(const decode_args &a, const cursor &
 }
 
 // Whether this block is the last of the head group's to come here; what the others stored is then visible.
-__device__ __forceinline__ bool is_last_split(const decode_args &a, const cursor &c, decode_shared *shared, int32_t n_splits)
+__device__ __forceinline__ bool is_last_split(const decode_args &a, const cursor &c, decode_shared *shared,
+                                              int32_t n_splits)
 {
     __threadfence();
     __syncthreads();
@@ -390,7 +438,8 @@ __device__ __forceinline__ bool is_last_split(const decode_args &a, const cursor
 }
 
 // Weights of a row's splits in its result: exp2(max of the split - max of all) / sum of all. One warp per row.
-__device__ __forceinline__ void weigh_splits(const decode_args &a, const cursor &c, decode_shared *shared, int32_t n_splits)
+__device__ __forceinline__ void weigh_splits(const decode_args &a, const cursor &c, decode_shared *shared,
+                                             int32_t n_splits)
 {
     int lane = (int)threadIdx.x % 32;
     for (int r = (int)threadIdx.x / 32; r < heads_of(a, c.group); r += WARPS) {
@@ -419,7 +468,8 @@ __device__ __forceinline__ void weigh_splits(const decode_args &a, const cursor 
 }
 
 template <typename T, int D>
-__device__ __forceinline__ void combine_splits(const decode_args &a, const cursor &c, decode_shared *shared, int32_t n_splits)
+__device__ __forceinline__ void combine_splits(const decode_args &a, const cursor &c, decode_shared *shared,
+                                               int32_t n_splits)
 {
     constexpr int QUADS = D / 4;
     weigh_splits(a, c, shared, n_splits);
@@ -427,7 +477,8 @@ __device__ __forceinline__ void combine_splits(const decode_args &a, const curso
     for (int index = (int)threadIdx.x; index < heads_of(a, c.group) * QUADS; index += THREADS) {
         int r = index / QUADS, column = index % QUADS * 4;
         int32_t head = first_head(a, c.group) + r;
-        const float *from = a.partial + ((size_t)c.s * (size_t)a.p.n_heads + (size_t)head) * (size_t)a.max_splits * D + column;
+        size_t at = ((size_t)c.s * (size_t)a.p.n_heads + (size_t)head) * (size_t)a.max_splits;
+        const float *from = a.partial + at * D + column;
         float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll 8
         for (int i = 0; i < n_splits; i++)
@@ -472,7 +523,7 @@ __global__ void __launch_bounds__(THREADS, decode_shape<D>::BLOCKS)
 {
     using shape = decode_shape<D>;
     extern __shared__ __align__(1024) unsigned char smem[];
-    decode_shared *shared = (decode_shared *)(smem + shape::RING_BYTES);
+    decode_shared *shared = (decode_shared *)(smem + shape::RING_BYTES + shape::Q_BYTES);
     uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * 2 * shape::HALF_BYTES;
     wait_for_previous_kernel();
 
@@ -489,7 +540,8 @@ __global__ void __launch_bounds__(THREADS, decode_shape<D>::BLOCKS)
     }
     store_empty_rows<T>(a);
 
-    uint32_t q[D / 16][4];
+    decode_queries<D> q;
+    if constexpr (!shape::KEEPS_Q) q.operand = (uint4 *)(smem + shape::RING_BYTES);
     decode_state<D> state;
     int32_t q_s = -1, q_group = -1;
     int stage = 0;
@@ -531,7 +583,7 @@ int32_t padded_dim(int32_t dim)
     return dim <= 64 ? 64 : dim <= 80 ? 80 : dim <= 96 ? 96 : dim <= 128 ? 128 : 256;
 }
 
-// Splits of at least 128 keys; of 256 where more than 4 q heads share them, so that partials stay small beside the keys.
+// Splits of at least 128 keys; of 256 where more than 4 q heads share them, so that partials stay small beside them.
 decode_need need_of(const struct flash_attention_params *p)
 {
     decode_need need;
@@ -547,17 +599,17 @@ decode_need need_of(const struct flash_attention_params *p)
     return need;
 }
 
-template <typename T, int D> cudaError_t launch_shape(const decode_args &a, cudaStream_t stream)
+template <typename T, int D> cudaError_t launch_shape(const decode_args &args, cudaStream_t stream)
 {
     using shape = decode_shape<D>;
-    constexpr int SMEM = shape::RING_BYTES + (int)sizeof(decode_shared);
-    static_assert(SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
+    decode_args a = args;
     int sm, n_sms, smem_per_sm;
     cudaError_t status = device_figures(&sm, &n_sms, &smem_per_sm);
     if (status != cudaSuccess) return status;
-    int blocks = smem_per_sm / (SMEM + 1024); // a block's own 1 KB included
-    if (blocks > shape::BLOCKS) blocks = shape::BLOCKS;
-    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)(n_sms * (blocks > 0 ? blocks : 1)), THREADS, SMEM, sm,
+    a.blocks_per_sm = smem_per_sm / (shape::SMEM + 1024); // a block's own 1 KB included
+    if (a.blocks_per_sm > shape::BLOCKS) a.blocks_per_sm = shape::BLOCKS;
+    if (a.blocks_per_sm < 1) a.blocks_per_sm = 1;
+    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)(n_sms * a.blocks_per_sm), THREADS, shape::SMEM, sm,
                          stream, a);
 }
 

@@ -1,5 +1,5 @@
-/* attention_prefill.cu: Flash Attention of many query rows over dense or paged keys and values (Dao, "FlashAttention-2",
- * 2023), for sm_80 and newer: mma.sync, ldmatrix, cp.async.
+/* attention_prefill.cu: Flash Attention of many query rows over dense or paged keys and values (Dao,
+ * "FlashAttention-2", 2023), for sm_80 and newer: mma.sync, ldmatrix, cp.async.
  *
  * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). The q heads of one KV head are packed into the
  * rows: packed row r of a sequence is query r / group, head r % group of the KV head, so that one pass over K and V
@@ -12,8 +12,8 @@
  * takes 0.6 of the products' time, at 16 rows more than all of it: hence MT = 2 wherever registers allow.
  *
  * The same bits for a row in any batch, chunk or tile shape: every instance takes the keys in the same steps of 64, at
- * multiples of 64, ascending; what a row does not see leaves it as it was (softmax_step); masked and other steps run the
- * same code but for adjust_scores, which is skipped where all rows of the tile see all keys of the step.
+ * multiples of 64, ascending; what a row does not see leaves it as it was (softmax_step); masked and other steps run
+ * the same code but for adjust_scores, which is skipped where all rows of the tile see all keys of the step.
  */
 #include "kernels/cuda/attention.cuh"
 
@@ -66,20 +66,22 @@ __device__ __forceinline__ int32_t tiles_of(const prefill_args &a, int32_t s, in
     return n == 1 && a.p.skip_single ? 0 : (n * a.group + rows - 1) / rows;
 }
 
-// Sum over the sequences of min(their tiles, limit), by a whole warp.
-__device__ __forceinline__ int32_t count_tiles(const prefill_args &a, int32_t rows, int32_t limit)
+// Sum over the sequences of min(their tiles, limit), by a whole warp; mine: tiles of sequence `lane`.
+__device__ __forceinline__ int32_t count_tiles(const prefill_args &a, int32_t rows, int32_t mine, int32_t limit)
 {
-    int32_t sum = 0;
-    for (int32_t s = threadIdx.x % 32; s < a.p.n_seqs; s += 32) sum += min(tiles_of(a, s, rows), limit);
+    int32_t sum = min(mine, limit);
+    for (int32_t s = (int32_t)threadIdx.x % 32 + 32; s < a.p.n_seqs; s += 32) sum += min(tiles_of(a, s, rows), limit);
     return __reduce_add_sync(0xffffffffu, sum);
 }
 
 // The index-th sequence of those with more than `round` tiles, by a whole warp; -1 if there are fewer.
-__device__ __forceinline__ int32_t find_sequence(const prefill_args &a, int32_t rows, int32_t round, int32_t index)
+__device__ __forceinline__ int32_t find_sequence(const prefill_args &a, int32_t rows, int32_t mine, int32_t round,
+                                                 int32_t index)
 {
-    int32_t lane = threadIdx.x % 32;
+    int32_t lane = (int32_t)threadIdx.x % 32;
     for (int32_t first = 0; first < a.p.n_seqs; first += 32) {
-        bool has = first + lane < a.p.n_seqs && tiles_of(a, first + lane, rows) > round;
+        int32_t n = first == 0 ? mine : first + lane < a.p.n_seqs ? tiles_of(a, first + lane, rows) : 0;
+        bool has = n > round;
         uint32_t mask = __ballot_sync(0xffffffffu, has);
         bool is_it = has && __popc(mask & ((1u << lane) - 1)) == index;
         uint32_t found = __ballot_sync(0xffffffffu, is_it);
@@ -91,9 +93,11 @@ __device__ __forceinline__ int32_t find_sequence(const prefill_args &a, int32_t 
 
 // Tiles are counted in rounds, round r holding tile r of every sequence that has one; blocks take them from the last
 // round to the first, because late queries see the most keys.
-__device__ __forceinline__ bool find_tile(const prefill_args &a, int32_t order, int32_t rows, int32_t *seq, int32_t *tile)
+__device__ __forceinline__ bool find_tile(const prefill_args &a, int32_t order, int32_t rows, int32_t *seq,
+                                          int32_t *tile)
 {
-    int32_t index = count_tiles(a, rows, INT32_MAX) - 1 - order;
+    int32_t lane = (int32_t)threadIdx.x % 32, mine = lane < a.p.n_seqs ? tiles_of(a, lane, rows) : 0;
+    int32_t index = count_tiles(a, rows, mine, INT32_MAX) - 1 - order;
     if (index < 0) return false;
     if (a.p.n_seqs == 1) {
         *seq = 0;
@@ -103,11 +107,11 @@ __device__ __forceinline__ bool find_tile(const prefill_args &a, int32_t order, 
     int32_t low = 0, high = index; // tiles before round `low` are at most index, before round high + 1 more
     while (low < high) {
         int32_t middle = low + (high - low + 1) / 2;
-        if (count_tiles(a, rows, middle) <= index) low = middle;
+        if (count_tiles(a, rows, mine, middle) <= index) low = middle;
         else high = middle - 1;
     }
     *tile = low;
-    *seq = find_sequence(a, rows, low, index - count_tiles(a, rows, low));
+    *seq = find_sequence(a, rows, mine, low, index - count_tiles(a, rows, mine, low));
     return *seq >= 0;
 }
 
@@ -245,8 +249,8 @@ __device__ __forceinline__ void describe_rows(const prefill_args &a, const prefi
 }
 
 template <int D, int ROWS, int THREADS>
-__device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefill_tile &t, const prefill_rows<ROWS> *rows,
-                                              uint32_t to)
+__device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefill_tile &t,
+                                              const prefill_rows<ROWS> *rows, uint32_t to)
 {
     constexpr int CHUNKS = tile_layout<D>::CHUNKS;
 #pragma unroll
@@ -288,8 +292,8 @@ __device__ __forceinline__ void multiply_keys(float (&s)[MT][KV_TILE / 8][4], ui
 }
 
 template <int MT, int ROWS>
-__device__ __forceinline__ void adjust_tile(float (&s)[MT][KV_TILE / 8][4], const prefill_args &a, const prefill_tile &t,
-                                            const prefill_rows<ROWS> *rows, int32_t step)
+__device__ __forceinline__ void adjust_tile(float (&s)[MT][KV_TILE / 8][4], const prefill_args &a,
+                                            const prefill_tile &t, const prefill_rows<ROWS> *rows, int32_t step)
 {
     int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * MT * 16 + lane / 4;
 #pragma unroll
@@ -341,7 +345,8 @@ __device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max
         int32_t query = rows->query[r];
         if (query < 0 || chunk * 8 >= a.p.head_dim) continue;
         size_t offset = (size_t)(t.query_row + query) * a.p.out_stride + (size_t)rows->head[r] * a.p.out_head_stride;
-        *(uint4 *)((uint16_t *)a.p.out + offset + (size_t)chunk * 8) = *(const uint4 *)(q + tile_layout<D>::offset(r, chunk));
+        uint4 *to = (uint4 *)((uint16_t *)a.p.out + offset + (size_t)chunk * 8);
+        *to = *(const uint4 *)(q + tile_layout<D>::offset(r, chunk));
     }
 }
 

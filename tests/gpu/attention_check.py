@@ -371,7 +371,8 @@ def scores(library, worst):
                        ("softcap + window", lambda h: Options(left=40, softcap=30.0)),
                        ("scale", lambda h: Options(scale=0.3)),
                        ("alibi not causal", lambda h: Options(causal=False, slopes=alibi(h.q)))):
-        for heads in (Heads(torch.bfloat16, 128, 8, 2), Heads(torch.float16, 64, 6, 6), Heads(torch.float16, 256, 34, 2)):
+        for heads in (Heads(torch.bfloat16, 128, 8, 2), Heads(torch.float16, 64, 6, 6),
+                      Heads(torch.float16, 256, 34, 2)):
             yield f"{name} d{heads.dim}", lambda heads=heads, make=make: both(
                 library, ragged(heads, EDGES + [(300, 900)], 3.0), make(heads), 64, worst)
 
@@ -394,7 +395,8 @@ def dense(library, worst):
             heads = Heads(random.choice(list(DTYPES)), dim, 8, random.choice((8, 2)))
             yield f"d{dim} causal {causal}", lambda heads=heads, causal=causal: \
                 prefill_only(library, ragged(heads, pairs), Options(causal), 0, worst)
-    yield "window, alibi", lambda: prefill_only(library, ragged(Heads(), pairs), Options(left=50, slopes=alibi(8)), 0, worst)
+    options = Options(left=50, slopes=alibi(8))
+    yield "window, alibi", lambda: prefill_only(library, ragged(Heads(), pairs), options, 0, worst)
 
 
 def chunk_bits(library, heads, length, options, block_size):
@@ -404,7 +406,7 @@ def chunk_bits(library, heads, length, options, block_size):
     parts = [s.part(a, b) for a, b in zip(cuts, cuts[1:])]
     pieces = Run(parts, options, block_size).prefill(library)  # all chunks in one batch, each with its own copy
     for a, b, piece in zip(cuts, cuts[1:], pieces):
-        check(same_bits(piece, (whole[0][a:b], whole[1][a:b])), f"queries {a} .. {b - 1} differ from the whole prompt's")
+        check(same_bits(piece, (whole[0][a:b], whole[1][a:b])), f"queries {a} .. {b - 1} differ from the whole's")
 
 
 def chunked(library, worst):
@@ -415,7 +417,8 @@ def chunked(library, worst):
                 chunk_bits(library, heads, random.randrange(900, 1300), options, random.choice((16, 32, 64)))
     # Tiles of 128 rows for the whole, of 64 for the chunks.
     for dim in (64, 80, 128, 256):
-        yield f"4097 d{dim}", lambda dim=dim: chunk_bits(library, Heads(torch.bfloat16, dim, 16, 16), 4097, Options(), 64)
+        yield f"4097 d{dim}", lambda dim=dim: \
+            chunk_bits(library, Heads(torch.bfloat16, dim, 16, 16), 4097, Options(), 64)
 
 
 def batch_bits(library, sequences, options, name):
@@ -544,15 +547,16 @@ def run_group(group, library):
             passed += 1
         except Exception as e:
             where = "" if isinstance(e, Failure) else f" ({traceback.extract_tb(e.__traceback__)[-1].name})"
-            failures.append(f"  FAILED {name}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}{where}")
+            words = str(e).splitlines()[0][:200] if str(e) else ""
+            failures.append(f"  FAILED {name}: {type(e).__name__}: {words}{where}")
             if "CUDA error: an illegal" in str(e) or "unspecified launch failure" in str(e):
                 failures.append("  the device is lost: the rest of the run means nothing")
                 break
     figures = "".join(f"  {key} {worst[key]:.2e}" if key != "ratio" else f"  worst ratio {worst[key]:.3f}"
                       for key in ("ratio", "error", "lse") if key in worst)
     against = " of " + "+".join(sorted(worst["against"])) if worst.get("against") else ""
-    print(f"{group.__name__:13} {passed:3} passed {len(failures):3} failed{figures}{against}  {time.time() - begin:.1f} s",
-          flush=True)
+    counts = f"{passed:3} passed {len(failures):3} failed"
+    print(f"{group.__name__:13} {counts}{figures}{against}  {time.time() - begin:.1f} s", flush=True)
     print("\n".join(failures), flush=True) if failures else None
     return passed, len(failures)
 
@@ -647,7 +651,7 @@ def time_decode(library, heads, batch, length, block_size=64):
 
 
 def times(library):
-    print(f"{torch.cuda.get_device_name()}, bf16; prefill causal: TFLOP/s of 2 s^2 H D, FlashAttention-2 in the same run")
+    print(f"{torch.cuda.get_device_name()}, bf16; prefill causal: TFLOP/s of 2 s^2 H D, FA2 in the same run")
     print(f"{'prefill':24} {'s':>6} {'ms':>9} {'TFLOP/s':>9} {'FA2':>9} {'ratio':>6}")
     cases = [(Heads(torch.bfloat16, 128, 16, 16), 16384, s) for s in (512, 1024, 2048, 4096, 8192, 16384)]
     cases += [(Heads(torch.bfloat16, 64, 32, 32), 16384, s) for s in (1024, 16384)]
@@ -657,8 +661,8 @@ def times(library):
         name = f"d{heads.dim} {heads.q}/{heads.kv} b{total // s}"
         try:
             ours, other, flops = time_prefill(library, heads, total, s)
-            print(f"{name:24} {s:6} {ours:9.3f} {flops / ours / 1e9:9.1f} {flops / other / 1e9:9.1f} {other / ours:6.2f}",
-                  flush=True)
+            rates = f"{flops / ours / 1e9:9.1f} {flops / other / 1e9:9.1f}"
+            print(f"{name:24} {s:6} {ours:9.3f} {rates} {other / ours:6.2f}", flush=True)
         except Exception as e:
             print(f"{name:24} {s:6} FAILED {str(e)[:120]}", flush=True)
     print(f"{'paged decode':24} {'length':>6} {'us':>9} {'GB/s of KV':>11}")
