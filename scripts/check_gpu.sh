@@ -5,13 +5,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=${1:-build/gpu}
 parts=${PARTS:-ops sample model attention demo}
-export LD_LIBRARY_PATH=$(realpath "$bundle")/lib:${LD_LIBRARY_PATH:-}
-# cuBLASLt as PyTorch brings it, where the system has none of its own.
-if ! ldconfig -p | grep -q libcublasLt; then
-    blas=$(python3 -c 'import glob, nvidia, os
-print(os.path.dirname(glob.glob(list(nvidia.__path__)[0] + "/**/libcublasLt.so*", recursive=True)[0]))' 2>/dev/null)
-    export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:$blas
-fi
+# For our programs alone: Python has libraries of its own. cuBLASLt: the system's, the toolkit's, or PyTorch's.
+libraries=$(realpath "$bundle")/lib:/usr/local/cuda/lib64:$(python3 -c 'import glob, nvidia, os
+for path in nvidia.__path__: print(*{os.path.dirname(f) for f in glob.glob(path + "/**/libcublasLt.so*", recursive=True)}, sep=":")' 2>/dev/null | paste -sd:)
+ours() { LD_LIBRARY_PATH=$libraries:${LD_LIBRARY_PATH:-} timeout "${LIMIT:-300}" "$@"; }
 export GPTD_CUDA_LIBRARY=$(realpath "$bundle")/libgptd_cuda.so
 summary=""
 step() { # name command...
@@ -24,7 +21,7 @@ step() { # name command...
     fi
 }
 demo() {
-    "$bundle/gptd" --model models/demo --backend cuda --port 8123 --log-level warning &
+    ours "$bundle/gptd" --model models/demo --backend cuda --port 8123 --log-level warning &
     local server=$!
     sleep 3
     python3 scripts/demo/measure.py --url http://127.0.0.1:8123 --check --sums 200 --repeats 1 --lengths 300 2040
@@ -34,9 +31,9 @@ demo() {
     return $rc
 }
 failed=0
-step ops "$bundle/test_cuda_ops"
-step sample "$bundle/test_cuda_sample"
-step model "$bundle/test_cuda_model"
+step ops ours "$bundle/test_cuda_ops"
+step sample ours "$bundle/test_cuda_sample"
+step model ours "$bundle/test_cuda_model"
 step attention python3 tests/gpu/attention_check.py "$GPTD_CUDA_LIBRARY"
 step demo demo
 printf '\n%s' "$summary"
