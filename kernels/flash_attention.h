@@ -71,7 +71,7 @@ int gptd_flash_attention_prefill(const struct flash_attention_params *p, struct 
 // A launch depends on no length but max_context: captured in a graph it serves every context up to that.
 int gptd_flash_attention_decode(const struct flash_attention_params *p, struct CUstream_st *stream);
 
-// What decode wants as scratch for p's n_seqs, n_heads, n_kv_heads, head_dim and max_context; bounded (256 MB, or one
+// What decode wants as scratch for p's n_seqs, n_heads, n_kv_heads, head_dim and max_context; bounded (320 MB, or one
 // sequence's need if that is more). With less it runs as several launches; it needs room for one sequence.
 size_t gptd_flash_attention_scratch_bytes(const struct flash_attention_params *p);
 

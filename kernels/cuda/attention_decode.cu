@@ -645,7 +645,7 @@ struct flash_attention_params part_of(const struct flash_attention_params *p, in
 
 size_t decode_scratch_bytes(const struct flash_attention_params *p)
 {
-    const size_t bound = (size_t)256 << 20;
+    const size_t bound = (size_t)320 << 20; // 256 sequences, 32 heads of 128, contexts of 8k and more: 272 MB
     decode_need need = need_of(p);
     size_t one = need.partial_bytes + need.sum_bytes, all = one * (size_t)p->n_seqs;
     if (all <= bound) return all;
@@ -666,8 +666,10 @@ cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t s
     size_t at_once = p->scratch_bytes / (need.partial_bytes + need.sum_bytes);
     if (!p->tickets && at_once > (size_t)(MAX_TICKETS / a.n_groups)) at_once = (size_t)(MAX_TICKETS / a.n_groups);
     if (at_once == 0) return cudaErrorInvalidValue;
+    size_t n_launches = ((size_t)p->n_seqs + at_once - 1) / at_once;
+    int32_t n_each = (int32_t)(((size_t)p->n_seqs + n_launches - 1) / n_launches); // alike, so that none is small
     for (int32_t first = 0; first < p->n_seqs;) {
-        int32_t n = at_once < (size_t)(p->n_seqs - first) ? (int32_t)at_once : p->n_seqs - first;
+        int32_t n = n_each < p->n_seqs - first ? n_each : p->n_seqs - first;
         a.p = part_of(p, first, n);
         a.partial = (float *)p->scratch;
         a.partial_sum = (float2 *)((char *)p->scratch + (size_t)n * need.partial_bytes);

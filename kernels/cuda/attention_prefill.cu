@@ -35,7 +35,7 @@ struct prefill_tile {
     int32_t first_position;        // of its first query
     int32_t first_key, end_key;    // seen by any row of the tile
     int32_t first_step, end_step;  // that hold them
-    int32_t full_first, full_end;  // seen by every row
+    int32_t full_first, full_end;  // seen by every row, and the scores are the products as they are
     const int32_t *pages;          // its row of the block table; NULL: dense
     size_t kv_offset;              // elements to its first key in k, v (dense), its KV head included
 };
@@ -134,7 +134,7 @@ __device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int
     t.end_key = min(last + a.scoring.right + 1, length);
     t.first_step = t.first_key / KV_TILE;
     t.end_step = (t.end_key + KV_TILE - 1) / KV_TILE;
-    t.full_first = last - a.scoring.left;
+    t.full_first = a.scoring.softcap_in != 0 || a.scoring.slopes ? UNLIMITED : last - a.scoring.left;
     t.full_end = min(first + a.scoring.right + 1, length);
     t.pages = p.block_table ? p.block_table + (size_t)s * (size_t)p.max_blocks : nullptr;
     t.kv_offset = (size_t)kv_head * p.kv_head_stride + (size_t)first_token * p.kv_stride;
@@ -402,7 +402,6 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     } else {
         __syncthreads();
     }
-    const bool adjust_all = a.scoring.softcap_in != 0 || a.scoring.slopes;
     for (int32_t step = t.first_step; step < t.end_step; step++) {
         cp_async_wait<1>(); // K of this step, and the pages of the next
         __syncthreads();    // everyone's part of it; and all have done with V of the step before
@@ -415,7 +414,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
         float s[MT][KV_TILE / 8][4];
         multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane) + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
                                 ring + place + lane_of_keys<D>(lane));
-        if (adjust_all || step * KV_TILE < t.full_first || (step + 1) * KV_TILE > t.full_end)
+        if (step * KV_TILE < t.full_first || (step + 1) * KV_TILE > t.full_end)
             adjust_tile<MT, ROWS>(s, a, t, rows, step);
         uint32_t p[MT][KV_TILE / 16][4];
         bool moved = false;
