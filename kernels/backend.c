@@ -2,8 +2,6 @@
  * none of CUDA. */
 #include <dlfcn.h>
 #include <limits.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -11,15 +9,10 @@
 
 static const char LIBRARY[] = "libgptd_cuda.so";
 
-// Where the library is: what GPTD_CUDA_LIBRARY says, or beside the program, or where the system looks for libraries.
+// Where the library is: beside the program, or where the system looks for libraries.
 static void library_path(char path[PATH_MAX])
 {
-    const char *told = getenv("GPTD_CUDA_LIBRARY");
     ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - sizeof LIBRARY);
-    if (told) {
-        snprintf(path, PATH_MAX, "%s", told);
-        return;
-    }
     char *slash = n > 0 ? memrchr(path, '/', (size_t)n) : NULL;
     strcpy(slash ? slash + 1 : path, LIBRARY);
     if (slash && access(path, R_OK) != 0) strcpy(path, LIBRARY);

@@ -303,7 +303,7 @@ struct kernels {
 const struct kernels *kernels_cpu(void);
 
 // The backend by name: "cpu", "cuda", or "auto" for the best this machine has. Unknown or absent: ERR_UNSUPPORTED, by
-// name. The CUDA backend is libgptd_cuda.so beside the program (or GPTD_CUDA_LIBRARY), loaded when it is wanted.
+// name. The CUDA backend is libgptd_cuda.so beside the program, loaded when it is wanted.
 int kernels_open(const struct kernels **out, const char *backend, struct error *e);
 
 #ifdef __cplusplus

@@ -6,10 +6,11 @@ cd "$(dirname "$0")/.."
 bundle=${1:-build/gpu}
 parts=${PARTS:-ops sample model attention demo}
 # For our programs alone: Python has libraries of its own. cuBLASLt: the system's, the toolkit's, or PyTorch's.
-libraries=$(realpath "$bundle")/lib:/usr/local/cuda/lib64:$(python3 -c 'import glob, nvidia, os
-for path in nvidia.__path__: print(*{os.path.dirname(f) for f in glob.glob(path + "/**/libcublasLt.so*", recursive=True)}, sep=":")' 2>/dev/null | paste -sd:)
+blas=$(python3 -c 'import glob, nvidia, os
+for path in nvidia.__path__:
+    print(*{os.path.dirname(f) for f in glob.glob(path + "/**/libcublasLt.so*", recursive=True)}, sep=":")' 2>/dev/null | tail -n 1)
+libraries=$(realpath "$bundle")/lib:/usr/local/cuda/lib64:$blas
 ours() { LD_LIBRARY_PATH=$libraries:${LD_LIBRARY_PATH:-} timeout "${LIMIT:-300}" "$@"; }
-export GPTD_CUDA_LIBRARY=$(realpath "$bundle")/libgptd_cuda.so
 summary=""
 step() { # name command...
     local name=$1 begin=$SECONDS
@@ -19,6 +20,10 @@ step() { # name command...
     if "$@"; then summary+="$name: passed, $((SECONDS - begin)) s"$'\n'
     else summary+="$name: FAILED, $((SECONDS - begin)) s"$'\n'; failed=1
     fi
+}
+model() {
+    python3 tests/gpu/reference_errors.py >"$bundle/reference_errors.txt" &&
+        ours "$bundle/test_cuda_model" "$bundle/reference_errors.txt"
 }
 demo() {
     ours "$bundle/gptd" --model models/demo --backend cuda --port 8123 --log-level warning &
@@ -33,8 +38,8 @@ demo() {
 failed=0
 step ops ours "$bundle/test_cuda_ops"
 step sample ours "$bundle/test_cuda_sample"
-step model ours "$bundle/test_cuda_model"
-step attention python3 tests/gpu/attention_check.py "$GPTD_CUDA_LIBRARY"
+step model model
+step attention python3 tests/gpu/attention_check.py "$bundle/libgptd_cuda.so"
 step demo demo
 printf '\n%s' "$summary"
 exit $failed

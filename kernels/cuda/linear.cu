@@ -200,11 +200,14 @@ static int find_algo(struct cublas *c, struct gemm *g, const struct gemm_key *ke
     if (slot->used && same_key(&slot->key, key)) return 0;
     cublasLtMatmulPreferenceOpaque_t preference;
     size_t bytes = WORKSPACE_BYTES;
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // split-K: partial sums in F32, added in a fixed order
     int n = 0;
     cublasLtMatmulHeuristicResult_t best;
     cublasStatus_t s = cublasLtMatmulPreferenceInit(&preference);
     if (!s) s = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
                                                      sizeof bytes);
+    if (!s) s = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                                     &reduction, sizeof reduction);
     if (!s) s = cublasLtMatmulAlgoGetHeuristic(c->handle, &g->op, &g->w, &g->x, &g->out, &g->out, &preference, 1, &best, &n);
     if (!s && n == 0) s = CUBLAS_STATUS_NOT_SUPPORTED;
     if (s)
