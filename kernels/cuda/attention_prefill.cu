@@ -19,7 +19,7 @@
 
 namespace {
 
-enum { RING = 3 };
+enum { RING = 3, NO_QUERY = 0xffff };
 
 struct prefill_args {
     struct flash_attention_params p;
@@ -31,6 +31,7 @@ struct prefill_args {
 struct prefill_tile {
     int32_t kv_head;
     int32_t first_row, n_rows;     // of the sequence's packed rows: where the tile begins, how many there are in all
+    int32_t first_query;           // of the sequence: that of the tile's first row
     int32_t query_row;             // row of q that the sequence begins with
     int32_t first_position;        // of its first query
     int32_t first_key, end_key;    // seen by any row of the tile
@@ -44,9 +45,8 @@ struct prefill_tile {
 template <int ROWS> struct prefill_rows {
     prefill_tile tile;
     __align__(16) int32_t pages[2][4]; // of the keys 0-15, 16-31, 32-47, 48-63 of a step; even and odd steps
-    int32_t query[ROWS]; // of the sequence; -1: the tile's row is beyond the last
-    int32_t head[ROWS];
-    float slope[ROWS];   // in units of log2(e)
+    float slope[ROWS];     // in units of log2(e)
+    uint16_t query[ROWS];  // of the sequence, from the tile's first on; NO_QUERY: the tile's row is beyond the last
 };
 
 template <int D, int MT, int WARPS> struct prefill_shape {
@@ -56,6 +56,7 @@ template <int D, int MT, int WARPS> struct prefill_shape {
     static constexpr int KV_BYTES = KV_TILE * tile_layout<D>::STRIDE;
     static constexpr int SMEM = Q_BYTES + RING * KV_BYTES + (int)sizeof(prefill_rows<ROWS>);
     static_assert(SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
+    static_assert(D > 128 || 2 * (SMEM + 1024) <= 164 * 1024, "two blocks fit a multiprocessor of sm_80");
 };
 
 // ---- which tile -----------------------------------------------------------------------------------------------------
@@ -126,9 +127,10 @@ __device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int
     int32_t first_token = p.block_table ? 0 : p.cu_seqlens_k[s];
     int32_t length = p.block_table ? p.context_lens[s] : p.cu_seqlens_k[s + 1] - first_token;
     t.first_row = tile * rows;
+    t.first_query = t.first_row / a.group;
     t.n_rows = n_queries * a.group;
     t.first_position = length - n_queries;
-    int32_t first = t.first_position + t.first_row / a.group;
+    int32_t first = t.first_position + t.first_query;
     int32_t last = t.first_position + min(t.first_row + rows - 1, t.n_rows - 1) / a.group;
     t.first_key = max(first - a.scoring.left, 0);
     t.end_key = min(last + a.scoring.right + 1, length);
@@ -241,11 +243,26 @@ template <int ROWS, int THREADS>
 __device__ __forceinline__ void describe_rows(const prefill_args &a, const prefill_tile &t, prefill_rows<ROWS> *rows)
 {
     for (int r = (int)threadIdx.x; r < ROWS; r += THREADS) {
-        int32_t row = t.first_row + r, head = t.kv_head * a.group + row % a.group;
-        rows->query[r] = row < t.n_rows ? row / a.group : -1;
-        rows->head[r] = head;
-        rows->slope[r] = a.scoring.slopes ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0.0f;
+        int32_t row = t.first_row + r;
+        rows->query[r] = (uint16_t)(row < t.n_rows ? row / a.group - t.first_query : NO_QUERY);
+        rows->slope[r] = 0;
+        if (a.scoring.slopes)
+            rows->slope[r] = __fmul_rn(a.scoring.slopes[t.kv_head * a.group + row % a.group], CUDART_L2E_F);
     }
+}
+
+// Query of the sequence and q head of the tile's row r; query -1 beyond the last row.
+struct row_name {
+    int32_t query, head;
+};
+
+template <int ROWS>
+__device__ __forceinline__ row_name name_of(const prefill_args &a, const prefill_rows<ROWS> *rows, int r)
+{
+    const prefill_tile &t = rows->tile;
+    if (rows->query[r] == NO_QUERY) return {-1, 0};
+    int32_t query = t.first_query + rows->query[r];
+    return {query, t.kv_head * a.group + (t.first_row + r - query * a.group)};
 }
 
 template <int D, int ROWS, int THREADS>
@@ -256,9 +273,9 @@ __device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefi
 #pragma unroll
     for (int index = (int)threadIdx.x; index < ROWS * CHUNKS; index += THREADS) {
         int row = index / CHUNKS, chunk = index % CHUNKS;
-        int32_t query = rows->query[row];
-        bool seen = query >= 0 && chunk * 8 < a.p.head_dim;
-        size_t offset = (size_t)(t.query_row + query) * a.p.q_stride + (size_t)rows->head[row] * a.p.q_head_stride +
+        row_name name = name_of(a, rows, row);
+        bool seen = name.query >= 0 && chunk * 8 < a.p.head_dim;
+        size_t offset = (size_t)(t.query_row + name.query) * a.p.q_stride + (size_t)name.head * a.p.q_head_stride +
                         (size_t)chunk * 8;
         cp_async_16(to + tile_layout<D>::offset(row, chunk), (const uint16_t *)a.p.q + (seen ? offset : 0),
                     seen ? 16 : 0);
@@ -295,14 +312,14 @@ template <int MT, int ROWS>
 __device__ __forceinline__ void adjust_tile(float (&s)[MT][KV_TILE / 8][4], const prefill_args &a,
                                             const prefill_tile &t, const prefill_rows<ROWS> *rows, int32_t step)
 {
-    int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * MT * 16 + lane / 4;
+    int thread = (int)threadIdx.x, lane = thread % 32, first = thread / 32 * MT * 16 + lane / 4;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int r = first + 16 * m + 8 * half;
             struct score_row row;
-            row.position = t.first_position + rows->query[r];
+            row.position = t.first_position + t.first_query + rows->query[r];
             row.first = row.position - a.scoring.left;
             row.last = min(row.position + a.scoring.right, t.end_key - 1);
             row.slope = rows->slope[r];
@@ -333,8 +350,9 @@ __device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max
                 uint32_t pair = pack<T>(__fmul_rn(o[m][n][2 * half], factor), __fmul_rn(o[m][n][2 * half + 1], factor));
                 *(uint32_t *)(q + tile_layout<D>::offset(r, n) + lane % 4 * 4) = pair;
             }
-            if (a.p.lse && lane % 4 == 0 && rows->query[r] >= 0)
-                a.p.lse[(size_t)(t.query_row + rows->query[r]) * (size_t)a.p.n_heads + (size_t)rows->head[r]] =
+            row_name name = name_of(a, rows, r);
+            if (a.p.lse && lane % 4 == 0 && name.query >= 0)
+                a.p.lse[(size_t)(t.query_row + name.query) * (size_t)a.p.n_heads + (size_t)name.head] =
                     log_sum(max[m][half], total);
         }
     }
@@ -342,9 +360,9 @@ __device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max
 #pragma unroll 4
     for (int index = lane; index < MT * 16 * CHUNKS; index += 32) {
         int r = first + index / CHUNKS, chunk = index % CHUNKS;
-        int32_t query = rows->query[r];
-        if (query < 0 || chunk * 8 >= a.p.head_dim) continue;
-        size_t offset = (size_t)(t.query_row + query) * a.p.out_stride + (size_t)rows->head[r] * a.p.out_head_stride;
+        row_name name = name_of(a, rows, r);
+        if (name.query < 0 || chunk * 8 >= a.p.head_dim) continue;
+        size_t offset = (size_t)(t.query_row + name.query) * a.p.out_stride + (size_t)name.head * a.p.out_head_stride;
         uint4 *to = (uint4 *)((uint16_t *)a.p.out + offset + (size_t)chunk * 8);
         *to = *(const uint4 *)(q + tile_layout<D>::offset(r, chunk));
     }
@@ -373,7 +391,6 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     if (threadIdx.x == 0) rows->tile = describe_tile(a, seq, tile, kv_head, ROWS);
     __syncthreads();
     const prefill_tile &t = rows->tile;
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const uint32_t q = shared_address(smem), ring = q + shape::Q_BYTES, pages = shared_address(rows->pages);
     uint32_t place = 0; // in the ring: K of the step; V is one further, the free tile two
 
@@ -411,6 +428,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
             fetch_pages(a, t, step + 2, pages);
         }
         cp_async_commit();
+        const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
         float s[MT][KV_TILE / 8][4];
         multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane) + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
                                 ring + place + lane_of_keys<D>(lane));
