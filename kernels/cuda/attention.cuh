@@ -130,14 +130,6 @@ __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
-// threadIdx.x, read here: what is computed from it is not kept in registers all through a loop that rarely needs it.
-__device__ __forceinline__ int thread_index()
-{
-    int x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-}
-
 __device__ __forceinline__ float reciprocal_approx(float x)
 {
     float y;

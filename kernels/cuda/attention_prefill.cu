@@ -391,6 +391,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     if (threadIdx.x == 0) rows->tile = describe_tile(a, seq, tile, kv_head, ROWS);
     __syncthreads();
     const prefill_tile &t = rows->tile;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const uint32_t q = shared_address(smem), ring = q + shape::Q_BYTES, pages = shared_address(rows->pages);
     uint32_t place = 0; // in the ring: K of the step; V is one further, the free tile two
 
@@ -428,7 +429,6 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
             fetch_pages(a, t, step + 2, pages);
         }
         cp_async_commit();
-        const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
         float s[MT][KV_TILE / 8][4];
         multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane) + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
                                 ring + place + lane_of_keys<D>(lane));
