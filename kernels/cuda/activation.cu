@@ -2,7 +2,7 @@
  *
  * Grid: (columns / 1,024, rows), 128 threads of 8 columns. Bytes: x once, out once: bound by the memory.
  */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum { THREADS = 128, COLUMNS = 8 };
@@ -22,6 +22,8 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS)
 activation_kernel(T *out, const T *x, size_t m, enum activation kind, bool gated)
 {
+    next_kernel_allow();
+    previous_kernel_wait();
     const T *gate = x + (size_t)blockIdx.y * (gated ? 2 * m : m), *up = gate + m;
     out += (size_t)blockIdx.y * m;
     size_t first = ((size_t)blockIdx.x * THREADS + threadIdx.x) * COLUMNS;
@@ -53,8 +55,11 @@ int cuda_activation(struct device *d, const struct activation_params *p, struct 
     const size_t most = 65535; // rows of a grid
     for (size_t first = 0; first < T; first += most) {
         grid.y = (unsigned)(T - first < most ? T - first : most);
-        FOR_ACTIVATION_TYPE(p->out.dtype, T_, activation_kernel<T_><<<grid, THREADS, 0, d->stream>>>(
-            (T_ *)p->out.data + first * m, (const T_ *)p->x.data + first * p->x.shape[1], m, p->kind, p->gated));
+        cudaError_t status;
+        FOR_ACTIVATION_TYPE(p->out.dtype, T_, status = launch_early(
+            d, activation_kernel<T_>, grid, THREADS, 0, (T_ *)p->out.data + first * m,
+            (const T_ *)p->x.data + first * p->x.shape[1], m, p->kind, p->gated));
+        if (cuda_check(status, "activation", e)) return ERR_DEVICE;
     }
-    return launch_check("activation", e);
+    return 0;
 }

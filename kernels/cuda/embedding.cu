@@ -3,7 +3,7 @@
  * Grid: one block a row, 128 threads over its columns. Bytes: each row read once and written once; a table row of 8 KiB
  * takes longer to launch than to move, so nothing here is tuned further.
  */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum { THREADS = 128 };

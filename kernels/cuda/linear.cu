@@ -10,7 +10,7 @@
 #include <cublasLt.h>
 #include <stdlib.h>
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum {
@@ -80,13 +80,18 @@ template <typename T, typename Out, int N_X>
 __global__ void __launch_bounds__(WARPS * 32) gemv_kernel(const struct gemv_args a)
 {
     int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS_PER_WARP;
-    if (first >= a.N) return;
+    next_kernel_allow();
+    if (first >= a.N) {
+        previous_kernel_wait();
+        return;
+    }
     const uint4 *w[ROWS_PER_WARP], *x = (const uint4 *)a.x;
     int n_vectors = a.K / VECTOR;
 #pragma unroll
     for (int r = 0; r < ROWS_PER_WARP; r++)
         w[r] = (const uint4 *)((const T *)a.w + (size_t)min(first + r, a.N - 1) * a.K);
     float sum[ROWS_PER_WARP][N_X] = {};
+    bool waited = false;
     for (int v = lane; v < n_vectors; v += 32 * LOADS) {
         uint4 weights[LOADS][ROWS_PER_WARP];
 #pragma unroll
@@ -94,6 +99,8 @@ __global__ void __launch_bounds__(WARPS * 32) gemv_kernel(const struct gemv_args
 #pragma unroll
             for (int r = 0; r < ROWS_PER_WARP; r++)
                 weights[l][r] = v + 32 * l < n_vectors ? load_once(w[r] + v + 32 * l) : make_uint4(0, 0, 0, 0);
+        if (!waited) previous_kernel_wait(); // the first weights are on their way meanwhile
+        waited = true;
 #pragma unroll
         for (int l = 0; l < LOADS; l++) {
             if (v + 32 * l >= n_vectors) continue;
@@ -105,6 +112,7 @@ __global__ void __launch_bounds__(WARPS * 32) gemv_kernel(const struct gemv_args
             }
         }
     }
+    if (!waited) previous_kernel_wait(); // what is added to may be that kernel's
 #pragma unroll
     for (int r = 0; r < ROWS_PER_WARP; r++) {
 #pragma unroll
@@ -123,14 +131,15 @@ __global__ void __launch_bounds__(WARPS * 32) gemv_kernel(const struct gemv_args
     }
 }
 
-template <typename T, typename Out> static void launch_gemv(cudaStream_t stream, int n_x, const struct gemv_args *a)
+template <typename T, typename Out>
+static cudaError_t launch_gemv(const struct device *d, int n_x, const struct gemv_args *a)
 {
-    unsigned grid = (unsigned)((a->N + WARPS * ROWS_PER_WARP - 1) / (WARPS * ROWS_PER_WARP)), block = WARPS * 32;
+    dim3 grid((unsigned)((a->N + WARPS * ROWS_PER_WARP - 1) / (WARPS * ROWS_PER_WARP)));
     switch (n_x) {
-    case 1: gemv_kernel<T, Out, 1><<<grid, block, 0, stream>>>(*a); break;
-    case 2: gemv_kernel<T, Out, 2><<<grid, block, 0, stream>>>(*a); break;
-    case 3: gemv_kernel<T, Out, 3><<<grid, block, 0, stream>>>(*a); break;
-    default: gemv_kernel<T, Out, 4><<<grid, block, 0, stream>>>(*a); break;
+    case 1: return launch_early(d, gemv_kernel<T, Out, 1>, grid, WARPS * 32, 0, *a);
+    case 2: return launch_early(d, gemv_kernel<T, Out, 2>, grid, WARPS * 32, 0, *a);
+    case 3: return launch_early(d, gemv_kernel<T, Out, 3>, grid, WARPS * 32, 0, *a);
+    default: return launch_early(d, gemv_kernel<T, Out, 4>, grid, WARPS * 32, 0, *a);
     }
 }
 
@@ -143,11 +152,12 @@ static int run_gemv(struct device *d, const struct linear_params *p, const struc
     a.N = (int32_t)m->n_rows, a.K = (int32_t)p->weight->n_cols, a.accumulate = p->accumulate;
     int n_x = (int)p->x.shape[0];
     bool wide = p->out.dtype == DTYPE_F32;
-    if (p->x.dtype == DTYPE_BF16 && wide) launch_gemv<__nv_bfloat16, float>(d->stream, n_x, &a);
-    else if (p->x.dtype == DTYPE_BF16) launch_gemv<__nv_bfloat16, __nv_bfloat16>(d->stream, n_x, &a);
-    else if (wide) launch_gemv<__half, float>(d->stream, n_x, &a);
-    else launch_gemv<__half, __half>(d->stream, n_x, &a);
-    return launch_check("linear", e);
+    cudaError_t status;
+    if (p->x.dtype == DTYPE_BF16 && wide) status = launch_gemv<__nv_bfloat16, float>(d, n_x, &a);
+    else if (p->x.dtype == DTYPE_BF16) status = launch_gemv<__nv_bfloat16, __nv_bfloat16>(d, n_x, &a);
+    else if (wide) status = launch_gemv<__half, float>(d, n_x, &a);
+    else status = launch_gemv<__half, __half>(d, n_x, &a);
+    return cuda_check(status, "linear", e);
 }
 
 // ---- cuBLASLt -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
  * Bytes: x and out once, residual and x again if there is one: bound by the memory for many rows, by latency for few.
  * Sums: each thread its own columns in ascending order, then a fixed tree: the same bits whatever the batch.
  */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum { THREADS = 256, WARPS = THREADS / 32, MAX_DIM = 32768 };
@@ -37,6 +37,8 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(con
 {
     extern __shared__ float row[]; // [dim]
     __shared__ float warp_sums[WARPS];
+    next_kernel_allow();
+    previous_kernel_wait();
     T *x = (T *)a.x + (size_t)blockIdx.x * a.dim, *out = (T *)a.out + (size_t)blockIdx.x * a.dim;
     const T *residual = a.residual ? (const T *)a.residual + (size_t)blockIdx.x * a.dim : NULL;
     float sum = 0;
@@ -64,15 +66,14 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(con
     }
 }
 
-template <typename T> static cudaError_t launch(cudaStream_t stream, unsigned n_rows, const struct norm_args *a)
+template <typename T> static cudaError_t launch(const struct device *d, unsigned n_rows, const struct norm_args *a)
 {
     size_t shared = (size_t)a->dim * sizeof(float);
     if (shared > 48 * 1024) {
         cudaError_t status = cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
         if (status != cudaSuccess) return status;
     }
-    norm_kernel<T><<<n_rows, THREADS, shared, stream>>>(*a);
-    return cudaGetLastError();
+    return launch_early(d, norm_kernel<T>, dim3(n_rows), THREADS, shared, *a);
 }
 
 int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
@@ -89,6 +90,6 @@ int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
     a.bias = p->bias.data, a.bias_dtype = p->bias.dtype;
     a.dim = (int32_t)dim, a.eps = p->eps, a.layer = p->kind == NORM_LAYER;
     cudaError_t status;
-    FOR_ACTIVATION_TYPE(p->x.dtype, T_, status = launch<T_>(d->stream, (unsigned)T, &a));
+    FOR_ACTIVATION_TYPE(p->x.dtype, T_, status = launch<T_>(d, (unsigned)T, &a));
     return cuda_check(status, "norm", e);
 }

@@ -3,7 +3,7 @@
  * rope_table: one thread an angle. rope_kv_write: grid (tokens, heads of q, k and v), 64 threads over a head's dims.
  * Bytes: q and k read and written, v read, k and v written to the cache: one pass over qkv, bound by the memory.
  */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum { THREADS = 64, TABLE_THREADS = 128 };
@@ -42,6 +42,8 @@ struct rope_args {
 
 template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(const struct rope_args a)
 {
+    next_kernel_allow();
+    previous_kernel_wait();
     size_t t = blockIdx.x, n_all = (size_t)a.n_heads + 2 * a.n_kv_heads;
     int32_t head = blockIdx.y, half = a.rope_dim / 2;
     T *x = (T *)a.qkv + (t * n_all + head) * a.head_dim;
@@ -95,6 +97,7 @@ int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, s
     a.n_heads = p->n_heads, a.n_kv_heads = p->n_kv_heads, a.head_dim = p->head_dim;
     a.rope_dim = rotates ? p->rope_dim : 0, a.block_size = (int32_t)p->cache.k.shape[2];
     dim3 grid((unsigned)T, (unsigned)n_all);
-    FOR_ACTIVATION_TYPE(p->qkv.dtype, T_, rope_kv_write_kernel<T_><<<grid, THREADS, 0, d->stream>>>(a));
-    return launch_check("rope_kv_write", e);
+    cudaError_t status;
+    FOR_ACTIVATION_TYPE(p->qkv.dtype, T_, status = launch_early(d, rope_kv_write_kernel<T_>, grid, THREADS, 0, a));
+    return cuda_check(status, "rope_kv_write", e);
 }

@@ -1,0 +1,46 @@
+/* launch.cuh: launching a kernel while the one before it ends (programmatic dependent launch), on Hopper.
+ *
+ * Every kernel that is launched so calls `previous_kernel_wait` before it touches what kernels before it wrote or read,
+ * and `next_kernel_allow` as early as it likes: the next kernel's blocks then come as room is found for them, and wait
+ * there. All of them must wait: a kernel is only known to be over, with all before it, to those that waited for it.
+ */
+#ifndef GPTD_KERNELS_CUDA_LAUNCH_CUH
+#define GPTD_KERNELS_CUDA_LAUNCH_CUH
+
+#include <utility>
+
+#include "kernels/cuda/cuda.h"
+
+__device__ __forceinline__ void previous_kernel_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void next_kernel_allow()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// sm_90 alone runs the code made for it; what later devices run was made for sm_80 and does not wait.
+template <typename... Params, typename... Args>
+static cudaError_t launch_early(const struct device *d, void (*kernel)(Params...), dim3 grid, unsigned n_threads,
+                                size_t shared_bytes, Args &&...args)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(n_threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = d->stream;
+    config.attrs = &attribute;
+    config.numAttrs = d->sm == 90 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+#endif
