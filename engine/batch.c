@@ -92,8 +92,32 @@ void batch_fill(struct step *step, const struct scheduler *s)
         b->cu_seqlens_q[++b->n_seqs] = b->n_tokens;
     }
     b->n_logits_rows = plan->n_outputs;
-    for (int32_t i = 0; i < plan->n_outputs; i++)
+    b->is_decode = b->n_tokens == b->n_seqs && plan->n_outputs == b->n_seqs;
+    for (int32_t i = 0; i < plan->n_outputs; i++) {
         b->logits_rows[i] = plan->outputs[i].token;
+        b->is_decode = b->is_decode && b->logits_rows[i] == i;
+    }
+}
+
+// To 1, 2, 4, 8, then multiples of 8, 16 and 64.
+int32_t batch_padded_rows(int32_t n)
+{
+    int32_t unit = n <= 2 ? n : n <= 4 ? 4 : n <= 64 ? 8 : n <= 256 ? 16 : 64;
+    return (n + unit - 1) / unit * unit;
+}
+
+void batch_pad(struct batch *b, int32_t n_rows)
+{
+    for (int32_t n = b->n_seqs; n < n_rows; n++) {
+        for (int32_t g = 0; g < MAX_KV_GROUPS; g++) {
+            if (b->slot_mapping[g] != NULL)
+                b->slot_mapping[g][n] = -1;
+        }
+        b->tokens[n] = b->positions[n] = b->history_rows[n] = b->context_lens[n] = 0;
+        b->logits_rows[n] = n;
+        b->cu_seqlens_q[n + 1] = n + 1;
+    }
+    b->n_tokens = b->n_seqs = b->n_logits_rows = n_rows;
 }
 
 static void fill_prompt_row(struct sample_row *row, const struct plan_output *output)

@@ -24,6 +24,9 @@ void step_layout(struct step *step, struct arena *arena, const struct scheduler 
 void step_init(struct step *step, const struct scheduler *s, struct history history);
 
 void batch_fill(struct step *step, const struct scheduler *s);         // all but the sampling rows
+// Few sizes of decode batches, so that a device records few graphs: how many rows n are made. Adds rows of padding.
+int32_t batch_padded_rows(int32_t n);
+void batch_pad(struct batch *b, int32_t n_rows);
 void batch_fill_sample_rows(struct step *step);
 int32_t batch_fill_copies(struct step *step, int32_t g);               // copy_from, copy_to of group g; how many
 

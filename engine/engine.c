@@ -216,6 +216,56 @@ static int allocate_kv(struct engine *engine)
     return 0;
 }
 
+// A prompt of n zeros that is kept nowhere.
+static void fill_warm_up_prompt(struct batch *b, int32_t n)
+{
+    for (int32_t t = 0; t < n; t++) {
+        b->tokens[t] = b->history_rows[t] = 0;
+        b->positions[t] = t;
+        for (int32_t g = 0; g < MAX_KV_GROUPS; g++) {
+            if (b->slot_mapping[g] != NULL)
+                b->slot_mapping[g][t] = -1;
+        }
+    }
+    b->n_tokens = b->cu_seqlens_q[1] = b->context_lens[0] = n;
+    b->n_seqs = b->n_logits_rows = 1;
+    b->logits_rows[0] = n - 1;
+}
+
+// n rows of decode, or a prompt of n, and a token from the first row of logits.
+static int warm_up_step(struct engine *engine, int32_t n, bool is_decode, struct error *e)
+{
+    struct step *step = &engine->steps[0];
+    struct tensor logits;
+    step->batch.n_seqs = 0;
+    step->batch.is_decode = is_decode;
+    if (is_decode)
+        batch_pad(&step->batch, n);
+    else
+        fill_warm_up_prompt(&step->batch, n);
+    step->sample_rows[0] = (struct sample_row){.target = -1, .n_logprobs = -1, .top_p = 1, .repetition_penalty = 1};
+    int rc = model_forward(engine->model, &step->batch, &engine->kv, &logits, e);
+    struct sample_params p = {logits, engine->history, step->sample_rows, 1, step->results};
+    return rc != 0 ? rc : engine->kernels->sample(engine->device, &p, e);
+}
+
+// A device that records graphs meets its kernels here, not in the first requests: recordings of the usual sizes, others
+// follow when they occur.
+static int warm_up(struct engine *engine, struct error *e)
+{
+    const struct kernels *k = engine->kernels;
+    const struct request_limits *l = &engine->config.limits;
+    int32_t longest = l->max_model_len < l->max_num_batched_tokens ? l->max_model_len : l->max_num_batched_tokens;
+    int rc = 0;
+    if (k->graph_begin == NULL)
+        return 0;
+    for (int32_t n = 1; n <= engine->config.max_num_seqs && rc == 0; n *= 2)
+        rc = warm_up_step(engine, n, true, e);
+    for (int32_t n = 64; n <= longest && n <= 512 && rc == 0; n *= 8)
+        rc = warm_up_step(engine, n, false, e);
+    return rc != 0 ? rc : k->wait(engine->device, k->record(engine->device), e);
+}
+
 int engine_start(struct engine *engine, struct error *e)
 {
     int rc = model_load(engine->model, engine->kernels, engine->device, e);
@@ -223,6 +273,8 @@ int engine_start(struct engine *engine, struct error *e)
         return rc;
     if (allocate_tables(engine) != 0 || allocate_steps(engine) != 0 || allocate_kv(engine) != 0)
         return error_set(e, ERR_NOMEM, "the machine refused memory that the plan had found free");
+    if (warm_up(engine, e) != 0)
+        return error_prefix(e, "warming up");
     engine_publish_stats(engine);
     if (pthread_create(&engine->thread, NULL, engine_loop, engine) != 0)
         return error_set(e, ERR_NOMEM, "no thread for the engine");

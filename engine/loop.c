@@ -63,6 +63,10 @@ static int launch_ops(struct engine *engine, struct step *step, struct error *e)
 static int launch(struct engine *engine, struct step *step, struct error *e)
 {
     batch_fill(step, &engine->scheduler);
+    if (engine->kernels->graph_begin != NULL && step->batch.is_decode) {
+        int32_t n_rows = batch_padded_rows(step->batch.n_seqs), most = engine->config.max_num_seqs;
+        batch_pad(&step->batch, n_rows < most ? n_rows : most);
+    }
     batch_fill_sample_rows(step);
     engine->n_launched++;
     double begin = now_seconds();

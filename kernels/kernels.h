@@ -73,6 +73,13 @@ struct stage_array {
     size_t capacity;        // bytes it may have in any step: its place on the device is fixed
 };
 
+// The step's block table, [n_seqs, width], of which the ops read the entries of blocks that a query of this step sees.
+struct stage_table {
+    const int32_t *host, *cu_seqlens_q, *context_lens; // as in attention_params
+    int32_t n_seqs, width, block_size;
+    int32_t window;         // 0: unlimited
+};
+
 // ---- embedding, history ---------------------------------------------------------------------------------------------
 
 // Token history: the one place where a running sequence's tokens live on the device, one row per slot, so that a
@@ -156,7 +163,7 @@ struct rope_kv_write_params {
     struct tensor qkv;            // [T, (H + 2 KV) * D]: q heads, k heads, v heads; q and k rotated in place
     struct tensor cos_sin;        // from rope_table; data NULL: no rotation (learned positions, ALiBi)
     struct kv_layer cache;
-    const int32_t *slot_mapping;  // host [T]: block * block_size + offset in the block
+    const int32_t *slot_mapping;  // host [T]: block * block_size + offset in the block; -1: a row of padding, not kept
     int32_t n_heads, n_kv_heads, head_dim, rope_dim;
 };
 
@@ -172,7 +179,7 @@ struct attention_params {
     struct tensor qkv;            // [T, (H + 2 KV) * D]: only the q part is read
     struct kv_layer cache;
     const int32_t *cu_seqlens_q;  // host [S + 1]
-    const int32_t *context_lens;  // host [S], new tokens included
+    const int32_t *context_lens;  // host [S], new tokens included; 0 with one query: a row of padding, zeros come out
     const int32_t *block_table;   // host [S, max_blocks]: entries of blocks behind the window may be -1
     int32_t n_seqs, max_blocks, block_size;
     int32_t n_heads, n_kv_heads, head_dim;
@@ -278,9 +285,17 @@ struct kernels {
     uint64_t (*record)(struct device *device);
     int (*wait)(struct device *device, uint64_t ticket, struct error *e);
 
-    // From here to the next call, an op that is given one of these host arrays reads the device's copy, made now.
-    // NULL: the backend reads host arrays where they are.
-    int (*stage)(struct device *device, const struct stage_array *arrays, int32_t n, struct error *e);
+    // From here to the next call, an op that is given one of these host arrays reads the device's copy, made now. table
+    // NULL: none. The function NULL: the backend reads host arrays where they are.
+    int (*stage)(struct device *device, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
+                 struct error *e);
+
+    // Ops of a decode step, recorded once and then launched whole. From graph_begin on, ops on staged arrays are recorded
+    // until graph_end, which launches them; `keep` false: one of them failed, and all are forgotten. When there is a
+    // record of the same owner and n_rows, graph_begin launches that, sets *replayed, and there is no graph_end: equal
+    // keys promise the same ops on the same device memory. NULL: there are no graphs, and no row is padding.
+    int (*graph_begin)(struct device *device, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
+    int (*graph_end)(struct device *device, bool keep, struct error *e);
 
     // Stores n tokens at history[row][position ..].
     int (*history_write)(struct device *device, struct history history, int32_t row, int32_t position,
@@ -296,6 +311,13 @@ struct kernels {
     int (*rope_kv_write)(struct device *device, const struct rope_kv_write_params *p, struct error *e);
     int (*attention)(struct device *device, const struct attention_params *p, struct error *e);
     int (*activation)(struct device *device, const struct activation_params *p, struct error *e);
+    // Ops one after another, each on what the one before it wrote, in as few kernels as the backend can; what they hand
+    // on may be left unwritten (norm's out, linear's out; the q part of qkv is written). NULL: call them one by one.
+    int (*norm_linear_rope)(struct device *device, const struct norm_params *norm, const struct linear_params *linear,
+                            const struct rope_kv_write_params *rope, struct error *e);
+    int (*norm_linear_activation)(struct device *device, const struct norm_params *norm,
+                                  const struct linear_params *linear, const struct activation_params *activation,
+                                  struct error *e);
     int (*gather_rows)(struct device *device, const struct gather_rows_params *p, struct error *e);
     int (*sample)(struct device *device, const struct sample_params *p, struct error *e);
 };

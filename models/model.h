@@ -63,6 +63,9 @@ struct model_info {
 // For each kv group g: block_tables[g] is [n_seqs, max_blocks], slot_mapping[g] is [n_tokens].
 struct batch {
     int32_t n_tokens, n_seqs, n_logits_rows;
+    // Each sequence has one token, and row i of the logits is its. The last rows may be padding (kernels/kernels.h),
+    // so that few different sizes occur.
+    bool is_decode;
     int32_t max_seqs;             // room of the arrays below, for a device that keeps a place for each; 0: n_seqs
     int32_t max_blocks;           // width of a block table row
     int32_t block_size;           // tokens

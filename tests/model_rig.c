@@ -127,7 +127,8 @@ void rig_step(struct rig *r, const int32_t *tokens, int32_t n, const int32_t *ro
         slots[i] = *block * r->block_size + positions[i] % r->block_size;
     }
     r->n_context += n;
-    struct batch batch = {.n_tokens = n, .n_seqs = 1, .n_logits_rows = n_rows, .max_blocks = r->max_blocks,
+    struct batch batch = {.n_tokens = n, .n_seqs = 1, .n_logits_rows = n_rows, .is_decode = n == 1 && n_rows == 1,
+                          .max_blocks = r->max_blocks,
                           .block_size = r->block_size, .tokens = (int32_t *)tokens, .positions = positions,
                           .history_rows = history_rows, .slot_mapping = {slots}, .cu_seqlens_q = (int32_t[]){0, n},
                           .context_lens = &r->n_context, .block_tables = {r->block_table},

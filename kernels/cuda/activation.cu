@@ -2,20 +2,11 @@
  *
  * Grid: (columns / 1,024, rows), 128 threads of 8 columns. Bytes: x once, out once: bound by the memory.
  */
+#include "kernels/cuda/activate.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum { THREADS = 128, COLUMNS = 8 };
-
-__device__ __forceinline__ float activate(float x, enum activation kind)
-{
-    switch (kind) {
-    case ACT_GELU_ERF: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    case ACT_GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case ACT_SILU: return x / (1.0f + __expf(-x));
-    default: return fmaxf(x, 0.0f);
-    }
-}
 
 // out [T, m]; x [T, m], or [T, 2 m] when gated.
 template <typename T>

@@ -105,6 +105,7 @@ static int check_shapes(const struct attention_params *p, const struct device_op
 static int check_sequence(const struct attention_params *p, int32_t s, int32_t max_context, struct error *e)
 {
     int32_t n_q = p->cu_seqlens_q[s + 1] - p->cu_seqlens_q[s], context = p->context_lens[s];
+    if (n_q == 1 && context == 0) return 0; // padding
     if (n_q < 1 || context < n_q || context > max_context || (context - 1) / p->block_size >= p->max_blocks)
         return error_set(e, ERR_INVALID, "attention: sequence %d: %d queries, context %d", s, n_q, context);
     int32_t position = context - n_q, first = p->window > 0 && position >= p->window ? position - p->window + 1 : 0;
@@ -180,8 +181,9 @@ int cuda_attention(struct device *d, const struct attention_params *p, struct er
     if (p->n_seqs < 1 || p->cu_seqlens_q[0] != 0 || (size_t)p->cu_seqlens_q[p->n_seqs] != p->out.shape[0])
         return error_set(e, ERR_INVALID, "attention: %d sequences do not make %zu rows", p->n_seqs, p->out.shape[0]);
     int32_t n_first = 0, n_single = 0; // sequences with one query: how many the batch begins with, how many in all
+    bool checked = array_is_checked(d, p->block_table);
     for (int32_t s = 0; s < p->n_seqs; s++) {
-        if (check_sequence(p, s, d->options.max_context, e)) return ERR_INVALID;
+        if (!checked && check_sequence(p, s, d->options.max_context, e)) return ERR_INVALID;
         n_single += p->cu_seqlens_q[s + 1] - p->cu_seqlens_q[s] == 1;
         n_first += n_single == s + 1;
     }

@@ -1,5 +1,5 @@
-/* attention.cuh: what the two attention kernels share: cp.async, ldmatrix and mma, tiles in shared memory, the products
- * Q K' and P V on fragments, scores and the online softmax.
+/* attention.cuh: what the two attention kernels share: tiles in shared memory, the products Q K' and P V on fragments,
+ * scores and the online softmax.
  *
  * Every float operation whose rounding matters is written with its intrinsic, so that all kernels and tile shapes round
  * alike: a row's result must not depend on the instance that computed it.
@@ -9,6 +9,8 @@
 
 #include <math_constants.h>
 
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/types.cuh"
 #include "kernels/flash_attention.h"
 
@@ -31,119 +33,6 @@ struct scoring {
 cudaError_t launch_prefill(const struct flash_attention_params *p, cudaStream_t stream);
 cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t stream);
 size_t decode_scratch_bytes(const struct flash_attention_params *p);
-
-// ---- instructions ---------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// 16 bytes from global to shared memory, past the registers.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from)
-{
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// The same; n_bytes 0 reads nothing and stores zeros.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, int n_bytes)
-{
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 ::"r"(to), "l"(from), "r"(n_bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, int n_bytes)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(n_bytes) : "memory");
-}
-
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most N of this thread's groups are still on their way.
-template <int N> __device__ __forceinline__ void cp_async_wait()
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8 and gets of each matrix the elements
-// (row i / 4, columns 2 (i % 4) and the next).
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// The same of the transposed matrices: lane i gets (rows 2 (i % 4) and the next, column i / 4).
-__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// c [16, 8] += a [16, 16] x b [16, 8]. With g = lane / 4, t = lane % 4: c holds (g, 2t), (g, 2t+1), (g+8, 2t),
-// (g+8, 2t+1); a the pairs of columns from 2t: (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); b the pairs of rows from 2t
-// of column g: (2t, g), (2t+8, g).
-template <typename T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void mma<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Two values rounded to T, `low` in the lower half: the one of the lower column.
-template <typename T> __device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high)
-{
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-template <> __device__ __forceinline__ uint32_t pack<__half>(float low, float high)
-{
-    uint32_t r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-__device__ __forceinline__ float exp2_approx(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x)
-{
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Waits for the kernel before this one, where it was launched before that one's end; else nothing.
-__device__ __forceinline__ void wait_for_previous_kernel()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
@@ -246,18 +135,6 @@ __device__ __forceinline__ void adjust_scores(float (&s)[NT][4], int half, int32
     }
 }
 
-__device__ __forceinline__ float quad_max(float x)
-{
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x)
-{
-    x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 // What is subtracted from a row's scores: its maximum, or 0 while it has seen nothing, so that exp2 gives 0, not NaN.
 __device__ __forceinline__ float finite_max(float max) { return max == -CUDART_INF_F ? 0.0f : max; }
 
@@ -336,7 +213,7 @@ static inline struct scoring scoring_of(const struct flash_attention_params *p)
     return s;
 }
 
-// A kernel that begins with wait_for_previous_kernel, launched while the one before it ends; where the code that runs
+// A kernel that begins with previous_kernel_wait, launched while the one before it ends; where the code that runs
 // was made for sm_80 it has no such wait, and is launched after that end.
 template <typename Args>
 static cudaError_t launch_kernel(void (*kernel)(Args), unsigned n_blocks, int n_threads, size_t smem, int sm,

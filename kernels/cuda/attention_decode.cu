@@ -525,7 +525,8 @@ __global__ void __launch_bounds__(THREADS, decode_shape<D>::BLOCKS)
     extern __shared__ __align__(1024) unsigned char smem[];
     decode_shared *shared = (decode_shared *)(smem + shape::RING_BYTES + shape::Q_BYTES);
     uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * 2 * shape::HALF_BYTES;
-    wait_for_previous_kernel();
+    next_kernel_allow();
+    previous_kernel_wait();
 
     cursor item = find_share(a), ahead = item; // `ahead` is STAGES steps before `item`
     int32_t page = page_of(a, ahead);          // of the step at `ahead`: read one step early

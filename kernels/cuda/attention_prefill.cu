@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     using shape = prefill_shape<D, MT, WARPS>;
     constexpr int ROWS = shape::ROWS, THREADS = shape::THREADS;
     extern __shared__ __align__(1024) unsigned char smem[];
-    wait_for_previous_kernel();
+    previous_kernel_wait();
 
     int32_t seq, tile, kv_head = (int32_t)(blockIdx.x % (unsigned)a.p.n_kv_heads);
     if (!find_tile(a, (int32_t)(blockIdx.x / (unsigned)a.p.n_kv_heads), ROWS, &seq, &tile)) return;

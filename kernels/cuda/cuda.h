@@ -11,30 +11,10 @@
 
 #include "kernels/kernels.h"
 
-enum {
-    MAX_STAGED = 16,            // arrays of one step
-    N_STAGING_SLOTS = 4,        // steps whose arrays may be on their way at once
-    MAX_BLOCK_SMEM = 163 * 1024 // bytes of shared memory a block may have on sm_80, the smallest device we run on
-};
+enum { MAX_BLOCK_SMEM = 163 * 1024 }; // bytes of shared memory a block may have on sm_80, the smallest device we run on
 
-// One host array of the step that is being enqueued and its copy on the device.
-struct staged {
-    const void *host;
-    void *device;
-    size_t bytes;
-};
-
-// Host arrays travel through pinned memory: a slot is filled by the host while earlier slots are still being copied.
-struct staging {
-    char *pinned;              // [N_STAGING_SLOTS, slot_bytes]
-    char *arrays;              // device, [slot_bytes]: one step's, at fixed offsets, so that a graph can be replayed
-    size_t slot_bytes, used;   // used: of the slot being filled
-    int32_t slot;
-    cudaEvent_t copied[N_STAGING_SLOTS];
-    struct staged staged[MAX_STAGED];
-    int32_t n_staged;
-};
-
+struct staging; // staging.cu
+struct graphs;  // graph.cu
 struct cublas;  // linear.cu
 struct sampler; // sample.cu
 
@@ -47,7 +27,8 @@ struct device {
     cudaStream_t stream;
     cudaEvent_t *tickets;      // ring of recorded events
     uint64_t n_recorded;
-    struct staging staging;
+    struct staging *staging;
+    struct graphs *graphs;
     struct cublas *cublas;
     struct sampler *sampler;
     void *scratch;             // of the op that runs: partial sums of attention, of split-K products, of sampling
@@ -64,6 +45,11 @@ size_t cuda_attention_scratch_bytes(const struct device *d);
 size_t cuda_sample_scratch_bytes(const struct device *d);
 size_t cuda_linear_scratch_bytes(const struct device *d);
 
+int staging_create(struct device *d, struct error *e);
+void staging_destroy(struct device *d);
+size_t staging_device_bytes(const struct device *d);
+int graphs_create(struct device *d, struct error *e);
+void graphs_destroy(struct device *d);
 int cuda_linear_create(struct device *d, struct error *e);
 void cuda_linear_destroy(struct device *d);
 int cuda_sample_create(struct device *d, struct error *e);
@@ -77,9 +63,18 @@ int launch_check(const char *op, struct error *e);
 // Where kernels can read the n bytes at `host`: the copy staged for this step if there is one, else one that is made now.
 // NULL: no room or a failed copy, and e says so. The copy is valid for the ops enqueued until the next `stage`.
 const void *device_array(struct device *d, const void *host, size_t bytes, struct error *e);
+// Whether an op of this step has asked before, of a staged array: every layer's ops are given the same, and check it once.
+bool array_is_checked(struct device *d, const void *host);
+
+// Whether an op's arguments fit together, for ops that are fused with others.
+int linear_check(const struct linear_params *p, struct error *e);
+int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 
 // The ops of the table.
-int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, struct error *e);
+int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
+               struct error *e);
+int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
+int cuda_graph_end(struct device *d, bool keep, struct error *e);
 int cuda_history_write(struct device *d, struct history history, int32_t row, int32_t position, const int32_t *tokens,
                        int32_t n, struct error *e);
 int cuda_copy_blocks(struct device *d, struct kv_layer cache, const int32_t *from, const int32_t *to, int32_t n,
@@ -91,6 +86,10 @@ int cuda_rope_table(struct device *d, const struct rope_table_params *p, struct 
 int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 int cuda_attention(struct device *d, const struct attention_params *p, struct error *e);
 int cuda_activation(struct device *d, const struct activation_params *p, struct error *e);
+int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
+                          const struct rope_kv_write_params *rope, struct error *e);
+int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
+                                const struct activation_params *activation, struct error *e);
 int cuda_gather_rows(struct device *d, const struct gather_rows_params *p, struct error *e);
 int cuda_sample(struct device *d, const struct sample_params *p, struct error *e);
 

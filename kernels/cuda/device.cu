@@ -1,4 +1,4 @@
-/* device.cu: the CUDA backend's table and its device: memory, the stream, tickets, staging of host arrays. */
+/* device.cu: the CUDA backend's table and its device: memory, the stream, tickets. */
 #include "kernels/cuda/cuda.h"
 
 #include <stdio.h>
@@ -6,16 +6,9 @@
 #include <string.h>
 
 enum {
-    ALIGNMENT = 256,            // of arrays on the device: whole sectors, and what bulk copies want
-    N_TICKETS = 16,             // recorded points that may be waited for
-    LOOSE_BYTES = 8 << 20,      // room of a step for arrays that nobody staged: sampling parameters, prompts, copies
+    N_TICKETS = 16, // recorded points that may be waited for
     OLDEST_SM = 80,
 };
-
-static size_t round_up(size_t n)
-{
-    return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-}
 
 // ---- errors ---------------------------------------------------------------------------------------------------------
 
@@ -95,72 +88,6 @@ static int cuda_copy_out(struct device *d, void *to, const void *from, size_t by
     return cuda_check(status, "copy from the device", e);
 }
 
-// ---- staging --------------------------------------------------------------------------------------------------------
-
-// A slot is used again when what was copied out of it has arrived.
-static cudaError_t next_slot(struct device *d)
-{
-    struct staging *s = &d->staging;
-    cudaError_t status = cudaEventRecord(s->copied[s->slot], d->stream);
-    s->slot = (s->slot + 1) % N_STAGING_SLOTS;
-    return status == cudaSuccess ? cudaEventSynchronize(s->copied[s->slot]) : status;
-}
-
-static void *upload(struct device *d, const void *host, size_t bytes, size_t at, struct error *e)
-{
-    struct staging *s = &d->staging;
-    char *pinned = s->pinned + (size_t)s->slot * s->slot_bytes + at;
-    memcpy(pinned, host, bytes);
-    cudaError_t status = cudaMemcpyAsync(s->arrays + at, pinned, bytes, cudaMemcpyHostToDevice, d->stream);
-    return cuda_check(status, "staging", e) ? NULL : s->arrays + at;
-}
-
-int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, struct error *e)
-{
-    struct staging *s = &d->staging;
-    size_t at = 0;
-    s->n_staged = 0;
-    if (n > MAX_STAGED) return error_set(e, ERR_INVALID, "staging: %d arrays, %d at most", n, MAX_STAGED);
-    if (cuda_check(next_slot(d), "staging", e)) return ERR_DEVICE;
-    for (int32_t i = 0; i < n; i++) {
-        size_t capacity = arrays[i].capacity > arrays[i].bytes ? arrays[i].capacity : arrays[i].bytes;
-        if (at + capacity > s->slot_bytes - LOOSE_BYTES)
-            return error_set(e, ERR_INVALID, "staging: array %d does not fit the %zu bytes of a step", i, s->slot_bytes);
-        void *device = upload(d, arrays[i].host, arrays[i].bytes, at, e);
-        if (!device) return ERR_DEVICE;
-        s->staged[s->n_staged++] = (struct staged){arrays[i].host, device, arrays[i].bytes};
-        at += round_up(capacity);
-    }
-    s->used = s->slot_bytes - LOOSE_BYTES;
-    return 0;
-}
-
-const void *device_array(struct device *d, const void *host, size_t bytes, struct error *e)
-{
-    struct staging *s = &d->staging;
-    for (int32_t i = 0; i < s->n_staged; i++)
-        if (s->staged[i].host == host && bytes <= s->staged[i].bytes) return s->staged[i].device;
-    if (bytes > LOOSE_BYTES / 4) { // an op's few arrays must outlive one turn of the ring
-        error_set(e, ERR_INVALID, "staging: %zu bytes are more than a loose array may have", bytes);
-        return NULL;
-    }
-    if (s->used + bytes > s->slot_bytes) {
-        if (cuda_check(next_slot(d), "staging", e)) return NULL;
-        s->used = s->slot_bytes - LOOSE_BYTES;
-    }
-    const void *device = upload(d, host, bytes, s->used, e);
-    s->used += round_up(bytes);
-    return device;
-}
-
-static size_t staging_bytes(const struct device_options *o)
-{
-    size_t tokens = round_up((size_t)o->max_tokens * sizeof(int32_t)), seqs = (size_t)o->max_seqs;
-    size_t max_blocks = ((size_t)o->max_context + (size_t)o->block_size - 1) / (size_t)o->block_size;
-    size_t table = round_up(seqs * (max_blocks + 2) * sizeof(int32_t)); // the engine's rows may be longer by a little
-    return 8 * tokens + 2 * round_up((seqs + 1) * sizeof(int32_t)) + table + LOOSE_BYTES;
-}
-
 // ---- the stream -----------------------------------------------------------------------------------------------------
 
 static uint64_t cuda_record(struct device *d)
@@ -232,9 +159,6 @@ static int create_stream(struct device *d, struct error *e)
     for (int i = 0; i < N_TICKETS; i++)
         if (cuda_check(cudaEventCreateWithFlags(&d->tickets[i], cudaEventDisableTiming), "an event", e))
             return ERR_DEVICE;
-    for (int i = 0; i < N_STAGING_SLOTS; i++)
-        if (cuda_check(cudaEventCreateWithFlags(&d->staging.copied[i], cudaEventDisableTiming), "an event", e))
-            return ERR_DEVICE;
     return 0;
 }
 
@@ -245,17 +169,11 @@ static size_t largest(size_t a, size_t b)
 
 static int allocate(struct device *d, struct error *e)
 {
-    struct staging *s = &d->staging;
-    s->slot_bytes = round_up(staging_bytes(&d->options));
-    s->used = s->slot_bytes - LOOSE_BYTES;
-    s->pinned = (char *)cuda_alloc_host(d, N_STAGING_SLOTS * s->slot_bytes);
-    s->arrays = (char *)cuda_alloc(d, s->slot_bytes);
     d->scratch_bytes = largest(largest(cuda_attention_scratch_bytes(d), cuda_sample_scratch_bytes(d)),
                                cuda_linear_scratch_bytes(d));
     d->scratch = cuda_alloc(d, d->scratch_bytes);
-    if (s->pinned && s->arrays && d->scratch) return 0;
-    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of scratch and %zu of staging", d->scratch_bytes,
-                     s->slot_bytes);
+    if (d->scratch) return 0;
+    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of scratch", d->scratch_bytes);
 }
 
 static void cuda_device_destroy(struct device *d)
@@ -264,14 +182,12 @@ static void cuda_device_destroy(struct device *d)
     if (d->stream) {
         make_current(d);
         cudaStreamSynchronize(d->stream);
+        graphs_destroy(d);
+        staging_destroy(d);
         cuda_sample_destroy(d);
         cuda_linear_destroy(d);
-        for (int i = 0; i < N_STAGING_SLOTS; i++)
-            if (d->staging.copied[i]) cudaEventDestroy(d->staging.copied[i]);
         for (int i = 0; d->tickets && i < N_TICKETS; i++)
             if (d->tickets[i]) cudaEventDestroy(d->tickets[i]);
-        cuda_free_host(d, d->staging.pinned);
-        cuda_free(d, d->staging.arrays);
         cuda_free(d, d->scratch);
         cudaStreamDestroy(d->stream);
     }
@@ -289,7 +205,7 @@ static int cuda_device_create(struct device **out, const struct device_options *
     d->options = *options;
     d->options.isa = NULL;
     if (check_options(options, e) || open_gpu(d, e) || create_stream(d, e) || cuda_linear_create(d, e) ||
-        cuda_sample_create(d, e) || allocate(d, e)) {
+        cuda_sample_create(d, e) || staging_create(d, e) || graphs_create(d, e) || allocate(d, e)) {
         cuda_device_destroy(d);
         return e->code;
     }
@@ -307,7 +223,7 @@ static size_t cuda_device_memory(struct device *d)
     size_t free_bytes = 0, total = 0;
     make_current(d);
     if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) return 0;
-    return free_bytes + d->scratch_bytes + d->staging.slot_bytes; // what is ours already counts as there
+    return free_bytes + d->scratch_bytes + staging_device_bytes(d); // what is ours already counts as there
 }
 
 static enum dtype cuda_activation_dtype(struct device *d, enum dtype weights)
@@ -318,7 +234,7 @@ static enum dtype cuda_activation_dtype(struct device *d, enum dtype weights)
 
 static size_t cuda_scratch_bytes(struct device *d)
 {
-    return d->scratch_bytes + d->staging.slot_bytes;
+    return d->scratch_bytes + staging_device_bytes(d);
 }
 
 extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_kernels_cuda(void)
@@ -341,6 +257,8 @@ extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_ker
     table.record = cuda_record;
     table.wait = cuda_wait;
     table.stage = cuda_stage;
+    table.graph_begin = cuda_graph_begin;
+    table.graph_end = cuda_graph_end;
     table.history_write = cuda_history_write;
     table.copy_blocks = cuda_copy_blocks;
     table.embedding = cuda_embedding;
@@ -350,6 +268,8 @@ extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_ker
     table.rope_kv_write = cuda_rope_kv_write;
     table.attention = cuda_attention;
     table.activation = cuda_activation;
+    table.norm_linear_rope = cuda_norm_linear_rope;
+    table.norm_linear_activation = cuda_norm_linear_activation;
     table.gather_rows = cuda_gather_rows;
     table.sample = cuda_sample;
     return &table;

@@ -26,6 +26,8 @@ struct embedding_args {
 template <typename T> __global__ void __launch_bounds__(THREADS) embedding_kernel(const struct embedding_args a)
 {
     size_t t = blockIdx.x;
+    next_kernel_allow();
+    previous_kernel_wait();
     int32_t position = a.positions[t], token = a.tokens[t];
     if (token < 0) token = a.history[(size_t)a.history_rows[t] * (size_t)a.max_len + (size_t)position];
     if (token < 0 || token >= a.vocab_size) token = 0;
@@ -55,8 +57,9 @@ int cuda_embedding(struct device *d, const struct embedding_params *p, struct er
     a.history = p->history.tokens, a.max_len = p->history.max_len;
     a.vocab_size = (int32_t)p->token_table.shape[0], a.n_positions = (int32_t)p->pos_table.shape[0];
     a.dim = dim, a.scale = p->scale;
-    FOR_ACTIVATION_TYPE(p->out.dtype, T_, embedding_kernel<T_><<<(unsigned)T, THREADS, 0, d->stream>>>(a));
-    return launch_check("embedding", e);
+    cudaError_t status;
+    FOR_ACTIVATION_TYPE(p->out.dtype, T_, status = launch_early(d, embedding_kernel<T_>, dim3((unsigned)T), THREADS, 0, a));
+    return cuda_check(status, "embedding", e);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -64,6 +67,8 @@ int cuda_embedding(struct device *d, const struct embedding_params *p, struct er
 __global__ void __launch_bounds__(THREADS)
 gather_rows_kernel(char *out, const char *x, const int32_t *rows, size_t row_bytes)
 {
+    next_kernel_allow();
+    previous_kernel_wait();
     const char *from = x + (size_t)rows[blockIdx.x] * row_bytes;
     char *to = out + blockIdx.x * row_bytes;
     for (size_t i = threadIdx.x * 2; i < row_bytes; i += THREADS * 2) *(uint16_t *)(to + i) = *(const uint16_t *)(from + i);
@@ -78,9 +83,9 @@ int cuda_gather_rows(struct device *d, const struct gather_rows_params *p, struc
             return error_set(e, ERR_INVALID, "gather_rows: row %d is %d", i, p->rows[i]);
     const int32_t *rows = (const int32_t *)device_array(d, p->rows, (size_t)p->n * sizeof(int32_t), e);
     if (!rows) return ERR_DEVICE;
-    gather_rows_kernel<<<(unsigned)p->n, THREADS, 0, d->stream>>>((char *)p->out.data, (const char *)p->x.data, rows,
-                                                                  p->x.shape[1] * dtype_size(p->x.dtype));
-    return launch_check("gather_rows", e);
+    return cuda_check(launch_early(d, gather_rows_kernel, dim3((unsigned)p->n), THREADS, 0, (char *)p->out.data,
+                                   (const char *)p->x.data, rows, p->x.shape[1] * dtype_size(p->x.dtype)),
+                      "gather_rows", e);
 }
 
 // ---- history --------------------------------------------------------------------------------------------------------

@@ -1,24 +1,16 @@
 /* linear.cu: out[T, N] = x[T, K] w[N, K]^T (+ bias) (+ out).
  *
- * More than GEMV_ROWS rows: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept, never
- * timed). Up to GEMV_ROWS rows: a matrix-vector kernel of our own, bound by reading w once:
- *   grid ceil(N / (WARPS * 2)), 128 threads; a warp owns two rows of w; 16 bytes a lane and load, 4 loads of each row in
- *   flight. Sum of an element: each lane its columns ascending by 256, then a fixed tree over the lanes: the same bits
- *   for any T the kernel takes. Bytes: N K sizeof(w) + T (K + N) sizeof(x).
- * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
+ * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept,
+ * never timed). Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
 #include <stdlib.h>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/linear_few.cuh"
 #include "kernels/cuda/types.cuh"
 
 enum {
-    GEMV_ROWS = 4,
-    WARPS = 4,
-    ROWS_PER_WARP = 2,
-    LOADS = 4,             // of 16 bytes of a row in flight in a lane
-    VECTOR = 8,            // elements of 16 bytes
     MAX_ALGOS = 1024,
     WORKSPACE_BYTES = 32 << 20,
 };
@@ -47,118 +39,6 @@ struct cublas {
     void *workspace;
     struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
 };
-
-// ---- few rows -------------------------------------------------------------------------------------------------------
-
-struct gemv_args {
-    const void *x, *w, *bias;    // [T, K], [N, K], [N]
-    void *out;                   // [T, ldo]
-    enum dtype bias_dtype;
-    int32_t N, K;
-    size_t ldo;
-    bool accumulate;
-};
-
-template <typename T> __device__ __forceinline__ float dot8(uint4 a, uint4 b, float sum)
-{
-    union { uint4 bits; T element[VECTOR]; } x, y;
-    x.bits = a, y.bits = b;
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) sum = fmaf(to_float(x.element[i]), to_float(y.element[i]), sum);
-    return sum;
-}
-
-__device__ __forceinline__ uint4 load_once(const uint4 *p)
-{
-    uint4 r;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
-    return r;
-}
-
-template <typename T, typename Out, int N_X>
-__global__ void __launch_bounds__(WARPS * 32) gemv_kernel(const struct gemv_args a)
-{
-    int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS_PER_WARP;
-    next_kernel_allow();
-    if (first >= a.N) {
-        previous_kernel_wait();
-        return;
-    }
-    const uint4 *w[ROWS_PER_WARP], *x = (const uint4 *)a.x;
-    int n_vectors = a.K / VECTOR;
-#pragma unroll
-    for (int r = 0; r < ROWS_PER_WARP; r++)
-        w[r] = (const uint4 *)((const T *)a.w + (size_t)min(first + r, a.N - 1) * a.K);
-    float sum[ROWS_PER_WARP][N_X] = {};
-    bool waited = false;
-    for (int v = lane; v < n_vectors; v += 32 * LOADS) {
-        uint4 weights[LOADS][ROWS_PER_WARP];
-#pragma unroll
-        for (int l = 0; l < LOADS; l++)
-#pragma unroll
-            for (int r = 0; r < ROWS_PER_WARP; r++)
-                weights[l][r] = v + 32 * l < n_vectors ? load_once(w[r] + v + 32 * l) : make_uint4(0, 0, 0, 0);
-        if (!waited) previous_kernel_wait(); // the first weights are on their way meanwhile
-        waited = true;
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            if (v + 32 * l >= n_vectors) continue;
-#pragma unroll
-            for (int i = 0; i < N_X; i++) {
-                uint4 row = x[(size_t)i * n_vectors + v + 32 * l];
-#pragma unroll
-                for (int r = 0; r < ROWS_PER_WARP; r++) sum[r][i] = dot8<T>(weights[l][r], row, sum[r][i]);
-            }
-        }
-    }
-    if (!waited) previous_kernel_wait(); // what is added to may be that kernel's
-#pragma unroll
-    for (int r = 0; r < ROWS_PER_WARP; r++) {
-#pragma unroll
-        for (int i = 0; i < N_X; i++) {
-#pragma unroll
-            for (int s = 16; s > 0; s /= 2) sum[r][i] += __shfl_xor_sync(~0u, sum[r][i], s);
-        }
-        if (lane >= N_X || first + r >= a.N) continue;
-        float value = 0;
-#pragma unroll
-        for (int i = 0; i < N_X; i++) value = lane == i ? sum[r][i] : value;
-        Out *out = (Out *)a.out + (size_t)lane * a.ldo + first + r;
-        if (a.bias) value += load_as_float(a.bias, a.bias_dtype, first + r);
-        if (a.accumulate) value += to_float(*out);
-        *out = from_float<Out>(value);
-    }
-}
-
-template <typename T, typename Out>
-static cudaError_t launch_gemv(const struct device *d, int n_x, const struct gemv_args *a)
-{
-    dim3 grid((unsigned)((a->N + WARPS * ROWS_PER_WARP - 1) / (WARPS * ROWS_PER_WARP)));
-    switch (n_x) {
-    case 1: return launch_early(d, gemv_kernel<T, Out, 1>, grid, WARPS * 32, 0, *a);
-    case 2: return launch_early(d, gemv_kernel<T, Out, 2>, grid, WARPS * 32, 0, *a);
-    case 3: return launch_early(d, gemv_kernel<T, Out, 3>, grid, WARPS * 32, 0, *a);
-    default: return launch_early(d, gemv_kernel<T, Out, 4>, grid, WARPS * 32, 0, *a);
-    }
-}
-
-static int run_gemv(struct device *d, const struct linear_params *p, const struct product *m, struct error *e)
-{
-    struct gemv_args a = {};
-    size_t out_size = dtype_size(p->out.dtype);
-    a.x = p->x.data, a.w = m->w, a.bias = m->bias, a.bias_dtype = m->bias_dtype;
-    a.out = (char *)p->out.data + m->column * out_size, a.ldo = p->out.shape[1];
-    a.N = (int32_t)m->n_rows, a.K = (int32_t)p->weight->n_cols, a.accumulate = p->accumulate;
-    int n_x = (int)p->x.shape[0];
-    bool wide = p->out.dtype == DTYPE_F32;
-    cudaError_t status;
-    if (p->x.dtype == DTYPE_BF16 && wide) status = launch_gemv<__nv_bfloat16, float>(d, n_x, &a);
-    else if (p->x.dtype == DTYPE_BF16) status = launch_gemv<__nv_bfloat16, __nv_bfloat16>(d, n_x, &a);
-    else if (wide) status = launch_gemv<__half, float>(d, n_x, &a);
-    else status = launch_gemv<__half, __half>(d, n_x, &a);
-    return cuda_check(status, "linear", e);
-}
 
 // ---- cuBLASLt -------------------------------------------------------------------------------------------------------
 
@@ -256,7 +136,7 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
 
 // ---- the op ---------------------------------------------------------------------------------------------------------
 
-static int check(const struct linear_params *p, struct error *e)
+int linear_check(const struct linear_params *p, struct error *e)
 {
     const struct weight *w = p->weight;
     if (w->n_parts < 1 || w->n_parts > MAX_WEIGHT_PARTS || w->n_cols < 1)
@@ -296,12 +176,12 @@ static int32_t find_products(const struct weight *w, struct product products[MAX
 
 int cuda_linear(struct device *d, const struct linear_params *p, struct error *e)
 {
-    int rc = check(p, e);
+    int rc = linear_check(p, e);
     if (rc) return rc;
+    if (linear_is_few(p)) return linear_few(d, p, e);
     struct product products[MAX_WEIGHT_PARTS];
     int32_t n = find_products(p->weight, products);
-    bool few = p->x.shape[0] <= GEMV_ROWS && p->x.dtype != DTYPE_F32 && p->weight->n_cols % VECTOR == 0;
-    for (int32_t i = 0; i < n && !rc; i++) rc = few ? run_gemv(d, p, &products[i], e) : run_gemm(d, p, &products[i], e);
+    for (int32_t i = 0; i < n && !rc; i++) rc = run_gemm(d, p, &products[i], e);
     return rc;
 }
 

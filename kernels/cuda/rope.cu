@@ -12,6 +12,8 @@ __global__ void __launch_bounds__(TABLE_THREADS)
 rope_table_kernel(float *cos_sin, const int32_t *positions, const float *inv_freq, size_t n, int32_t half, float factor)
 {
     size_t i = (size_t)blockIdx.x * TABLE_THREADS + threadIdx.x;
+    next_kernel_allow();
+    previous_kernel_wait();
     if (i >= n) return;
     size_t t = i / half, j = i % half;
     float angle = (float)positions[t] * inv_freq[j], sine, cosine;
@@ -27,9 +29,9 @@ int cuda_rope_table(struct device *d, const struct rope_table_params *p, struct 
         return error_set(e, ERR_INVALID, "rope_table: shapes do not fit");
     const int32_t *positions = (const int32_t *)device_array(d, p->positions, T * sizeof(int32_t), e);
     if (!positions) return ERR_DEVICE;
-    rope_table_kernel<<<(unsigned)((n + TABLE_THREADS - 1) / TABLE_THREADS), TABLE_THREADS, 0, d->stream>>>(
-        (float *)p->cos_sin.data, positions, p->inv_freq, n, (int32_t)half, p->attention_factor);
-    return launch_check("rope_table", e);
+    dim3 grid((unsigned)((n + TABLE_THREADS - 1) / TABLE_THREADS));
+    return cuda_check(launch_early(d, rope_table_kernel, grid, TABLE_THREADS, 0, (float *)p->cos_sin.data, positions,
+                                   p->inv_freq, n, (int32_t)half, p->attention_factor), "rope_table", e);
 }
 
 struct rope_args {
@@ -49,7 +51,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_k
     T *x = (T *)a.qkv + (t * n_all + head) * a.head_dim;
     bool is_v = head >= a.n_heads + a.n_kv_heads, rotates = a.cos_sin && !is_v;
     T *cache = NULL;
-    if (head >= a.n_heads) {
+    if (head >= a.n_heads && a.slots[t] >= 0) {
         size_t slot = a.slots[t], kv_head = (head - a.n_heads) % a.n_kv_heads;
         size_t row = (slot / a.block_size * a.n_kv_heads + kv_head) * a.block_size + slot % a.block_size;
         cache = (T *)(is_v ? a.v_cache : a.k_cache) + row * a.head_dim;
@@ -64,7 +66,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_k
     for (int32_t i = threadIdx.x + (rotates ? a.rope_dim : 0); cache && i < a.head_dim; i += THREADS) cache[i] = x[i];
 }
 
-static int check_cache(const struct rope_kv_write_params *p, struct error *e)
+static int check_cache(struct device *d, const struct rope_kv_write_params *p, struct error *e)
 {
     const struct tensor *k = &p->cache.k, *v = &p->cache.v;
     bool same = k->dtype == v->dtype && k->dtype == p->qkv.dtype;
@@ -73,29 +75,36 @@ static int check_cache(const struct rope_kv_write_params *p, struct error *e)
         k->shape[3] != (size_t)p->head_dim)
         return error_set(e, ERR_INVALID, "rope_kv_write: the cache's shape does not fit");
     int64_t n_slots = (int64_t)(k->shape[0] * k->shape[2]);
+    if (array_is_checked(d, p->slot_mapping)) return 0;
     for (size_t t = 0; t < p->qkv.shape[0]; t++)
-        if (p->slot_mapping[t] < 0 || p->slot_mapping[t] >= n_slots)
+        if (p->slot_mapping[t] < -1 || p->slot_mapping[t] >= n_slots)
             return error_set(e, ERR_INVALID, "rope_kv_write: slot %d of %lld", p->slot_mapping[t], (long long)n_slots);
     return 0;
+}
+
+int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, struct error *e)
+{
+    size_t n_all = (size_t)(p->n_heads + 2 * p->n_kv_heads);
+    if (p->n_kv_heads < 1 || p->n_heads < 1 || p->n_heads % p->n_kv_heads || p->head_dim < 1 || p->qkv.shape[0] < 1 ||
+        p->qkv.n_dims != 2 || p->qkv.shape[1] != n_all * (size_t)p->head_dim ||
+        (p->cos_sin.data && (p->rope_dim < 0 || p->rope_dim > p->head_dim || p->rope_dim % 2 ||
+                             p->cos_sin.dtype != DTYPE_F32 || p->cos_sin.shape[1] != (size_t)p->rope_dim)))
+        return error_set(e, ERR_INVALID, "rope_kv_write: shapes do not fit");
+    return check_cache(d, p, e);
 }
 
 int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, struct error *e)
 {
     size_t T = p->qkv.shape[0], n_all = (size_t)(p->n_heads + 2 * p->n_kv_heads);
-    bool rotates = p->cos_sin.data != NULL;
-    if (p->n_kv_heads < 1 || p->n_heads < 1 || p->n_heads % p->n_kv_heads || p->head_dim < 1 || T < 1 ||
-        p->qkv.n_dims != 2 || p->qkv.shape[1] != n_all * (size_t)p->head_dim ||
-        (rotates && (p->rope_dim < 0 || p->rope_dim > p->head_dim || p->rope_dim % 2 ||
-                     p->cos_sin.dtype != DTYPE_F32 || p->cos_sin.shape[1] != (size_t)p->rope_dim)))
-        return error_set(e, ERR_INVALID, "rope_kv_write: shapes do not fit");
-    if (check_cache(p, e)) return ERR_INVALID;
+    int rc = rope_kv_write_check(d, p, e);
+    if (rc) return rc;
     struct rope_args a = {};
     a.qkv = p->qkv.data, a.cos_sin = (const float *)p->cos_sin.data;
     a.k_cache = p->cache.k.data, a.v_cache = p->cache.v.data;
     a.slots = (const int32_t *)device_array(d, p->slot_mapping, T * sizeof(int32_t), e);
     if (!a.slots) return ERR_DEVICE;
     a.n_heads = p->n_heads, a.n_kv_heads = p->n_kv_heads, a.head_dim = p->head_dim;
-    a.rope_dim = rotates ? p->rope_dim : 0, a.block_size = (int32_t)p->cache.k.shape[2];
+    a.rope_dim = a.cos_sin ? p->rope_dim : 0, a.block_size = (int32_t)p->cache.k.shape[2];
     dim3 grid((unsigned)T, (unsigned)n_all);
     cudaError_t status;
     FOR_ACTIVATION_TYPE(p->qkv.dtype, T_, status = launch_early(d, rope_kv_write_kernel<T_>, grid, THREADS, 0, a));

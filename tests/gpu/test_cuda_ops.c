@@ -325,6 +325,220 @@ START_TEST(rope_and_attention)
 }
 END_TEST
 
+// ---- fused ops ------------------------------------------------------------------------------------------------------
+
+// A weight of stacked parts on both sides, with biases or without.
+struct weights { struct pair parts[3], biases[3]; struct weight g, c; size_t n_rows; };
+
+static void weights_draw(struct weights *w, enum dtype dtype, int n_parts, const size_t *rows, size_t n_cols, bool bias)
+{
+    *w = (struct weights){.g = {.n_parts = n_parts, .n_cols = n_cols}, .c = {.n_parts = n_parts, .n_cols = n_cols}};
+    for (int i = 0; i < n_parts; i++) {
+        w->parts[i] = pair_of(dtype, rows[i], n_cols), w->biases[i] = pair_of(DTYPE_F32, 1, rows[i]);
+        for (size_t j = 0; j < rows[i] * n_cols; j++) { // outputs of about 1
+            float *x = (float *)w->parts[i].c.data + j;
+            *x *= 1 / sqrtf((float)n_cols);
+        }
+        char *bits = malloc(rows[i] * n_cols * dtype_size(dtype));
+        dtype_convert(bits, dtype, w->parts[i].c.data, DTYPE_F32, rows[i] * n_cols);
+        check(gpu->copy_in(gpu_device, w->parts[i].g.data, bits, rows[i] * n_cols * dtype_size(dtype), &e));
+        dtype_convert(w->parts[i].c.data, DTYPE_F32, bits, dtype, rows[i] * n_cols);
+        free(bits);
+        w->g.part[i] = (struct weight_part){.data = w->parts[i].g.data, .dtype = dtype, .n_rows = rows[i]};
+        w->c.part[i] = (struct weight_part){.data = w->parts[i].c.data, .dtype = DTYPE_F32, .n_rows = rows[i]};
+        w->biases[i].g.n_dims = w->biases[i].c.n_dims = 1;
+        w->biases[i].g.shape[0] = w->biases[i].c.shape[0] = rows[i];
+        if (bias) w->g.part[i].bias = w->biases[i].g, w->c.part[i].bias = w->biases[i].c;
+        w->n_rows += rows[i];
+    }
+}
+
+static void weights_end(struct weights *w)
+{
+    for (int i = 0; i < w->g.n_parts; i++) pair_free(&w->parts[i]), pair_free(&w->biases[i]);
+}
+
+struct norms { struct pair x, out, weight, bias; struct norm_params g, c; };
+
+static void norms_draw(struct norms *n, enum dtype dtype, size_t T, size_t dim, enum norm_kind kind)
+{
+    n->x = pair_of(dtype, T, dim), n->out = pair_of(dtype, T, dim);
+    n->weight = pair_of(dtype, 1, dim), n->bias = pair_of(dtype, 1, dim);
+    n->weight.g.n_dims = n->weight.c.n_dims = n->bias.g.n_dims = n->bias.c.n_dims = 1;
+    n->weight.g.shape[0] = n->weight.c.shape[0] = n->bias.g.shape[0] = n->bias.c.shape[0] = dim;
+    n->g = (struct norm_params){.out = n->out.g, .x = n->x.g, .weight = n->weight.g, .kind = kind, .eps = 1e-5f};
+    n->c = (struct norm_params){.out = n->out.c, .x = n->x.c, .weight = n->weight.c, .kind = kind, .eps = 1e-5f};
+    if (kind == NORM_LAYER) n->g.bias = n->bias.g, n->c.bias = n->bias.c;
+}
+
+static void norms_end(struct norms *n)
+{
+    pair_free(&n->x), pair_free(&n->out), pair_free(&n->weight), pair_free(&n->bias);
+}
+
+START_TEST(norm_linear_activation)
+{
+    static const size_t dims[] = {64, 200, 520, 1024, 4096}, inner[] = {4, 36, 500, 1376};
+    for (int round = 0; round < 60; round++) {
+        enum dtype dtype = type_of(round / 12);
+        size_t T = (size_t)(round % 12 + 1), dim = dims[random_int(0, 4)], m = inner[random_int(0, 3)];
+        bool gated = random_int(0, 3) > 0;
+        struct weights w;
+        struct norms n;
+        weights_draw(&w, dtype, gated ? 2 : 1, (size_t[]){m, m}, dim, random_int(0, 1));
+        norms_draw(&n, dtype, T, dim, random_int(0, 2) ? NORM_RMS : NORM_LAYER);
+        struct pair in = pair_of(dtype, T, w.n_rows), out = pair_of(dtype, T, m);
+        poison(&in), poison(&out), poison(&n.out);
+        struct linear_params g = {in.g, n.out.g, &w.g, false}, c = {in.c, n.out.c, &w.c, false};
+        struct activation_params ga = {out.g, in.g, (enum activation)random_int(0, 3), gated}, ca = {out.c, in.c, ga.kind, gated};
+        check(gpu->norm_linear_activation(gpu_device, &n.g, &g, &ga, &e));
+        check(cpu->norm(cpu_device, &n.c, &e)), check(cpu->linear(cpu_device, &c, &e));
+        check(cpu->activation(cpu_device, &ca, &e));
+        expect_close(&out, 4, "norm, linear, activation"); // roundings of norm, product, result; the product's two factors
+        weights_end(&w), norms_end(&n), pair_free(&in), pair_free(&out);
+    }
+}
+END_TEST
+
+// V alone: the CPU's tiles of K are transposed.
+static void expect_same_values(const struct kv_layer *g, const struct kv_layer *c, const int32_t *slots, size_t T)
+{
+    size_t n_kv = g->v.shape[1], block = g->v.shape[2], dim = g->v.shape[3], n = g->v.shape[0] * n_kv * block * dim;
+    char *bits = malloc(n * dtype_size(g->v.dtype));
+    float *values = malloc(n * sizeof *values);
+    check(gpu->copy_out(gpu_device, bits, g->v.data, n * dtype_size(g->v.dtype), &e));
+    dtype_convert(values, DTYPE_F32, bits, g->v.dtype, n);
+    for (size_t t = 0; t < T; t++)
+        for (size_t h = 0; slots[t] >= 0 && h < n_kv; h++)
+            for (size_t i = 0; i < dim; i++) {
+                size_t at = (((size_t)slots[t] / block * n_kv + h) * block + (size_t)slots[t] % block) * dim + i;
+                float want = ((float *)c->v.data)[at];
+                ck_assert_msg(fabsf(values[at] - want) < 0.03f * (1 + fabsf(want)), "V of token %zu: %g, not %g", t,
+                              values[at], want);
+            }
+    free(bits), free(values);
+}
+
+// q and V against the CPU's, K against the GPU's own ops one by one.
+START_TEST(norm_linear_rope)
+{
+    for (int round = 0; round < 48; round++) {
+        static struct attention_case a;
+        enum dtype dtype = type_of(round / 12);
+        int32_t T = round % 12 + 1;
+        do case_draw(&a); while (a.n_tokens < T || a.head_dim % 8);
+        size_t dim = 8 * (size_t)random_int(4, 60), head = (size_t)a.head_dim;
+        size_t rows[3] = {(size_t)a.n_heads * head, (size_t)a.n_kv_heads * head, (size_t)a.n_kv_heads * head};
+        int32_t half = a.head_dim / 2 / (1 << random_int(0, 1)), slots[12];
+        for (int32_t t = 0; t < T; t++) slots[t] = t == 2 ? -1 : a.slots[t]; // one row of padding
+        struct weights w;
+        struct norms n;
+        weights_draw(&w, dtype, 3, rows, dim, random_int(0, 1));
+        norms_draw(&n, dtype, (size_t)T, dim, random_int(0, 2) ? NORM_RMS : NORM_LAYER);
+        struct kv_layer fused = layer_of(gpu, gpu_device, &a, dtype), plain = layer_of(gpu, gpu_device, &a, dtype);
+        struct kv_layer c_layer = layer_of(cpu, cpu_device, &a, DTYPE_F32);
+        struct pair qkv = pair_of(dtype, (size_t)T, w.n_rows), cs = pair_of(DTYPE_F32, (size_t)T, (size_t)(2 * half));
+        struct pair q = qkv;
+        struct linear_params g = {qkv.g, n.out.g, &w.g, false}, c = {qkv.c, n.out.c, &w.c, false};
+        struct rope_kv_write_params gr = {qkv.g, cs.g, fused, slots, a.n_heads, a.n_kv_heads, a.head_dim, 2 * half}, cr = gr, pr;
+        cr.qkv = qkv.c, cr.cos_sin = cs.c, cr.cache = c_layer;
+        cr.slot_mapping = a.slots;
+        if (random_int(0, 3) == 0) gr.cos_sin.data = cr.cos_sin.data = NULL, gr.rope_dim = cr.rope_dim = 0;
+        poison(&qkv), poison(&n.out);
+        check(gpu->norm_linear_rope(gpu_device, &n.g, &g, &gr, &e));
+        check(cpu->norm(cpu_device, &n.c, &e)), check(cpu->linear(cpu_device, &c, &e));
+        check(cpu->rope_kv_write(cpu_device, &cr, &e));
+        // q of every token: the columns before k's, as a tensor of their own on both sides.
+        struct pair queries = pair_of(dtype, (size_t)T, rows[0]);
+        char *bits = malloc((size_t)T * w.n_rows * 2), *some = malloc((size_t)T * rows[0] * 2);
+        check(gpu->copy_out(gpu_device, bits, q.g.data, (size_t)T * w.n_rows * 2, &e));
+        for (int32_t t = 0; t < T; t++) {
+            memcpy(some + (size_t)t * rows[0] * 2, bits + (size_t)t * w.n_rows * 2, rows[0] * 2);
+            memcpy((float *)queries.c.data + (size_t)t * rows[0], (float *)q.c.data + (size_t)t * w.n_rows,
+                   rows[0] * sizeof(float));
+        }
+        check(gpu->copy_in(gpu_device, queries.g.data, some, (size_t)T * rows[0] * 2, &e));
+        expect_close(&queries, 4, "q of norm, linear, rope");
+        free(bits), free(some);
+        expect_same_values(&fused, &c_layer, slots, (size_t)T);
+        // K against the GPU's own, op by op.
+        pr = gr, pr.cache = plain;
+        check(gpu->norm(gpu_device, &n.g, &e)), check(gpu->linear(gpu_device, &g, &e));
+        check(gpu->rope_kv_write(gpu_device, &pr, &e));
+        size_t n_cache = fused.k.shape[0] * fused.k.shape[1] * fused.k.shape[2] * fused.k.shape[3];
+        uint16_t *x = malloc(n_cache * 2), *y = malloc(n_cache * 2);
+        float *fx = malloc(n_cache * sizeof *fx), *fy = malloc(n_cache * sizeof *fy);
+        check(gpu->copy_out(gpu_device, x, fused.k.data, n_cache * 2, &e));
+        check(gpu->copy_out(gpu_device, y, plain.k.data, n_cache * 2, &e));
+        dtype_convert(fx, DTYPE_F32, x, dtype, n_cache), dtype_convert(fy, DTYPE_F32, y, dtype, n_cache);
+        for (size_t i = 0; i < n_cache; i++)
+            ck_assert_msg(x[i] == y[i] || fabsf(fx[i] - fy[i]) < 0.03f * (1 + fabsf(fy[i])), "K at %zu: %g, not %g", i,
+                          fx[i], fy[i]);
+        free(x), free(y), free(fx), free(fy);
+        weights_end(&w), norms_end(&n), pair_free(&qkv), pair_free(&cs), pair_free(&queries);
+        gpu->free(gpu_device, fused.k.data), gpu->free(gpu_device, fused.v.data);
+        gpu->free(gpu_device, plain.k.data), gpu->free(gpu_device, plain.v.data);
+        cpu->free(cpu_device, c_layer.k.data), cpu->free(cpu_device, c_layer.v.data);
+    }
+}
+END_TEST
+
+// ---- steps ----------------------------------------------------------------------------------------------------------
+
+// Attention over a staged table whose entries change from step to step, recorded once: as without staging.
+START_TEST(steps_are_staged_and_replayed)
+{
+    enum { SEQS = 5, KV = 2, DIM = 64, BLOCKS = 64, WIDTH = CONTEXT / BLOCK };
+    struct tensor t = {NULL, DTYPE_BF16, 4, {BLOCKS, KV, BLOCK, DIM}};
+    struct pair k = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM), v = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM);
+    struct pair qkv = pair_of(DTYPE_BF16, SEQS, 6 * DIM + 2 * DIM), out = pair_of(DTYPE_BF16, SEQS, 4 * DIM);
+    struct kv_layer cache = {t, t};
+    static int32_t tables[2][SEQS * WIDTH], lens[2][SEQS], cu[2][SEQS + 1];
+    static uint16_t want[SEQS * 4 * DIM], got[SEQS * 4 * DIM];
+    cache.k.data = k.g.data, cache.v.data = v.g.data;
+    qkv.g.shape[1] = (4 + 2 * KV) * DIM;
+    for (int step = 0; step < 40; step++) {
+        int32_t *table = tables[step % 2], *len = lens[step % 2];
+        int32_t window = step < 20 ? 0 : 100;
+        for (int32_t s = 0; s < SEQS; s++) {
+            cu[step % 2][s] = s;
+            len[s] = random_int(0, 5) ? random_int(1, CONTEXT) : 0; // or a row of padding
+            if (window && len[s] > 0) len[s] = random_int(window + 1, CONTEXT);
+            for (int32_t b = 0; b < WIDTH; b++)
+                table[s * WIDTH + b] = random_int(0, 3) ? (s * WIDTH / 2 + b) % BLOCKS : random_int(0, BLOCKS - 1);
+            for (int32_t b = 0; window && len[s] && b < (len[s] - window) / BLOCK; b++) table[s * WIDTH + b] = -1;
+        }
+        cu[step % 2][SEQS] = SEQS;
+        struct attention_params p = {.out = out.g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = cu[step % 2],
+            .context_lens = len, .block_table = table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK, .n_heads = 4,
+            .n_kv_heads = KV, .head_dim = DIM, .window = window, .scale = 0.125f};
+        check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+        poison(&out);
+        check(gpu->attention(gpu_device, &p, &e));
+        check(gpu->copy_out(gpu_device, want, out.g.data, sizeof want, &e));
+        const struct stage_array arrays[] = {{cu[step % 2], sizeof cu[0], 4096}, {len, sizeof lens[0], 512}};
+        const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window};
+        bool replayed;
+        poison(&out);
+        check(gpu->stage(gpu_device, arrays, 2, &staged, &e));
+        check(gpu->graph_begin(gpu_device, window ? &k : &v, SEQS, &replayed, &e));
+        ck_assert_int_eq(replayed, step % 20 != 0);
+        if (!replayed) check(gpu->attention(gpu_device, &p, &e)), check(gpu->graph_end(gpu_device, true, &e));
+        check(gpu->copy_out(gpu_device, got, out.g.data, sizeof got, &e));
+        ck_assert_mem_eq(got, want, sizeof got);
+    }
+    // A record that failed leaves nothing behind.
+    bool replayed;
+    check(gpu->graph_begin(gpu_device, &out, 1, &replayed, &e));
+    ck_assert(!replayed);
+    check(gpu->graph_end(gpu_device, false, &e));
+    check(gpu->graph_begin(gpu_device, &out, 1, &replayed, &e));
+    ck_assert(!replayed);
+    check(gpu->graph_end(gpu_device, false, &e));
+    pair_free(&k), pair_free(&v), pair_free(&qkv), pair_free(&out);
+}
+END_TEST
+
 START_TEST(blocks_are_copied)
 {
     enum { N = 20, BYTES = 2 * 16 * 40 * 2 };
@@ -357,11 +571,11 @@ START_TEST(host_arrays_are_copied_when_they_are_given)
                                  .history_rows = zeros, .history = history, .scale = 1}, c = g;
     c.out = out.c, c.token_table = table.c;
     check(cpu->embedding(cpu_device, &c, &e));
-    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, &e));
+    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, NULL, &e));
     memset(tokens, 0, sizeof tokens);
     check(gpu->embedding(gpu_device, &g, &e));
     expect_close(&out, 1, "staged");
-    check(gpu->stage(gpu_device, NULL, 0, &e));
+    check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
     for (int32_t i = 0; i < 2000; i++) { // many turns of the ring of loose arrays
         for (int32_t j = 0; j < 3; j++) tokens[j] = (i * 3 + j) % VOCAB;
         check(gpu->embedding(gpu_device, &g, &e));
@@ -396,6 +610,9 @@ int main(void)
     tcase_add_test(tc, activation);
     tcase_add_test(tc, embedding_and_rows);
     tcase_add_test(tc, rope_and_attention);
+    tcase_add_test(tc, norm_linear_activation);
+    tcase_add_test(tc, norm_linear_rope);
+    tcase_add_test(tc, steps_are_staged_and_replayed);
     tcase_add_test(tc, blocks_are_copied);
     tcase_add_test(tc, host_arrays_are_copied_when_they_are_given);
     suite_add_tcase(suite, tc);
