@@ -221,14 +221,25 @@ $(BUILD)/gpu/test_%: $(BUILD)/obj/tests/gpu/test_%.c.o $(call objects,tests/mode
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -Wl,-Bstatic -lcheck -lsubunit -Wl,-Bdynamic -lcjson -lrt -lm -ldl
 
+# What the driver loads into the server to trace it (make bench-gpu): needs CUPTI, which comes with the toolkit.
+GPU_TRACE := $(BUILD)/gpu/libgptd_trace.so
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+$(GPU_TRACE): tests/gpu/trace.c
+	@mkdir -p $(@D)
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(CPPFLAGS) -std=c11 $(OPT) $(WARN) -fPIC -shared -isystem $(CUDA_HOME)/include -o $@ $< \
+	  -L$(CUDA_HOME)/lib64 -lcupti
+
 # What a bare GPU machine lacks, in $(BUILD)/gpu: programs, tests and shared libraries, stripped; 40 MiB at most.
-.PHONY: gpu-tests gpu-bundle check-gpu
-gpu-tests: $(GPU_TESTS)
-gpu-bundle: $(BUILD)/gptd $(CUDA_LIB) $(GPU_TESTS)
+.PHONY: gpu-tests gpu-bundle check-gpu bench-gpu
+gpu-tests: $(GPU_TESTS) $(GPU_TRACE)
+gpu-bundle: $(BUILD)/gptd $(CUDA_LIB) $(GPU_TESTS) $(GPU_TRACE)
 	@scripts/gpu_bundle.sh $(BUILD)
 # On that machine, in a copy of the working tree with the bundle.
 check-gpu:
 	@scripts/check_gpu.sh $(BUILD)/gpu
+bench-gpu:
+	@python3 scripts/bench_gpu.py --bundle $(BUILD)/gpu
 
 # ---- benchmarks ----
 

@@ -249,6 +249,9 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_num_preemptions_total", "counter", "Sequences preempted for want of KV blocks.",
          (double)s->n_preemptions},
         {"gptd_engine_steps_total", "counter", "Steps of the engine.", (double)s->n_steps},
+        {"gptd_engine_step_seconds_total", "counter", "Time in steps of the engine.", s->step_seconds},
+        {"gptd_engine_host_seconds_total", "counter", "Of it, time outside the device's ops and the wait for them.",
+         s->host_seconds},
     };
     for (size_t i = 0; i < sizeof(series) / sizeof(series[0]); i++) {
         render_head(out, series[i].name, series[i].type, series[i].help);

@@ -22,6 +22,8 @@ static char *render(void)
                                  .n_free_blocks = 25,
                                  .n_steps = 9,
                                  .n_preemptions = 4,
+                                 .step_seconds = 2.5,
+                                 .host_seconds = 0.125,
                                  .prefix_queries = 640,
                                  .prefix_hits = 128,
                                  .prompt_tokens = 1000,
@@ -55,6 +57,8 @@ START_TEST(engine_values)
     ck_assert_double_eq(value_of(text, "gptd_prompt_tokens_total{" MODEL "}"), 1000);
     ck_assert_double_eq(value_of(text, "gptd_generation_tokens_total{" MODEL "}"), 9007199254740991.0);
     ck_assert_double_eq(value_of(text, "gptd_num_preemptions_total{" MODEL "}"), 4);
+    ck_assert_double_eq(value_of(text, "gptd_engine_step_seconds_total{" MODEL "}"), 2.5);
+    ck_assert_double_eq(value_of(text, "gptd_engine_host_seconds_total{" MODEL "}"), 0.125);
     free(text);
 }
 END_TEST
