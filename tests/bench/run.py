@@ -29,13 +29,14 @@ def free_port():
 class Server:
     """gptd on a free port; `startup` is the time from exec to the first 200 of /ready, in seconds."""
 
-    def __init__(self, binary, model, *flags):
+    def __init__(self, binary, model, *flags, env=None, patience=60):
         self.port = free_port()
         command = [binary, "--model", model, "--port", str(self.port), "--log-level", "warning", *flags]
         begin = time.monotonic()
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen(command, env=env)
         while not self.ready():
-            if self.process.poll() is not None or time.monotonic() - begin > 60:
+            if self.process.poll() is not None or time.monotonic() - begin > patience:
+                self.process.kill()
                 raise SystemExit(f"the server did not start: {' '.join(command)}")
             time.sleep(0.001)
         self.startup = time.monotonic() - begin
