@@ -80,6 +80,17 @@ struct stage_table {
     int32_t window;         // 0: unlimited
 };
 
+// Random weights, the same on every backend: element i is table[w], w the 16-bit word i % 4, lowest first, of
+// mix(key + i / 4 * 0x9E3779B97F4A7C15), where mix is SplitMix64's output function: https://prng.di.unimi.it/splitmix64.c
+enum { DRAW_TABLE_SIZE = 1 << 16 };
+
+struct draw_params {
+    void *to;               // device, [n] of a 16-bit type, 16-byte aligned
+    size_t n;
+    uint64_t key;
+    const uint16_t *table;  // host [DRAW_TABLE_SIZE]: bits of the type
+};
+
 // ---- embedding, history ---------------------------------------------------------------------------------------------
 
 // Token history: the one place where a running sequence's tokens live on the device, one row per slot, so that a
@@ -276,11 +287,15 @@ struct kernels {
     void (*free)(struct device *device, void *memory);
     void *(*alloc_host)(struct device *device, size_t bytes);
     void (*free_host)(struct device *device, void *memory);
+    // Returns when `from_host` may be changed; ops enqueued from then on see the copy. Fastest from alloc_host's memory.
     // May be called by several threads at once while weights are loaded.
     int (*copy_in)(struct device *device, void *to, const void *from_host, size_t bytes, struct error *e);
     int (*copy_out)(struct device *device, void *to_host, const void *from, size_t bytes, struct error *e);
     // Ops read weights where their file is mapped, F32, F16 and BF16 each beside the others. Else all are copied in.
     bool reads_mapped_weights;
+
+    // NULL: whoever wants it draws on the host.
+    int (*draw)(struct device *device, const struct draw_params *p, struct error *e);
 
     uint64_t (*record)(struct device *device);
     int (*wait)(struct device *device, uint64_t ticket, struct error *e);

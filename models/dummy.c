@@ -1,18 +1,18 @@
 #include "models/dummy.h"
 
 #include <math.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-enum { TABLE_SIZE = 1 << 16, CHUNK = 1 << 16, MAX_THREADS = 16 };
+#include "models/parallel.h"
+
+enum { CHUNK = 1 << 16 };
 
 struct dummy {
     enum dtype dtype;
     uint64_t seed;
-    uint32_t table[TABLE_SIZE]; // bits of the type
+    union { uint32_t wide[DRAW_TABLE_SIZE]; uint16_t narrow[DRAW_TABLE_SIZE]; } table; // bits of the type
 };
 
 // Bits of x rounded to nearest even; x is finite and its magnitude at most 1.
@@ -39,9 +39,11 @@ struct dummy *dummy_create(enum dtype dtype, uint64_t seed)
     struct dummy *d = malloc(sizeof *d);
     if (!d) return NULL;
     d->dtype = dtype, d->seed = seed;
-    for (int i = 0; i < TABLE_SIZE; i++) { // Box-Muller on a lattice: a golden-ratio sequence against a regular one
-        double u = (i + 0.5) / TABLE_SIZE, v = fmod(i * 0.6180339887498949, 1);
-        d->table[i] = float_bits(dtype, (float)(0.02 * sqrt(-2 * log(u)) * cos(2 * M_PI * v)));
+    for (int i = 0; i < DRAW_TABLE_SIZE; i++) { // Box-Muller on a lattice: a golden-ratio sequence against a regular one
+        double u = (i + 0.5) / DRAW_TABLE_SIZE, v = fmod(i * 0.6180339887498949, 1);
+        uint32_t bits = float_bits(dtype, (float)(0.02 * sqrt(-2 * log(u)) * cos(2 * M_PI * v)));
+        if (dtype == DTYPE_F32) d->table.wide[i] = bits;
+        else d->table.narrow[i] = (uint16_t)bits;
     }
     return d;
 }
@@ -56,7 +58,7 @@ static uint64_t mix(uint64_t z)
     return z ^ z >> 31;
 }
 
-// Elements first .. first + n of a tensor, n a multiple of 4: each draw of 64 bits picks four.
+// Elements first .. first + n of a tensor, n a multiple of 4: each draw of 64 bits picks four (struct draw_params).
 static void draw(const struct dummy *d, uint64_t key, size_t first, size_t n, void *out)
 {
     uint16_t *out16 = out;
@@ -64,9 +66,8 @@ static void draw(const struct dummy *d, uint64_t key, size_t first, size_t n, vo
     for (size_t i = 0; i < n; i += 4) {
         uint64_t bits = mix(key + (first + i) / 4 * 0x9E3779B97F4A7C15u);
         for (size_t j = 0; j < 4; j++, bits >>= 16) {
-            uint32_t value = d->table[bits & 0xFFFF];
-            if (d->dtype == DTYPE_F32) out32[i + j] = value;
-            else out16[i + j] = (uint16_t)value;
+            if (d->dtype == DTYPE_F32) out32[i + j] = d->table.wide[bits & 0xFFFF];
+            else out16[i + j] = d->table.narrow[bits & 0xFFFF];
         }
     }
 }
@@ -103,14 +104,9 @@ int dummy_fill_normal(const struct dummy *d, uint64_t tensor, const struct kerne
                       void *to, size_t n, struct error *e)
 {
     struct fill f = {d, kernels, device, to, n, mix(d->seed + mix(tensor + 1)), 0, 0};
-    pthread_t threads[MAX_THREADS];
-    long n_cores = sysconf(_SC_NPROCESSORS_ONLN);
-    size_t n_helpers = 0, most = n_cores < 1 ? 0 : (size_t)n_cores - 1;
-    if (most > MAX_THREADS) most = MAX_THREADS;
-    if (most > n / CHUNK) most = n / CHUNK;
-    while (n_helpers < most && pthread_create(&threads[n_helpers], NULL, fill_chunks, &f) == 0) n_helpers++;
-    fill_chunks(&f);
-    for (size_t i = 0; i < n_helpers; i++) pthread_join(threads[i], NULL);
+    if (kernels->draw && d->dtype != DTYPE_F32)
+        return kernels->draw(device, &(struct draw_params){to, n, f.key, d->table.narrow}, e);
+    parallel_run(parallel_width(n / CHUNK), fill_chunks, &f);
     int rc = atomic_load(&f.status);
     return rc ? error_set(e, (enum err)rc, "dummy weights cannot be stored") : 0;
 }

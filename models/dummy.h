@@ -1,7 +1,7 @@
 /* dummy.h: random weights for a checkpoint that is only a config.json: N(0, 0.02), the same for a seed everywhere.
  *
  * Called by weights.c. Values are drawn from a table of 65,536 normal variates by a counter-based generator, so that
- * several threads fill any part in any order, at the speed of memory.
+ * several threads, or the device itself (kernels->draw), fill any part in any order, at the speed of memory.
  */
 #ifndef GPTD_MODELS_DUMMY_H
 #define GPTD_MODELS_DUMMY_H

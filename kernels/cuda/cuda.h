@@ -75,6 +75,7 @@ int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, co
                struct error *e);
 int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
 int cuda_graph_end(struct device *d, bool keep, struct error *e);
+int cuda_draw(struct device *d, const struct draw_params *p, struct error *e);
 int cuda_history_write(struct device *d, struct history history, int32_t row, int32_t position, const int32_t *tokens,
                        int32_t n, struct error *e);
 int cuda_copy_blocks(struct device *d, struct kv_layer cache, const int32_t *from, const int32_t *to, int32_t n,

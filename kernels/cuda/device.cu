@@ -254,6 +254,7 @@ extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_ker
     table.free_host = cuda_free_host;
     table.copy_in = cuda_copy_in;
     table.copy_out = cuda_copy_out;
+    table.draw = cuda_draw;
     table.record = cuda_record;
     table.wait = cuda_wait;
     table.stage = cuda_stage;
