@@ -155,3 +155,33 @@ int checkpoint_populate(const struct checkpoint *c, struct error *e)
     }
     return 0;
 }
+
+static const struct safetensors *file_at(const struct checkpoint *c, const void *address)
+{
+    const struct safetensors *st = c->files;
+    while ((uintptr_t)address - (uintptr_t)st->map >= st->map_size) st++;
+    return st;
+}
+
+int checkpoint_read(const struct checkpoint *c, void *to, const void *from, size_t n, struct error *e)
+{
+    const struct safetensors *st = file_at(c, from);
+    char *at = to;
+    off_t offset = (const char *)from - (const char *)st->map;
+    while (n > 0) {
+        ssize_t got = pread(st->fd, at, n, offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return error_set(e, ERR_IO, "%.200s: cannot be read: %m", st->path);
+        if (got == 0) return error_set(e, ERR_IO, "%.200s: was cut short", st->path);
+        at += got, offset += got, n -= (size_t)got;
+    }
+    return 0;
+}
+
+void checkpoint_read_end(struct checkpoint *c)
+{
+    for (size_t i = 0; i < c->n_files; i++) {
+        close(c->files[i].fd);
+        c->files[i].fd = -1;
+    }
+}

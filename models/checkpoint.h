@@ -26,4 +26,10 @@ struct safetensors_tensor *checkpoint_find(const struct checkpoint *c, const cha
 // cut short is refused here rather than killing the process later.
 int checkpoint_populate(const struct checkpoint *c, struct error *e);
 
+// Reads n bytes that a file has where the map has `from`, without touching the map: a file that was cut short is an error.
+// Any thread.
+int checkpoint_read(const struct checkpoint *c, void *to, const void *from, size_t n, struct error *e);
+// Closes the files; their maps stay. Nothing is read after it.
+void checkpoint_read_end(struct checkpoint *c);
+
 #endif

@@ -142,6 +142,7 @@ static int entries_parse(struct safetensors *st, const cJSON *root, const char *
 int safetensors_parse(struct safetensors *st, const void *bytes, size_t size, struct error *e)
 {
     memset(st, 0, sizeof *st);
+    st->fd = -1;
     const unsigned char *b = bytes;
     if (size < 8) return error_set(e, ERR_FORMAT, "%zu bytes are too few for a safetensors file", size);
     uint64_t n = 0;
@@ -161,9 +162,9 @@ int safetensors_parse(struct safetensors *st, const void *bytes, size_t size, st
     return rc;
 }
 
-static int map_file(void **map, size_t *size, const char *path, struct error *e)
+static int map_file(void **map, size_t *size, int *file, const char *path, struct error *e)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = *file = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return error_set(e, ERR_IO, "cannot be opened: %m");
     struct stat s;
     int rc = 0;
@@ -176,7 +177,7 @@ static int map_file(void **map, size_t *size, const char *path, struct error *e)
         *map = mmap(NULL, *size, PROT_READ, MAP_SHARED, fd, 0);
         if (*map == MAP_FAILED) rc = error_set(e, ERR_IO, "cannot be mapped: %m");
     }
-    close(fd);
+    if (rc) close(fd);
     return rc;
 }
 
@@ -185,17 +186,18 @@ int safetensors_open(struct safetensors *st, const char *path, struct error *e)
     memset(st, 0, sizeof *st);
     void *map = NULL;
     size_t size = 0;
-    int rc = map_file(&map, &size, path, e);
+    int fd, rc = map_file(&map, &size, &fd, path, e);
     if (rc) return error_prefix(e, "%.300s", path);
     rc = safetensors_parse(st, map, size, e);
     char *name = rc ? NULL : strdup(path);
     if (!name) {
         if (!rc) rc = error_set(e, ERR_NOMEM, "out of memory");
         munmap(map, size);
+        close(fd);
         safetensors_close(st);
         return error_prefix(e, "%.300s", path);
     }
-    st->map = map, st->map_size = size, st->path = name;
+    st->map = map, st->map_size = size, st->path = name, st->fd = fd;
     st->next = atomic_load(&mapped_files);
     atomic_store(&mapped_files, st);
     return 0;
@@ -217,6 +219,7 @@ void safetensors_close(struct safetensors *st)
     if (st->map) {
         unlist(st);
         munmap(st->map, st->map_size);
+        if (st->fd >= 0) close(st->fd);
     }
     free(st->path);
     free(st->tensors);

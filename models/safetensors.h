@@ -30,6 +30,7 @@ struct safetensors {
     char *names;            // the tensors' names, each ended by NUL
     void *map;              // NULL: parsed from the caller's memory
     size_t map_size;        // bytes
+    int fd;                 // of the file; -1: none, or closed by checkpoint_read_end
     char *path;
     struct safetensors *next; // in the list that safetensors_file_at walks
 };

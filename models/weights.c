@@ -7,8 +7,9 @@
 #include <unistd.h>
 
 #include "models/dummy.h"
+#include "models/load.h"
 
-enum { MAX_NAME = 256, NO_LAYER = -1, ALIGNMENT = 64, COPY_ROWS = 32 };
+enum { MAX_NAME = 256, NO_LAYER = -1, ALIGNMENT = 64 };
 
 // What a walk carries. The first failure is kept; later steps do nothing.
 struct walk {
@@ -18,6 +19,8 @@ struct walk {
     const struct kernels *kernels;       // NULL: planning
     struct device *device;
     struct dummy *dummy;                 // when loading dummy weights
+    struct load_item *items;             // [n_items]: when loading a checkpoint: what is to be copied in
+    size_t n_items;
     const char *root;                    // before the names in this checkpoint
     uint64_t n_tensors;                  // met so far
     int status;
@@ -43,77 +46,20 @@ static void *arena_take(struct walk *k, size_t bytes)
     return at;
 }
 
-// [n_cols, n_rows] -> n rows of [n_rows, n_cols] from `first` on. Called with a constant size, which inlines.
-static inline void transpose_rows(char *out, const char *in, size_t n_rows, size_t n_cols, size_t first, size_t n,
-                                  size_t size)
-{
-    for (size_t c = 0; c < n_cols; c++) {
-        const char *from = in + (c * n_rows + first) * size;
-        for (size_t r = 0; r < n; r++) memcpy(out + (r * n_cols + c) * size, from + r * size, size);
-    }
-}
-
-// Stores a tensor's transpose, [shape[0], shape[1]], at t->data: a few rows at a time, through host memory.
-static int copy_transposed(struct walk *k, const struct tensor *t, const char *from, enum dtype from_dtype)
-{
-    size_t n_rows = t->shape[0], n_cols = t->shape[1], size = dtype_size(from_dtype), to_size = dtype_size(t->dtype);
-    char *rows = malloc(COPY_ROWS * n_cols * (size > to_size ? size : to_size));
-    if (!rows) return error_set(k->error, ERR_NOMEM, "out of memory for %d rows", COPY_ROWS);
-    int rc = 0;
-    for (size_t first = 0; first < n_rows && !rc; first += COPY_ROWS) {
-        size_t n = n_rows - first < COPY_ROWS ? n_rows - first : COPY_ROWS;
-        if (size == 4) transpose_rows(rows, from, n_rows, n_cols, first, n, 4);
-        else transpose_rows(rows, from, n_rows, n_cols, first, n, 2);
-        if (t->dtype != from_dtype) dtype_convert(rows, t->dtype, rows, from_dtype, n * n_cols); // to a smaller type
-        rc = k->kernels->copy_in(k->device, (char *)t->data + first * n_cols * to_size, rows, n * n_cols * to_size,
-                                 k->error);
-    }
-    free(rows);
-    return rc;
-}
-
-// Stores a tensor of another type than the file's: some rows at a time, through host memory.
-static int copy_converted(struct walk *k, const struct tensor *t, const void *from, enum dtype from_dtype)
-{
-    enum { PIECE = 1 << 16 };
-    size_t n = t->shape[0] * t->shape[1], to_size = dtype_size(t->dtype), from_size = dtype_size(from_dtype);
-    char *piece = malloc(PIECE * to_size);
-    if (!piece) return error_set(k->error, ERR_NOMEM, "out of memory");
-    int rc = 0;
-    for (size_t i = 0; i < n && !rc; i += PIECE) {
-        size_t some = n - i < PIECE ? n - i : PIECE;
-        dtype_convert(piece, t->dtype, (const char *)from + i * from_size, from_dtype, some);
-        rc = k->kernels->copy_in(k->device, (char *)t->data + i * to_size, piece, some * to_size, k->error);
-    }
-    free(piece);
-    return rc;
-}
-
-// The whole pages of what has been copied need not stay in memory.
-static void drop_pages(const void *data, size_t size)
-{
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + size) & ~(page - 1);
-    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
-}
-
-static int bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tensor *found, bool transposed)
+// In place, or in the arena: then it is copied in when the walk is over.
+static void bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tensor *found, bool transposed)
 {
     found->used = true;
     if (!transposed && !k->weights->copied && (uintptr_t)found->data % dtype_size(t->dtype) == 0) {
         k->weights->mapped_bytes += found->size;
         t->data = (void *)found->data;
-        return 0;
+        return;
     }
-    enum dtype stored = t->dtype;
+    size_t n_cols = t->n_dims == 2 ? t->shape[1] : 1;
     if (k->weights->copied && t->n_dims == 2) t->dtype = k->weights->dtype;
-    t->data = arena_take(k, found->size / dtype_size(stored) * dtype_size(t->dtype));
-    if (!t->data) return 0;
-    int rc = transposed ? copy_transposed(k, t, found->data, stored)
-             : t->dtype != stored ? copy_converted(k, t, found->data, stored)
-                                  : k->kernels->copy_in(k->device, t->data, found->data, found->size, k->error);
-    drop_pages(found->data, found->size);
-    return rc;
+    t->data = arena_take(k, t->shape[0] * n_cols * dtype_size(t->dtype));
+    if (t->data)
+        k->items[k->n_items++] = (struct load_item){found, t->data, t->dtype, transposed, t->shape[0], n_cols};
 }
 
 static int bind_dummy(struct walk *k, struct tensor *t, enum fill fill)
@@ -151,7 +97,7 @@ static struct tensor tensor_bind(struct walk *k, const char *name, size_t n_rows
         struct safetensors_tensor *found = checkpoint_find(k->checkpoint, name);
         k->status = found ? shape_check(k, &t, found, transposed) : error_set(k->error, ERR_FORMAT, "missing");
         t.dtype = k->status ? DTYPE_F32 : (enum dtype)found->dtype;
-        if (!k->status) k->status = bind_mapped(k, &t, found, transposed);
+        if (!k->status) bind_mapped(k, &t, found, transposed);
     }
     if (k->status) error_prefix(k->error, "%s", name);
     k->weights->n_parameters += n_rows * (n_cols ? n_cols : 1);
@@ -295,23 +241,50 @@ int weights_plan(struct weights *w, const struct model_config *config, const str
     return rc;
 }
 
-int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
-                 uint64_t seed, const struct kernels *kernels, struct device *device, struct error *e)
+// The whole pages of what has been copied need not stay in memory.
+static void drop_pages(const void *data, size_t size)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + size) & ~(page - 1);
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+// Binds the checkpoint's tensors and copies in those that are not used in place.
+static int load_checkpoint(struct walk *k)
+{
+    k->items = calloc(k->checkpoint->n_tensors + 1, sizeof *k->items);
+    if (!k->items) return error_set(k->error, ERR_NOMEM, "out of memory for %zu tensors", k->checkpoint->n_tensors);
+    int rc = walk(k);
+    if (!rc) rc = load_run(k->items, k->n_items, k->checkpoint, k->kernels, k->device, k->error);
+    for (size_t i = 0; i < k->n_items; i++) drop_pages(k->items[i].from->data, k->items[i].from->size);
+    free(k->items);
+    return rc;
+}
+
+static int load_dummy(struct walk *k, uint64_t seed)
+{
+    k->dummy = dummy_create(k->weights->copied ? k->weights->dtype : k->config->dtype, seed);
+    if (!k->dummy) return error_set(k->error, ERR_NOMEM, "out of memory");
+    int rc = walk(k);
+    dummy_destroy(k->dummy);
+    return rc ? rc : k->kernels->wait(k->device, k->kernels->record(k->device), k->error);
+}
+
+int weights_load(struct weights *w, const struct model_config *config, struct checkpoint *checkpoint, uint64_t seed,
+                 const struct kernels *kernels, struct device *device, struct error *e)
 {
     struct walk k = {.weights = w, .config = config, .checkpoint = checkpoint, .kernels = kernels, .device = device,
                      .error = e};
-    int rc = checkpoint ? checkpoint_populate(checkpoint, e) : 0;
+    bool reads_map = checkpoint && (!w->copied || config->family->transposed);
+    int rc = reads_map ? checkpoint_populate(checkpoint, e) : 0;
     if (rc) return rc;
     if (w->arena_bytes) {
         w->arena = kernels->alloc(device, w->arena_bytes);
         if (!w->arena) return error_set(e, ERR_NOMEM, "no memory for %zu bytes of weights", w->arena_bytes);
     }
-    if (!checkpoint) {
-        k.dummy = dummy_create(w->copied ? w->dtype : config->dtype, seed);
-        if (!k.dummy) return error_set(e, ERR_NOMEM, "out of memory");
-    }
-    rc = walk(&k);
-    dummy_destroy(k.dummy);
+    if (!checkpoint) return load_dummy(&k, seed);
+    rc = load_checkpoint(&k);
+    checkpoint_read_end(checkpoint);
     return rc;
 }
 

@@ -44,8 +44,8 @@ struct weights {
 int weights_plan(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
                  bool copied, enum dtype dtype, struct error *e);
 // After weights_plan with the same arguments. The seed is that of dummy weights.
-int weights_load(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
-                 uint64_t seed, const struct kernels *kernels, struct device *device, struct error *e);
+int weights_load(struct weights *w, const struct model_config *config, struct checkpoint *checkpoint, uint64_t seed,
+                 const struct kernels *kernels, struct device *device, struct error *e);
 // kernels and device may be NULL before weights_load.
 void weights_free(struct weights *w, const struct kernels *kernels, struct device *device);
 
