@@ -51,6 +51,7 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
     struct device_options dopt = {
         .n_threads = o->n_threads,
         .reference_attention = o->reference_attention,
+        .deterministic = o->deterministic,
         .max_vocab_size = engine->info->vocab_size,
         .max_context = engine->info->max_model_len,
         .max_dim = engine->info->max_dim,

@@ -25,6 +25,7 @@ struct engine_options {
     unsigned dtype;                 // enum engine_dtype: what a GPU computes in; auto: the checkpoint's, BF16 for F32
     bool dummy_weights;             // --load-format dummy
     bool reference_attention;       // --attention reference
+    bool deterministic;             // on a GPU answers do not depend on what else runs, as they never do on the CPU
     bool prefix_caching;            // reuse KV of equal prefixes across requests
     int32_t n_threads;              // CPU worker threads; 0: all cores
     int32_t max_model_len;          // tokens; 0: what the checkpoint allows

@@ -13,7 +13,9 @@
  * Ops never allocate. All tensors are contiguous, row-major, the last dimension fastest.
  *
  * The same answer every time: an op's result for a row (token, sequence) depends on that row's own data and position
- * alone, bit for bit, never on what else is in the batch. On the CPU this holds for every op.
+ * alone, bit for bit, never on what else is in the batch. On the CPU this holds for every op. On a GPU it holds for all
+ * but linear, and for attention but where one query and several of a sequence take different kernels; there, too, with
+ * `deterministic`.
  *
  * Activations (hidden states, qkv, logits) have the type `activation_dtype` answers: F32 on the CPU; logits always F32.
  *
@@ -55,6 +57,7 @@ struct device; // a backend's own state: thread pool, streams, scratch
 
 struct device_options {
     int32_t n_threads;      // CPU: worker threads including the caller; 0: one per usable core
+    bool deterministic;     // CUDA: linear and attention, too, sum a row in one order whatever the batch; the CPU always does
     bool reference_attention; // use the standard attention (materialized scores) instead of flash: for comparison
     const char *isa;        // CPU: NULL = the best the machine has; "avx512bf16", "avx512", "avx2", "generic" force one (tests)
     int32_t max_vocab_size; // scratch for sampling is sized at creation: ops never allocate

@@ -60,6 +60,8 @@ static const struct option options_table[] = {
      "of the memory that is free on the GPU, for everything"},
     {"attention", OPTION_SWITCH, AT(engine.reference_attention), "flash|reference", "flash", 0, 0,
      "reference: the textbook form, to compare with"},
+    {"deterministic", OPTION_BOOL, AT(engine.deterministic), NULL, "false", 0, 0,
+     "GPU: the same answer, bit for bit, whatever else runs; slower"},
     {"threads", OPTION_INT32, AT(engine.n_threads), "N", "0", 0, 1024, "CPU threads of the model; 0: one per core"},
     {"max-num-seqs", OPTION_INT32, AT(engine.max_num_seqs), "N", "256", 1, 4096, "sequences that run at once"},
     {"max-num-batched-tokens", OPTION_INT32, AT(engine.max_num_batched_tokens), "TOKENS", "512", 16, 1 << 20,

@@ -50,10 +50,12 @@ void rig_init(struct rig *r, const struct rig_options *o)
     ck_assert_msg(rc == 0, "%s", e.message);
     r->info = model_info_get(r->model);
     ck_assert_int_ge(r->info->max_model_len, o->max_len);
+    int32_t max_seqs = o->max_seqs ? o->max_seqs : 1;
     struct device_options options = {.n_threads = 2, .reference_attention = o->reference_attention, .isa = o->isa,
+                                     .deterministic = o->deterministic,
                                      .max_vocab_size = r->info->vocab_size, .max_context = o->max_len,
                                      .max_dim = r->info->max_dim, .max_tokens = o->max_tokens,
-                                     .max_seqs = 1, .n_heads = r->info->n_heads,
+                                     .max_seqs = max_seqs, .n_heads = r->info->n_heads,
                                      .n_kv_heads = r->info->n_kv_heads, .head_dim = r->info->head_dim,
                                      .block_size = o->block_size};
     rc = r->kernels->device_create(&r->device, &options, &e);
@@ -62,7 +64,7 @@ void rig_init(struct rig *r, const struct rig_options *o)
     ck_assert_msg(rc == 0, "%s", e.message);
     r->block_size = o->block_size, r->max_len = o->max_len;
     r->max_blocks = (o->max_len + o->block_size - 1) / o->block_size;
-    r->n_blocks = r->max_blocks + 3;
+    r->n_blocks = max_seqs * r->max_blocks + 3;
     r->layers = calloc((size_t)r->info->n_layers, sizeof *r->layers);
     for (int32_t i = 0; i < r->info->n_layers; i++) {
         r->layers[i].k = cache_tensor(r, r->info->kv_groups[0].k_dim);

@@ -12,7 +12,8 @@ struct rig_options {
     int32_t max_tokens;         // of a step
     int32_t max_len;            // of the sequence
     int32_t block_size;
-    bool reference_attention;
+    int32_t max_seqs;           // of a batch, each with room for max_len tokens; 0: one
+    bool reference_attention, deterministic;
     const char *isa;            // NULL: the best
     enum load_format load_format;
     const char *backend;        // NULL: "cpu"

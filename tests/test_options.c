@@ -81,6 +81,7 @@ START_TEST(defaults)
     ck_assert_str_eq(o.engine.model_dir, "models/demo");
     ck_assert_str_eq(o.engine.backend, "auto");
     ck_assert(!o.engine.dummy_weights && !o.engine.reference_attention && o.engine.prefix_caching);
+    ck_assert(!o.engine.deterministic);
     ck_assert_int_eq(o.engine.max_num_seqs, 256);
     ck_assert_int_eq(o.engine.max_num_batched_tokens, 512);
     ck_assert_int_eq(o.engine.block_size, 64);
@@ -104,9 +105,10 @@ START_TEST(every_type)
     struct options o;
     expect_ok(&o,
               "--model=/ --load-format=dummy --seed 18446744073709551615 --kv-cache-memory-bytes 4G "
-              "--max-body-bytes=1536KiB --drain-delay 0.25 --no-enable-prefix-caching --log-level debug",
+              "--max-body-bytes=1536KiB --drain-delay 0.25 --no-enable-prefix-caching --deterministic --log-level debug",
               "GPTD_ATTENTION=reference GPTD_BLOCK_SIZE=16 GPTD_MAX_QUEUE_TOKENS=5000000000");
     ck_assert(o.engine.dummy_weights && o.engine.reference_attention && !o.engine.prefix_caching);
+    ck_assert(o.engine.deterministic);
     ck_assert(o.engine.seed == UINT64_MAX);
     ck_assert_uint_eq(o.engine.kv_cache_memory_bytes, (size_t)4 << 30);
     ck_assert_uint_eq(o.server.max_body_bytes, 1536 << 10);

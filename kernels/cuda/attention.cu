@@ -1,6 +1,7 @@
 /* attention.cu: the attention op and the C interface of kernels/flash_attention.h: checks, where the arrays lie, which
  * kernel. No kernels here: sequences with one query go to attention_decode.cu, others to attention_prefill.cu, wherever
- * in the batch they are, so that a row's result does not depend on its neighbours.
+ * in the batch they are, so that a row's result does not depend on its neighbours. Where it must not depend on how many
+ * queries its own sequence has either (`deterministic`), all go to attention_prefill.cu.
  */
 #include <string.h>
 
@@ -68,6 +69,7 @@ EXPORT size_t gptd_flash_attention_scratch_bytes(const struct flash_attention_pa
 size_t cuda_attention_scratch_bytes(const struct device *d)
 {
     const struct device_options *o = &d->options;
+    if (o->deterministic) return 0; // it is decode's
     struct flash_attention_params p = {};
     p.n_seqs = o->max_seqs;
     p.n_heads = o->n_heads;
@@ -180,11 +182,11 @@ int cuda_attention(struct device *d, const struct attention_params *p, struct er
     if (check_shapes(p, &d->options, e)) return ERR_INVALID;
     if (p->n_seqs < 1 || p->cu_seqlens_q[0] != 0 || (size_t)p->cu_seqlens_q[p->n_seqs] != p->out.shape[0])
         return error_set(e, ERR_INVALID, "attention: %d sequences do not make %zu rows", p->n_seqs, p->out.shape[0]);
-    int32_t n_first = 0, n_single = 0; // sequences with one query: how many the batch begins with, how many in all
+    int32_t n_first = 0, n_single = 0; // sequences for decode: how many the batch begins with, how many in all
     bool checked = array_is_checked(d, p->block_table);
     for (int32_t s = 0; s < p->n_seqs; s++) {
         if (!checked && check_sequence(p, s, d->options.max_context, e)) return ERR_INVALID;
-        n_single += p->cu_seqlens_q[s + 1] - p->cu_seqlens_q[s] == 1;
+        n_single += !d->options.deterministic && p->cu_seqlens_q[s + 1] - p->cu_seqlens_q[s] == 1;
         n_first += n_single == s + 1;
     }
     struct flash_attention_params f = params_of(d, p);
@@ -200,7 +202,7 @@ int cuda_attention(struct device *d, const struct attention_params *p, struct er
     }
     if (n_single < p->n_seqs) {
         struct flash_attention_params prefill = after(&f, n_first);
-        prefill.skip_single = 1;
+        prefill.skip_single = !d->options.deterministic;
         int status = gptd_flash_attention_prefill(&prefill, d->stream);
         if (cuda_check((cudaError_t)status, "attention", e)) return ERR_DEVICE;
     }

@@ -4,7 +4,7 @@
 int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                           const struct rope_kv_write_params *rope, struct error *e)
 {
-    bool fused = linear_few_rope_fits(norm, linear, rope);
+    bool fused = linear_few_rope_fits(d, norm, linear, rope);
     int rc = fused ? rope_kv_write_check(d, rope, e) : cuda_norm(d, norm, e);
     if (!rc) rc = fused ? linear_check(linear, e) : cuda_linear(d, linear, e);
     if (!rc) rc = fused ? linear_few_rope(d, norm, linear, rope, e) : cuda_rope_kv_write(d, rope, e);
@@ -14,7 +14,7 @@ int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, cons
 int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                                 const struct activation_params *activation, struct error *e)
 {
-    if (linear_few_gated_fits(norm, linear, activation)) {
+    if (linear_few_gated_fits(d, norm, linear, activation)) {
         int rc = linear_check(linear, e);
         return rc ? rc : linear_few_gated(d, norm, linear, activation, e);
     }

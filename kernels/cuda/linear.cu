@@ -1,7 +1,10 @@
 /* linear.cu: out[T, N] = x[T, K] w[N, K]^T (+ bias) (+ out).
  *
  * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept,
- * never timed). Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
+ * never timed). Deterministic: cuBLASLt for any number of rows, with one algorithm for all of them, so that a row's bits are
+ * the same alone and in any batch. That algorithm must add up an element in one loop over K: no split-K, and no workspace,
+ * in which partial sums of a shared loop would have to lie.
+ * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
 #include <stdlib.h>
@@ -13,6 +16,8 @@
 enum {
     MAX_ALGOS = 1024,
     WORKSPACE_BYTES = 32 << 20,
+    FIXED_ROWS = 64,       // deterministic: the number of rows that the algorithm is chosen for
+    MAX_CANDIDATES = 32,   // of which the first that does is taken
 };
 
 // One matrix: a run of parts that lie together.
@@ -23,8 +28,9 @@ struct product {
 };
 
 struct gemm_key {
-    size_t T, N, K, ldo;
+    size_t T, N, K, ldo;   // T: FIXED_ROWS where the algorithm is one for all
     enum dtype x, out;
+    uint32_t out_alignment; // bytes
     bool accumulate;
 };
 
@@ -36,7 +42,7 @@ struct algo {
 
 struct cublas {
     cublasLtHandle_t handle;
-    void *workspace;
+    void *workspace;              // NULL when deterministic
     struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
 };
 
@@ -80,30 +86,68 @@ static size_t hash(const struct gemm_key *k)
 static bool same_key(const struct gemm_key *a, const struct gemm_key *b)
 {
     return a->T == b->T && a->N == b->N && a->K == b->K && a->ldo == b->ldo && a->x == b->x && a->out == b->out &&
-           a->accumulate == b->accumulate;
+           a->out_alignment == b->out_alignment && a->accumulate == b->accumulate;
 }
 
-static int find_algo(struct cublas *c, struct gemm *g, const struct gemm_key *key, struct algo **found, struct error *e)
+// The heuristic's algorithms for g, best first: `most` at most, n of them.
+static cublasStatus_t ask_heuristic(struct cublas *c, struct gemm *g, const struct gemm_key *key, bool fixed,
+                                    cublasLtMatmulHeuristicResult_t *found, int most, int *n)
 {
-    struct algo *slot = &c->algos[hash(key)];
+    // Split-K: partial sums in F32, added in a fixed order.
+    uint32_t reduction = fixed ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    uint64_t bytes = fixed ? 0 : WORKSPACE_BYTES;
+    const struct { cublasLtMatmulPreferenceAttributes_t name; const void *value; size_t size; } wishes[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &key->out_alignment, sizeof key->out_alignment},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &key->out_alignment, sizeof key->out_alignment},
+    };
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasStatus_t s = cublasLtMatmulPreferenceInit(&preference);
+    for (size_t i = 0; i < sizeof wishes / sizeof *wishes && !s; i++)
+        s = cublasLtMatmulPreferenceSetAttribute(&preference, wishes[i].name, wishes[i].value, wishes[i].size);
+    return s ? s : cublasLtMatmulAlgoGetHeuristic(c->handle, &g->op, &g->w, &g->x, &g->out, &g->out, &preference, most,
+                                                  found, n);
+}
+
+// Whether the algorithm runs with any number of rows, each element summed in one loop.
+static bool serves_all(struct device *d, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo)
+{
+    const size_t rows[] = {1, 2, 7, FIXED_ROWS, 1000, (size_t)d->options.max_tokens};
+    uint32_t n_splits = 0;
+    size_t written;
+    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &n_splits, sizeof n_splits, &written) ||
+        n_splits > 1)
+        return false;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct gemm_key k = *key;
+        struct gemm g;
+        cublasLtMatmulHeuristicResult_t result;
+        k.T = rows[i];
+        if (describe(&g, &k, NULL) || cublasLtMatmulAlgoCheck(d->cublas->handle, &g.op, &g.w, &g.x, &g.out, &g.out, algo,
+                                                              &result) || result.workspaceSize > 0)
+            return false;
+    }
+    return true;
+}
+
+static int find_algo(struct device *d, const struct gemm_key *key, struct algo **found, struct error *e)
+{
+    struct algo *slot = &d->cublas->algos[hash(key)];
     *found = slot;
     if (slot->used && same_key(&slot->key, key)) return 0;
-    cublasLtMatmulPreferenceOpaque_t preference;
-    size_t bytes = WORKSPACE_BYTES;
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // split-K: partial sums in F32, added in a fixed order
-    int n = 0;
-    cublasLtMatmulHeuristicResult_t best;
-    cublasStatus_t s = cublasLtMatmulPreferenceInit(&preference);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
-                                                     sizeof bytes);
-    if (!s) s = cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                                                     &reduction, sizeof reduction);
-    if (!s) s = cublasLtMatmulAlgoGetHeuristic(c->handle, &g->op, &g->w, &g->x, &g->out, &g->out, &preference, 1, &best, &n);
-    if (!s && n == 0) s = CUBLAS_STATUS_NOT_SUPPORTED;
+    bool fixed = d->options.deterministic;
+    cublasLtMatmulHeuristicResult_t best[MAX_CANDIDATES];
+    struct gemm g;
+    int n = 0, i = 0;
+    if (describe(&g, key, e)) return ERR_DEVICE;
+    cublasStatus_t s = ask_heuristic(d->cublas, &g, key, fixed, best, fixed ? MAX_CANDIDATES : 1, &n);
+    while (!s && i < n && fixed && !serves_all(d, key, &best[i].algo)) i++;
+    if (!s && i == n) s = CUBLAS_STATUS_NOT_SUPPORTED;
     if (s)
-        return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]: %s", key->T, key->K, key->N,
-                         key->K, cublasLtGetStatusString(s));
-    slot->key = *key, slot->algo = best.algo, slot->used = true;
+        return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]%s: %s", key->T, key->K, key->N,
+                         key->K, fixed ? " that serves all numbers of rows" : "", cublasLtGetStatusString(s));
+    slot->key = *key, slot->algo = best[i].algo, slot->used = true;
     return 0;
 }
 
@@ -118,15 +162,18 @@ __global__ void add_bias_kernel(T *out, size_t ldo, const void *bias, enum dtype
 
 static int run_gemm(struct device *d, const struct linear_params *p, const struct product *m, struct error *e)
 {
+    char *out = (char *)p->out.data + m->column * dtype_size(p->out.dtype);
+    uintptr_t multiple = (uintptr_t)out & -(uintptr_t)out; // the power of two that the address is a multiple of
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
-                           p->accumulate};
+                           multiple < 16 ? (uint32_t)multiple : 16, p->accumulate}, wanted = key;
     struct gemm g;
     struct algo *algo;
-    if (describe(&g, &key, e) || find_algo(d->cublas, &g, &key, &algo, e)) return ERR_DEVICE;
+    if (d->options.deterministic) wanted.T = FIXED_ROWS;
+    if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
     const float one = 1, beta = p->accumulate ? 1 : 0;
-    char *out = (char *)p->out.data + m->column * dtype_size(p->out.dtype);
     cublasStatus_t s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out,
-                                      &g.out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
+                                      &g.out, &algo->algo, d->cublas->workspace,
+                                      d->cublas->workspace ? WORKSPACE_BYTES : 0, d->stream);
     if (blas_check(s, "a product", e)) return ERR_DEVICE;
     if (!m->bias) return 0;
     FOR_ACTIVATION_TYPE(p->out.dtype, T_, add_bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
@@ -178,7 +225,7 @@ int cuda_linear(struct device *d, const struct linear_params *p, struct error *e
 {
     int rc = linear_check(p, e);
     if (rc) return rc;
-    if (linear_is_few(p)) return linear_few(d, p, e);
+    if (linear_is_few(d, p)) return linear_few(d, p, e);
     struct product products[MAX_WEIGHT_PARTS];
     int32_t n = find_products(p->weight, products);
     for (int32_t i = 0; i < n && !rc; i++) rc = run_gemm(d, p, &products[i], e);
@@ -196,6 +243,7 @@ int cuda_linear_create(struct device *d, struct error *e)
     d->cublas = (struct cublas *)calloc(1, sizeof *d->cublas);
     if (!d->cublas) return error_set(e, ERR_NOMEM, "device: out of memory");
     if (blas_check(cublasLtCreate(&d->cublas->handle), "cuBLASLt", e)) return ERR_DEVICE;
+    if (d->options.deterministic) return 0;
     return cuda_check(cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES), "linear: workspace", e);
 }
 

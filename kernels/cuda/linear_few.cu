@@ -244,10 +244,10 @@ int fuse_norm(struct device *d, const struct norm_params *norm, few_args *a, str
 
 } // namespace
 
-bool linear_is_few(const struct linear_params *p)
+bool linear_is_few(const struct device *d, const struct linear_params *p)
 {
-    bool fits = p->x.shape[0] <= FEW_ROWS && p->x.dtype != DTYPE_F32 && p->weight->n_cols % VECTOR == 0 &&
-                is_aligned(p->x.data);
+    bool fits = !d->options.deterministic && p->x.shape[0] <= FEW_ROWS && p->x.dtype != DTYPE_F32 &&
+                p->weight->n_cols % VECTOR == 0 && is_aligned(p->x.data);
     for (int32_t i = 0; i < p->weight->n_parts; i++) fits = fits && is_aligned(p->weight->part[i].data);
     return fits;
 }
@@ -264,11 +264,11 @@ int linear_few(struct device *d, const struct linear_params *p, struct error *e)
     return cuda_check(status, "linear", e);
 }
 
-bool linear_few_rope_fits(const struct norm_params *norm, const struct linear_params *p,
+bool linear_few_rope_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,
                           const struct rope_kv_write_params *rope)
 {
     int32_t half = rope->cos_sin.data ? rope->rope_dim / 2 : 0;
-    return linear_is_few(p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
+    return linear_is_few(d, p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
            rope->head_dim % BLOCK_ROWS == 0 && half % 4 == 0;
 }
 
@@ -284,10 +284,10 @@ int linear_few_rope(struct device *d, const struct norm_params *norm, const stru
     return launch_fused<ROPE>(d, p->x.dtype, a, e);
 }
 
-bool linear_few_gated_fits(const struct norm_params *norm, const struct linear_params *p,
+bool linear_few_gated_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,
                            const struct activation_params *activation)
 {
-    return linear_is_few(p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
+    return linear_is_few(d, p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
            activation->gated && activation->out.data != norm->x.data && activation->out.shape[1] % 4 == 0;
 }
 

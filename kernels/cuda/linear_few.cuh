@@ -6,19 +6,19 @@
 
 enum { FEW_ROWS = 8 }; // most rows of x
 
-// Whether x and the weight's parts are what the kernel takes.
-bool linear_is_few(const struct linear_params *p);
+// Whether x and the weight's parts are what the kernel takes: its sums are not those of the products for many rows.
+bool linear_is_few(const struct device *d, const struct linear_params *p);
 
 // out = W x, or out += W x.
 int linear_few(struct device *d, const struct linear_params *p, struct error *e);
 
 // W norm(x), rotated and written to the cache; act(W_gate norm(x)) * (W_up norm(x)). The ops' own launchers have checked
 // the shapes. False from *_fits: these shapes are not for the fused kernel.
-bool linear_few_rope_fits(const struct norm_params *norm, const struct linear_params *p,
+bool linear_few_rope_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,
                           const struct rope_kv_write_params *rope);
 int linear_few_rope(struct device *d, const struct norm_params *norm, const struct linear_params *p,
                     const struct rope_kv_write_params *rope, struct error *e);
-bool linear_few_gated_fits(const struct norm_params *norm, const struct linear_params *p,
+bool linear_few_gated_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,
                            const struct activation_params *activation);
 int linear_few_gated(struct device *d, const struct norm_params *norm, const struct linear_params *p,
                      const struct activation_params *activation, struct error *e);
