@@ -20,6 +20,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SERVER = os.path.join(ROOT, "build", "gptd")
 MODEL = os.path.join(ROOT, "models", "demo")
+BACKEND = "cpu"
 QUICK = False  # sanitizer builds: the same paths with less of everything
 
 NOT_VARIABLES = {k: v for k, v in os.environ.items() if not k.startswith("GPTD_")}
@@ -27,6 +28,10 @@ NOT_VARIABLES = {k: v for k, v in os.environ.items() if not k.startswith("GPTD_"
 
 def scale(full, quick):
     return quick if QUICK else full
+
+
+def not_on_a_gpu(reason):
+    return unittest.skipIf(BACKEND == "cuda", reason)
 
 
 def wait_until(condition, seconds, what):
@@ -98,8 +103,8 @@ class Server:
         self.name = os.path.basename(os.path.normpath(self.model))
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [SERVER, "--model", self.model, "--host", "127.0.0.1", "--port", "0", "--drain-delay", "0",
-             "--log-format", "json", *flags],
+            [SERVER, "--model", self.model, "--backend", BACKEND, "--host", "127.0.0.1", "--port", "0",
+             "--drain-delay", "0", "--log-format", "json", *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**NOT_VARIABLES, **(env or {})})
         self.log, self.port, self.ready_after = [], None, None
@@ -256,6 +261,11 @@ class Server:
         name = "VmHWM" if peak else "VmRSS"
         with open(f"/proc/{self.process.pid}/status") as f:
             return int(re.search(name + r":\s+(\d+) kB", f.read()).group(1)) * 1024
+
+
+def same_server(*flags, **keywords):
+    """One whose answers may be compared bit for bit, on a GPU, too."""
+    return Server("--deterministic", *flags, **keywords)
 
 
 def read_to_end(s):

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Runs the end-to-end tests against a built gptd.
 
-    python3 tests/e2e/run.py [--server build/gptd] [--model models/demo] [--quick] [name ...]
+    python3 tests/e2e/run.py [--server build/gptd] [--model models/demo] [--backend cpu|cuda] [--quick] [name ...]
 
 A name picks modules, classes or tests by a part of it. --quick is for sanitizer builds: the same paths, less load.
+Tests of what a GPU does not have are skipped there, with the reason.
 The last line is "N passed, N failed" (", N skipped" where some were); the exit status is 0 if none failed.
 """
 
@@ -55,12 +56,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--server", default=harness.SERVER)
     parser.add_argument("--model", default=harness.MODEL)
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default=harness.BACKEND)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--verbose", "-v", action="store_true")
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
     harness.SERVER = os.path.abspath(arguments.server)
     harness.MODEL = os.path.abspath(arguments.model)
+    harness.BACKEND = arguments.backend
     harness.QUICK = arguments.quick
     if not os.access(harness.SERVER, os.X_OK):
         sys.exit(f"{arguments.server}: not built (make)")

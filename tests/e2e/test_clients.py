@@ -16,6 +16,8 @@ except ImportError:
 
 @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
 class Curl(ServerTest):
+    flags = ("--deterministic",)
+
     def curl(self, *arguments, data=None):
         url = f"http://127.0.0.1:{self.server.port}{arguments[0]}"
         command = ["curl", "-sS", "--max-time", "60", url, *arguments[1:]]
@@ -48,6 +50,8 @@ class Curl(ServerTest):
 # Where CI is set the tests run, and fail for want of the package: nobody reads there what was skipped.
 @unittest.skipUnless(openai or os.environ.get("CI"), "the openai package is not installed (see scripts/setup.sh check)")
 class OpenAIClient(ServerTest):
+    flags = ("--deterministic",)
+
     @classmethod
     def setUpClass(cls):
         if not openai:

@@ -15,6 +15,8 @@ GREEDY = {"temperature": 0, "max_tokens": 24}
 
 
 class Completions(ServerTest):
+    flags = ("--deterministic",)
+
     def test_plain(self):
         answer = self.server.completions(prompt=PROMPT, **GREEDY)
         self.assertEqual(answer.status, 200, answer)
@@ -432,6 +434,8 @@ class OrdinaryEos(unittest.TestCase):
 
 class TokenIdsOnly(TinyServerTest):
     """A directory with a config.json and nothing else."""
+
+    flags = ("--deterministic",)
 
     def test_token_ids(self):
         body = self.server.complete(prompt=[5, 6, 7], max_tokens=9, seed=1)

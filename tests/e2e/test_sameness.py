@@ -6,7 +6,7 @@ Answers are compared whole: text, token ids, log-probabilities to the last digit
 import asyncio
 import unittest
 
-from harness import Server, in_threads, join_events, parse_events, scale
+from harness import in_threads, join_events, not_on_a_gpu, parse_events, same_server, scale
 
 WORDS = "the old king asked his daughter where the silver key was hidden and she said under the seventh stone".split()
 
@@ -49,7 +49,7 @@ class Sameness(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         # One sequence at a time, nothing cached: the reference.
-        server = Server("--max-num-seqs", "3", "--no-enable-prefix-caching")
+        server = same_server("--max-num-seqs", "3", "--no-enable-prefix-caching")
         cls.requests = requests()
         cls.alone = [strip(server.complete(**fields)["choices"]) for fields in cls.requests]
         server.check_stopped()
@@ -66,7 +66,7 @@ class Sameness(unittest.TestCase):
         return in_threads(ask, [(fields,) for fields in self.requests])
 
     def test_batched_streamed_cached(self):
-        server = Server()
+        server = same_server()
         self.compare(self.answers(server), "batched")
         self.compare(self.answers(server), "batched and cached")
         self.compare(self.answers(server, stream=True), "streamed, batched and cached")
@@ -74,23 +74,24 @@ class Sameness(unittest.TestCase):
         server.check_stopped()
 
     def test_small_chunks(self):
-        server = Server("--max-num-seqs", "16", "--max-num-batched-tokens", "16")
+        server = same_server("--max-num-seqs", "16", "--max-num-batched-tokens", "16")
         self.compare(self.answers(server), "chunks of 16 tokens")
         server.check_stopped()
 
+    @not_on_a_gpu("--threads is about the CPU")
     def test_one_thread(self):
-        server = Server("--threads", "1")
+        server = same_server("--threads", "1")
         self.compare(self.answers(server), "one thread")
         server.check_stopped()
 
     def test_preempted(self):
         # A cache that holds a fraction of what is asked for at once.
-        plan = Server("--block-size", "16", "--kv-cache-memory-bytes", "1G")
+        plan = same_server("--block-size", "16", "--kv-cache-memory-bytes", "1G")
         blocks = plan.metrics()["gptd_kv_cache_blocks"]
         plan.check_stopped()
         block_bytes = int(2**30 // blocks)
         memory = str(block_bytes * 40)
-        server = Server("--block-size", "16", "--kv-cache-memory-bytes", memory, "--max-model-len", "512")
+        server = same_server("--block-size", "16", "--kv-cache-memory-bytes", memory, "--max-model-len", "512")
         long = [{"prompt": " ".join(WORDS[i:] + WORDS * 3), "max_tokens": 200, "seed": i, "ignore_eos": True,
                  "logprobs": 1, "return_token_ids": True} for i in range(scale(10, 6))]
         alone = [strip(server.complete(**fields)["choices"]) for fields in long]
@@ -102,7 +103,7 @@ class Sameness(unittest.TestCase):
         server.check_stopped()
 
     def test_forked(self):
-        server = Server()
+        server = same_server()
         fields = {"prompt": " ".join(WORDS * 8), "max_tokens": 30, "seed": 5, "temperature": 1.2}
         eight = server.complete(n=8, **fields)["choices"]
         for n in (1, 2, 5):
@@ -116,7 +117,7 @@ class Crowd(unittest.TestCase):
 
     def test_concurrent_streams(self):
         count, distinct = scale(500, 60), scale(50, 12)
-        server = Server()
+        server = same_server()
         fields = [{"prompt": f"Number {i}: " + " ".join(WORDS[:3 + i % 12]), "seed": i, "max_tokens": 8 + i % 9,
                    "temperature": 0 if i % 3 == 0 else 1, "ignore_eos": i % 2 == 0} for i in range(distinct)]
         alone = [server.complete(**f)["choices"][0] for f in fields]
