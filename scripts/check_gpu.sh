@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # check_gpu.sh DIR: every GPU test of a bundle (make gpu-bundle), on a machine with a GPU, PyTorch and nothing of ours.
-# Each step goes on after a failure of another; the summary comes last. PARTS chooses steps, by name.
+# Each part goes on after a failure of another; the summary comes last. PARTS chooses parts, by name; LIMIT is the seconds
+# that each of our programs may take.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-bundle=${1:-build/gpu}
-parts=${PARTS:-ops sample model attention demo}
+bundle=$(realpath "${1:-build/gpu}")
+parts=${PARTS:-ops sample deterministic model attention demo e2e sanitizer ptx}
 # For our programs alone: Python has libraries of its own. cuBLASLt: the system's, the toolkit's, or PyTorch's.
 blas=$(python3 -c 'import glob, nvidia, os
 for path in nvidia.__path__:
     print(*{os.path.dirname(f) for f in glob.glob(path + "/**/libcublasLt.so*", recursive=True)}, sep=":")' 2>/dev/null | tail -n 1)
-libraries=$(realpath "$bundle")/lib:/usr/local/cuda/lib64:$blas
-ours() { LD_LIBRARY_PATH=$libraries:${LD_LIBRARY_PATH:-} timeout "${LIMIT:-300}" "$@"; }
+libraries=$bundle/lib:/usr/local/cuda/lib64:$blas:${LD_LIBRARY_PATH:-}
+ours() { LD_LIBRARY_PATH=$libraries timeout "${LIMIT:-300}" "$@"; }
 summary=""
 step() { # name command...
     local name=$1 begin=$SECONDS
@@ -25,6 +26,9 @@ model() {
     python3 tests/gpu/reference_errors.py >"$bundle/reference_errors.txt" &&
         ours "$bundle/test_cuda_model" "$bundle/reference_errors.txt"
 }
+attention() {
+    ours "$bundle/test_cuda_attention" && python3 tests/gpu/attention_check.py "$bundle/libgptd_cuda.so"
+}
 demo() {
     ours "$bundle/gptd" --model models/demo --backend cuda --port 8123 --log-level warning &
     local server=$!
@@ -35,11 +39,44 @@ demo() {
     wait "$server"
     return $rc
 }
+e2e() {
+    printf '#!/bin/sh\nLD_LIBRARY_PATH="%s" exec "%s" "$@"\n' "$libraries" "$bundle/gptd" >"$bundle/gptd-e2e"
+    chmod +x "$bundle/gptd-e2e"
+    timeout "${LIMIT:-570}" python3 tests/e2e/run.py --server "$bundle/gptd-e2e" --backend cuda
+}
+# Races and the rest are looked for in our own kernels, whose names end so; addresses in cuBLASLt's, too, which get ours.
+sanitizer() {
+    local tool suite begin rc=0 program
+    program=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+    for tool in memcheck racecheck synccheck initcheck; do
+        local only=(--kernel-name kns=_kernel)
+        [ $tool = memcheck ] && only=()
+        for suite in ops sample attention; do
+            begin=$SECONDS
+            echo "-- $tool, $suite"
+            GPTD_TEST_SHORT=1 ours "$program" --tool $tool --error-exitcode 1 "${only[@]}" "$bundle/test_cuda_$suite" || rc=1
+            echo "-- $tool, $suite: $((SECONDS - begin)) s"
+        done
+    done
+    return $rc
+}
+# What GPUs later than this one run: the PTX, compiled by the driver. cuBLASLt brings none for every GPU: no products.
+ptx() {
+    local rc=0 jit=(env -u CUDA_CACHE_DISABLE CUDA_FORCE_PTX_JIT=1 GPTD_TEST_SHORT=1)
+    ours "${jit[@]}" CK_RUN_CASE=cuda_ops "$bundle/test_cuda_ops" || rc=1
+    ours "${jit[@]}" "$bundle/test_cuda_sample" || rc=1
+    ours "${jit[@]}" "$bundle/test_cuda_attention" || rc=1
+    return $rc
+}
 failed=0
 step ops ours "$bundle/test_cuda_ops"
 step sample ours "$bundle/test_cuda_sample"
+step deterministic ours "$bundle/test_cuda_deterministic"
 step model model
-step attention python3 tests/gpu/attention_check.py "$bundle/libgptd_cuda.so"
+step attention attention
 step demo demo
+step e2e e2e
+step sanitizer sanitizer
+step ptx ptx
 printf '\n%s' "$summary"
 exit $failed

@@ -22,6 +22,12 @@
         if (!(condition)) ck_abort_msg(__VA_ARGS__);                                                                   \
     } while (0)
 
+// GPTD_TEST_SHORT: fewer rounds, for tools that slow a GPU down a hundredfold.
+static inline bool is_short(void)
+{
+    return getenv("GPTD_TEST_SHORT") != NULL;
+}
+
 static uint64_t rng_state;
 
 static inline void rng_seed(void) // SEED=n repeats a run

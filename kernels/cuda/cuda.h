@@ -23,6 +23,7 @@ struct device {
     int ordinal;
     int sm;                    // 80, 90, ...
     int n_sms;
+    bool kernels_wait;         // the code that runs was made for Hopper: kernels may be launched early (launch.cuh)
     size_t l2_bytes;
     cudaStream_t stream;
     cudaEvent_t *tickets;      // ring of recorded events

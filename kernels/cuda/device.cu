@@ -138,8 +138,14 @@ extern "C" __attribute__((visibility("default"))) int gptd_cuda_probe(struct err
     return probe(0, &prop, e);
 }
 
+// Stands for all of the library's kernels: they are made for the same devices.
+__global__ void any_kernel()
+{
+}
+
 static int open_gpu(struct device *d, struct error *e)
 {
+    cudaFuncAttributes code;
     struct cudaDeviceProp prop;
     int rc = probe(d->ordinal, &prop, e);
     if (rc) return rc;
@@ -148,7 +154,11 @@ static int open_gpu(struct device *d, struct error *e)
     d->l2_bytes = (size_t)prop.l2CacheSize;
     snprintf(d->description, sizeof d->description, "%.64s, sm_%d, %d multiprocessors, %.1f GiB", prop.name, d->sm,
              d->n_sms, (double)prop.totalGlobalMem / (1 << 30));
-    return cuda_check(cudaSetDevice(d->ordinal), "choosing the GPU", e);
+    if (cuda_check(cudaSetDevice(d->ordinal), "choosing the GPU", e) ||
+        cuda_check(cudaFuncGetAttributes(&code, any_kernel), "the GPU's code", e))
+        return ERR_DEVICE;
+    d->kernels_wait = code.ptxVersion >= 90;
+    return 0;
 }
 
 static int create_stream(struct device *d, struct error *e)

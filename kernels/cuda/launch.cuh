@@ -25,7 +25,7 @@ __device__ __forceinline__ void next_kernel_allow()
 #endif
 }
 
-// sm_90 alone runs the code made for it; what later devices run was made for sm_80 and does not wait.
+// Only code made for sm_90 waits; what later devices run was made for sm_80.
 template <typename... Params, typename... Args>
 static cudaError_t launch_early(const struct device *d, void (*kernel)(Params...), dim3 grid, unsigned n_threads,
                                 size_t shared_bytes, Args &&...args)
@@ -39,7 +39,7 @@ static cudaError_t launch_early(const struct device *d, void (*kernel)(Params...
     config.dynamicSmemBytes = shared_bytes;
     config.stream = d->stream;
     config.attrs = &attribute;
-    config.numAttrs = d->sm == 90 ? 1 : 0;
+    config.numAttrs = d->kernels_wait ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 

@@ -1,7 +1,7 @@
 /* test_cuda_deterministic.c: what `deterministic` promises, bit for bit: a row of linear and of attention alone, in any
  * batch and in any chunk; a model's logits likewise, and after preemption, on every checkpoint under tests/vectors.
  *
- * GPTD_TEST_SHORT set: fewer numbers of rows and one checkpoint in eight, for tools that slow a GPU down.
+ * GPTD_TEST_SHORT: fewer numbers of rows, one checkpoint in eight.
  */
 #include "tests/kernel_helpers.h"
 #include "tests/model_vectors.h"
@@ -15,11 +15,6 @@ static struct error e;
 static void check(int rc)
 {
     CHECK_MSG(rc == 0, "%s", e.message);
-}
-
-static bool is_short(void)
-{
-    return getenv("GPTD_TEST_SHORT") != NULL;
 }
 
 static void open_device(void)
