@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # check_gpu.sh DIR: every GPU test of a bundle (make gpu-bundle), on a machine with a GPU, PyTorch and nothing of ours.
-# Each part goes on after a failure of another; the summary comes last. PARTS chooses parts, by name; LIMIT is the seconds
-# that each of our programs may take.
+# Each part goes on after a failure of another; the summary comes last. PARTS chooses parts by name, TOOLS those of
+# compute-sanitizer; LIMIT is the seconds that each of our programs may take.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-build/gpu}")
@@ -48,7 +48,7 @@ e2e() {
 sanitizer() {
     local tool suite begin rc=0 program
     program=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
-    for tool in memcheck racecheck synccheck initcheck; do
+    for tool in ${TOOLS:-memcheck racecheck synccheck initcheck}; do
         local only=(--kernel-name kns=_kernel)
         [ $tool = memcheck ] && only=()
         for suite in ops sample attention; do

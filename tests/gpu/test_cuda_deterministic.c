@@ -1,7 +1,5 @@
 /* test_cuda_deterministic.c: what `deterministic` promises, bit for bit: a row of linear and of attention alone, in any
  * batch and in any chunk; a model's logits likewise, and after preemption, on every checkpoint under tests/vectors.
- *
- * GPTD_TEST_SHORT: fewer numbers of rows, one checkpoint in eight.
  */
 #include "tests/kernel_helpers.h"
 #include "tests/model_vectors.h"
@@ -72,7 +70,7 @@ struct product {
 
 static const struct product products[] = {
     {64, {40}, .bias = true}, {64, {97}, .wide = true}, {192, {192, 64, 64}, .bias = true},
-    {37, {30}, .bias = false}, {264, {1000, 1000}, .bias = false}, {1000, {264}, .accumulate = true},
+    {44, {30}, .bias = false}, {264, {1000, 1000}, .bias = false}, {1000, {264}, .accumulate = true},
     {2048, {32000}, .wide = true}, {4096, {4096, 1024, 1024}, .bias = false}, {4096, {4096}, .accumulate = true},
     {4096, {14336, 14336}, .bias = false}, {14336, {4096}, .accumulate = true},
 };
@@ -134,21 +132,19 @@ START_TEST(linear_rows_do_not_depend_on_their_number)
 {
     const struct product *p = &products[_i / 2];
     enum dtype dtype = _i % 2 ? DTYPE_F16 : DTYPE_BF16;
-    const size_t n_alone = is_short() ? 20 : ALONE;
     struct trial b;
-    if (is_short() && p->K > 1000) return;
     trial_open(&b, p, dtype);
     char *alone = malloc(MAX_TOKENS * b.row_bytes);
-    for (size_t r = 0; r < n_alone; r++) {
+    for (size_t r = 0; r < ALONE; r++) {
         const int32_t row = (int32_t)r;
         check(gpu->gather_rows(device, &(struct gather_rows_params){b.row, b.x, &row, 1}, &e));
         multiply(&b, b.row, 1, b.before + r * b.row_bytes, alone + r * b.row_bytes);
     }
     const size_t more[] = {301, 512, 1000, 1024, 2047, MAX_TOKENS};
     size_t n_wrong = 0, worst = 0;
-    for (size_t i = 0; i < n_alone + sizeof more / sizeof *more; i++) {
-        size_t T = i < n_alone ? i + 1 : more[i - n_alone], n = T < n_alone ? T : n_alone;
-        if (p->K > 1000 && T > 40 && T < n_alone && T % 9) continue; // hundreds of megabytes each
+    for (size_t i = 0; i < ALONE + sizeof more / sizeof *more; i++) {
+        size_t T = i < ALONE ? i + 1 : more[i - ALONE], n = T < ALONE ? T : ALONE;
+        if (p->K > 1000 && T > 40 && T < ALONE && T % 9) continue; // hundreds of megabytes each
         multiply(&b, b.x, T, b.before, b.got);
         if (memcmp(b.got, alone, n * b.row_bytes)) n_wrong++, worst = T;
     }
@@ -225,7 +221,7 @@ static void attend_part(const struct attention_case *a, int32_t s, int32_t first
 
 START_TEST(attention_rows_do_not_depend_on_their_batch)
 {
-    for (int32_t round = 0; round < (is_short() ? 4 : 30); round++) {
+    for (int32_t round = 0; round < 30; round++) {
         struct attention_case a;
         case_open(&a, round % 2 ? DTYPE_F16 : DTYPE_BF16);
         size_t n = (size_t)a.cu[SEQS];
@@ -359,7 +355,6 @@ START_TEST(logits_do_not_depend_on_how_they_came)
 {
     static struct models m;
     const char *dir = cases[_i / 2];
-    if (is_short() && _i % 16 != 0) return;
     expected_read(&m.x, dir);
     rig_init(&m.rig, &(struct rig_options){.dir = dir, .max_model_len = m.x.max_model_len, .max_len = m.x.n_ids,
                                            .max_tokens = m.x.n_ids + COMPANY * COMPANY_CHUNK, .max_seqs = COMPANY + 1,
