@@ -13,9 +13,9 @@
  * Ops never allocate. All tensors are contiguous, row-major, the last dimension fastest.
  *
  * The same answer every time: an op's result for a row (token, sequence) depends on that row's own data and position
- * alone, bit for bit, never on what else is in the batch. On the CPU this holds for every op. On a GPU it holds for all
- * but linear, and for attention but where one query and several of a sequence take different kernels; there, too, with
- * `deterministic`.
+ * alone, bit for bit, never on what else is in the batch. On the CPU this holds for every op. On a GPU
+ * linear breaks it, and attention where a sequence's one query takes another kernel than several do; with
+ * `deterministic` neither does.
  *
  * Activations (hidden states, qkv, logits) have the type `activation_dtype` answers: F32 on the CPU; logits always F32.
  *

@@ -275,7 +275,7 @@ class Overload(unittest.TestCase):
     def test_queue_limits(self):
         server = Server("--max-num-seqs", "1", "--max-queue-requests", "2", "--max-queue-tokens", "100")
         holder = server.socket()
-        holder.sendall(server.completion_bytes(prompt="Once", max_tokens=1500, ignore_eos=True, stream=True))
+        holder.sendall(server.completion_bytes(prompt="Once", max_tokens=1500, n=32, ignore_eos=True, stream=True))
         holder.recv(100)
         wait_until(lambda: server.metrics()["gptd_num_requests_running"] == 1, 5, "it runs")
         waiting = [server.socket() for _ in range(2)]

@@ -218,9 +218,10 @@ class SlowAndGone(ServerTest):
             self.assertTrue(read_to_end(s)[2])
         self.server.wait_idle()
 
-    def start_stream(self, prompt="Once", **fields):
+    def start_stream(self):
+        """One that goes on for long, on a GPU, too: 64 choices, eight at a time."""
         s = self.server.socket()
-        s.sendall(self.server.completion_bytes(prompt=prompt, max_tokens=1800, ignore_eos=True, stream=True, **fields))
+        s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=1800, n=64, ignore_eos=True, stream=True))
         read_until(s, b"data: ")
         return s
 
@@ -230,7 +231,7 @@ class SlowAndGone(ServerTest):
     def test_leaving_mid_stream(self):
         for leave in (socket.socket.close, reset, lambda s: s.shutdown(socket.SHUT_WR)):
             before = self.aborts()
-            s = self.start_stream(n=8)
+            s = self.start_stream()
             leave(s)
             self.server.wait_idle()
             wait_until(lambda: self.aborts() > before, 5, "it counts as aborted")
@@ -240,14 +241,14 @@ class SlowAndGone(ServerTest):
         for leave in (socket.socket.close, reset):
             before = self.aborts()
             s = self.server.socket()
-            s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=1800, n=8, ignore_eos=True))
+            s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=1800, n=64, ignore_eos=True))
             wait_until(lambda: self.server.metrics()["gptd_num_requests_running"] > 0, 5, "it runs")
             leave(s)
             self.server.wait_idle()
             wait_until(lambda: self.aborts() > before, 5, "it counts as aborted")
 
     def test_leaving_the_queue(self):
-        holder = self.start_stream(n=8)
+        holder = self.start_stream()
         s = self.server.socket()
         s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=5))
         wait_until(lambda: self.server.metrics()["gptd_num_requests_waiting"] == 1, 5, "it waits")
@@ -257,7 +258,7 @@ class SlowAndGone(ServerTest):
         self.server.wait_idle()
 
     def test_keep_alive_comments(self):
-        holder = self.start_stream(["Once"] * 8, n=8)  # eight at a time: for much longer than the interval
+        holder = self.start_stream()
         with self.server.socket() as s:
             s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=2, stream=True))
             read_until(s, b": keep-alive\n\n")
@@ -351,7 +352,7 @@ class RequestTimeout(ServerTest):
 
     def test_stream_ends_in_an_error(self):
         # Cut without [DONE], a stream must say so in band: clients notice nothing otherwise.
-        answer = self.server.completions(prompt=["Once"] * 8, max_tokens=1900, n=16, ignore_eos=True, stream=True)
+        answer = self.server.completions(prompt="Once", max_tokens=1900, n=128, ignore_eos=True, stream=True)
         self.assertEqual(answer.status, 200)
         self.assertNotIn(b"[DONE]", answer.body)
         last = [line for line in answer.body.decode().split("\n\n") if line][-1]
@@ -360,7 +361,7 @@ class RequestTimeout(ServerTest):
         self.server.wait_idle()
 
     def test_unstreamed(self):
-        answer = self.server.completions(prompt=["Once"] * 8, max_tokens=1900, n=16, ignore_eos=True)
+        answer = self.server.completions(prompt="Once", max_tokens=1900, n=128, ignore_eos=True)
         self.assertIn(answer.status, (408, 503, 504))
         self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
         self.server.wait_idle()

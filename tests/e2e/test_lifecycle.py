@@ -239,12 +239,12 @@ class Start(unittest.TestCase):
 
 
 class End(unittest.TestCase):
-    def streams(self, server, count, max_tokens):
+    def streams(self, server, count, max_tokens, n=1):
         out = []
         for i in range(count):
             s = server.socket(60)
             s.sendall(server.completion_bytes("Connection: close\r\n", prompt="Once upon", seed=i, stream=True,
-                                              max_tokens=max_tokens, ignore_eos=True))
+                                              max_tokens=max_tokens, n=n, ignore_eos=True))
             out.append(s)
         return [(s, read_until(s, b"data: ")) for s in out]
 
@@ -298,7 +298,7 @@ class End(unittest.TestCase):
 
     def test_second_signal(self):
         server = Server()
-        streams = self.streams(server, 8, 1800)
+        streams = self.streams(server, 8, 1800, n=32)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         began = time.monotonic()
