@@ -175,7 +175,8 @@ check-asan:
 	@build/venv/bin/python tests/e2e/run.py --server build/asan/gptd --quick
 
 # Thread sanitizer over what has threads.
-THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,thread_pool load engine engine_life engine_requests notifier workers log tokenizer)
+THREADED_TESTS = $(addprefix $(BUILD)/tests/test_, \
+    thread_pool load engine engine_life engine_requests notifier workers log tokenizer)
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded
@@ -215,8 +216,8 @@ check-convert:
 
 # ---- on a GPU machine: tests and benchmarks that are carried there ----
 
-GPU_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/gpu/%,$(wildcard tests/gpu/test_*.c))
-$(BUILD)/gpu/test_%: $(BUILD)/obj/tests/gpu/test_%.c.o $(call objects,tests/model_rig.c tests/model_vectors.c) $(LIBS_GPTD)
+GPU_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/gpu/%,$(wildcard tests/gpu/test_*.c tests/gpu/bench_*.c))
+$(BUILD)/gpu/%: $(BUILD)/obj/tests/gpu/%.c.o $(call objects,tests/model_rig.c tests/model_vectors.c) $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -Wl,-Bstatic -lcheck -lsubunit -Wl,-Bdynamic -lcjson -lrt -lm -ldl

@@ -4,7 +4,7 @@
 set -euo pipefail
 build=$1 out=$1/gpu
 mkdir -p "$out/lib"
-for file in "$build/gptd" "$build/libgptd_cuda.so" "$out"/test_*; do
+for file in "$build/gptd" "$build/libgptd_cuda.so" "$out"/test_* "$out"/bench_*; do
     [ -f "$file" ] || continue
     strip -o "$out/$(basename "$file").new" "$file"
     mv "$out/$(basename "$file").new" "$out/$(basename "$file")"

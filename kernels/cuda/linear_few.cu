@@ -1,15 +1,16 @@
 /* linear_few.cu: out[T, N] = x[T, K] w[N, K]^T for up to 8 rows of x (decode with few sequences), and what comes before and
  * after it in a layer: RMS norm before; rotation and the cache's write, or act(gate) * up, after.
  *
- * Bound by reading w once: N K 2 bytes, which at decode are nearly all bytes there are. Grid: one block for 8 rows of w;
- * 8 warps take 64 bytes of each row in turns. Products are mma.sync with x as A [8 (of 16) tokens, 16 k] and w as B
- * [16 k, 8 rows]: any T up to 8 costs the same. A lane's 16 bytes of w and of x are the same 8 columns, and the sum over
- * k has no order, so that loads are whole vectors and no shuffle is needed. The first weights are asked for before the
- * kernel that makes x is over. x comes from L1 and L2, once a block.
+ * Bound by reading w once: N K 2 bytes, which at decode are nearly all bytes there are. Grid: a block a multiprocessor, which
+ * takes tiles of 16 rows of w in turns; its 8 warps take 64 columns of a tile in turns, each through a ring of its own in
+ * shared memory (cp.async), which runs on over the ends of tiles: 64 to 96 KB of w are on their way all the time. A block
+ * needs less than half of a multiprocessor's shared memory, so that the next kernel's blocks fill their rings with weights
+ * while this one ends. Products are mma.sync with x as A [8 (of 16) tokens, 16 k] and w as B [16 k, 8 rows]: any T costs the
+ * same. A lane's 16 bytes of w and of x are the same 8 columns: a sum over k has no order, and loads are whole vectors.
  * RMS norm: x times the norm's weight is rounded where the norm's own kernel rounds, the factor of the row, which needs the
  * sum of squares over all of it, is multiplied in at the end: BF16 alone, in F16 x could overflow.
- * Rows of a block: 8 in order; gated: 4 of gate and the same 4 of up; rotated heads: 4 and their 4 partners.
- * Sum of an element: a lane's columns ascending, then the lanes of a step, then the warps in order: the same bits for any T.
+ * Rows of a tile: 16 in order; gated: 8 of gate and the same 8 of up; rotated heads: 8 and their 8 partners.
+ * Sum of an element: a warp's columns ascending, then the warps in order: the same bits for any T.
  */
 #include "kernels/cuda/linear_few.cuh"
 
@@ -20,7 +21,15 @@
 
 namespace {
 
-enum { WARPS = 8, THREADS = WARPS * 32, BLOCK_ROWS = 8, LOADS = 2, VECTOR = 8 /* elements of 16 bytes */ };
+enum {
+    WARPS = 8,
+    THREADS = WARPS * 32,
+    TILE_ROWS = 16,
+    VECTOR = 8,              // elements of 16 bytes
+    STEP = 64,               // columns of a warp's step: 128 bytes of a row
+    STEP_VECTORS = STEP / VECTOR,
+    ROW_BYTES = STEP * 2,
+};
 
 enum ending { STORE, GATED, ROPE };
 
@@ -42,17 +51,18 @@ struct few_args {
     int32_t n_heads, n_kv_heads, head_dim, rope_dim, block_size;
 };
 
-// Row i of the 8 of a block, as the weight has them.
-template <enum ending ENDING> __device__ __forceinline__ int32_t row_of(const few_args &a, int32_t block, int32_t i)
+// Row i of a tile, as the weight has them.
+template <enum ending ENDING> __device__ __forceinline__ int32_t row_of(const few_args &a, int32_t tile, int32_t i)
 {
-    if (ENDING == STORE) return block * BLOCK_ROWS + i;
-    if (ENDING == GATED) return (i < 4 ? 0 : a.N / 2) + block * 4 + i % 4;
-    int32_t per_head = a.head_dim / BLOCK_ROWS, head = block / per_head, j = block % per_head, half = a.rope_dim / 2;
-    bool rotates = head < a.n_heads + a.n_kv_heads && j < half / 4;
-    return head * a.head_dim + (rotates ? j * 4 + i % 4 + (i < 4 ? 0 : half) : j * BLOCK_ROWS + i);
+    const int32_t pair = TILE_ROWS / 2;
+    if (ENDING == STORE) return tile * TILE_ROWS + i;
+    if (ENDING == GATED) return (i < pair ? 0 : a.N / 2) + tile * pair + i % pair;
+    int32_t per_head = a.head_dim / TILE_ROWS, head = tile / per_head, j = tile % per_head, half = a.rope_dim / 2;
+    bool rotates = head < a.n_heads + a.n_kv_heads && j < half / pair;
+    return head * a.head_dim + (rotates ? j * pair + i % pair + (i < pair ? 0 : half) : j * TILE_ROWS + i);
 }
 
-template <typename T> __device__ __forceinline__ const uint4 *address_of(const few_args &a, int32_t row)
+template <typename T> __device__ __forceinline__ const T *address_of(const few_args &a, int32_t row)
 {
     row = min(row, a.N - 1);
     const T *w = (const T *)a.w[0];
@@ -60,7 +70,7 @@ template <typename T> __device__ __forceinline__ const uint4 *address_of(const f
 #pragma unroll
     for (int i = 1; i < MAX_WEIGHT_PARTS; i++)
         if (row >= a.end[i - 1]) w = (const T *)a.w[i], begin = a.end[i - 1];
-    return (const uint4 *)(w + (size_t)(row - begin) * a.K);
+    return w + (size_t)(row - begin) * a.K;
 }
 
 __device__ __forceinline__ float bias_of(const few_args &a, int32_t row)
@@ -70,14 +80,6 @@ __device__ __forceinline__ float bias_of(const few_args &a, int32_t row)
     for (int i = 1; i < MAX_WEIGHT_PARTS; i++)
         if (row >= a.end[i - 1]) part = i, begin = a.end[i - 1];
     return a.bias[part] ? load_as_float(a.bias[part], a.bias_dtype[part], row - begin) : 0.0f;
-}
-
-__device__ __forceinline__ uint4 load_once(const uint4 *p)
-{
-    uint4 r;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
-    return r;
 }
 
 // x times the norm's weight, rounded; the squares of x go to `squares`.
@@ -94,17 +96,17 @@ template <typename T> __device__ __forceinline__ uint4 weigh(uint4 x, uint4 norm
     return a.bits;
 }
 
-// ---- the end of a block ---------------------------------------------------------------------------------------------
+// ---- the end of a tile ----------------------------------------------------------------------------------------------
 
-template <typename T> __device__ __forceinline__ void end_rope(const few_args &a, int32_t token, int32_t i, float value)
+template <typename T>
+__device__ __forceinline__ void end_rope(const few_args &a, int32_t tile, int32_t token, int32_t i, float value)
 {
-    float other = __shfl_xor_sync(~0u, value, 4);
+    float other = __shfl_xor_sync(~0u, value, TILE_ROWS / 2);
     if (token >= a.T) return;
-    int32_t row = row_of<ROPE>(a, (int32_t)blockIdx.x, i), head = row / a.head_dim, column = row % a.head_dim;
-    int32_t half = a.rope_dim / 2;
+    int32_t row = row_of<ROPE>(a, tile, i), head = row / a.head_dim, column = row % a.head_dim, half = a.rope_dim / 2;
     if (head < a.n_heads + a.n_kv_heads && column < a.rope_dim) {
         const float *angle = a.cos_sin + (size_t)token * a.rope_dim + column % half;
-        value = value * angle[0] + (i < 4 ? -other : other) * angle[half];
+        value = value * angle[0] + (column < half ? -other : other) * angle[half];
     }
     if (head < a.n_heads) {
         ((T *)a.out)[token * a.ldo + row] = from_float<T>(value);
@@ -118,16 +120,17 @@ template <typename T> __device__ __forceinline__ void end_rope(const few_args &a
 }
 
 template <typename T, typename Out, enum ending ENDING>
-__device__ __forceinline__ void end_block(const few_args &a, int32_t token, int32_t i, float value)
+__device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int32_t token, int32_t i, float value)
 {
-    int32_t row = row_of<ENDING>(a, (int32_t)blockIdx.x, i);
+    int32_t row = row_of<ENDING>(a, tile, i);
     if (row < a.N) value += bias_of(a, row);
     if (ENDING == ROPE) {
-        end_rope<T>(a, token, i, value);
+        end_rope<T>(a, tile, token, i, value);
     } else if (ENDING == GATED) {
-        float up = __shfl_xor_sync(~0u, value, 4);
-        if (token < a.T && i < 4)
-            ((Out *)a.out)[token * a.ldo + row] = from_float<Out>(activate(value, a.kind) * up);
+        float up = __shfl_xor_sync(~0u, value, TILE_ROWS / 2);
+        int32_t column = tile * (TILE_ROWS / 2) + i;
+        if (token < a.T && i < TILE_ROWS / 2 && column < a.N / 2)
+            ((Out *)a.out)[token * a.ldo + column] = from_float<Out>(activate(value, a.kind) * up);
     } else if (token < a.T && row < a.N) {
         Out *out = (Out *)a.out + token * a.ldo + row;
         *out = from_float<Out>(a.accumulate ? value + to_float(*out) : value);
@@ -136,60 +139,168 @@ __device__ __forceinline__ void end_block(const few_args &a, int32_t token, int3
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, typename Out, enum ending ENDING, bool NORMED>
-__global__ void __launch_bounds__(THREADS, 5) linear_few_kernel(const __grid_constant__ few_args a)
+// What the warps have of a tile; two, so that the next tile's sums can be written while these are read.
+struct tile_sums {
+    float sum[2][WARPS][FEW_ROWS][TILE_ROWS], squares[2][WARPS][FEW_ROWS];
+};
+
+// X_ROWS: rows of x that a stage has room for.
+template <int X_ROWS> struct few_shape {
+    static constexpr int STAGES = X_ROWS == 1 ? 6 : X_ROWS == 4 ? 5 : 4;
+    static constexpr int STAGE_BYTES = (TILE_ROWS + X_ROWS) * ROW_BYTES;
+    static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
+    static constexpr int SMEM = RING_BYTES + (int)sizeof(tile_sums);
+    static_assert(SMEM <= 112 * 1024, "two fit a multiprocessor of sm_90");
+};
+
+// A warp's place in its list of steps: the tiles of the block, 64 columns of WARPS * 64 a step.
+template <typename T> struct few_cursor {
+    const T *row[TILE_ROWS / 4]; // rows of w that the lane fetches of
+    int32_t tile, column;        // the lane's first column
+};
+
+template <typename T, enum ending ENDING>
+__device__ __forceinline__ void to_tile(const few_args &a, few_cursor<T> &c, int32_t tile)
 {
-    __shared__ float part[WARPS][FEW_ROWS][BLOCK_ROWS], part_squares[WARPS][FEW_ROWS];
-    next_kernel_allow();
-    // The lane's row of w is also its row of x.
-    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32, mine = lane / 4, n_vectors = a.K / VECTOR;
-    const uint4 *w = address_of<T>(a, row_of<ENDING>(a, (int32_t)blockIdx.x, mine));
-    const uint4 *x = (const uint4 *)((const T *)a.x + (size_t)mine * a.K), *norm = (const uint4 *)a.norm;
-    float sum[4] = {}, squares = 0;
-    uint4 weights[LOADS], next[LOADS];
-    int32_t v = warp * 4 + lane % 4;
-    const int32_t step = WARPS * 4;
+    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
+    c.tile = tile, c.column = warp * STEP + lane % STEP_VECTORS * VECTOR;
 #pragma unroll
-    for (int l = 0; l < LOADS; l++)
-        weights[l] = v + step * l < n_vectors ? load_once(w + v + step * l) : make_uint4(0, 0, 0, 0);
-    previous_kernel_wait();
-    for (; v - lane % 4 < n_vectors; v += step * LOADS) {
-        uint4 rows[LOADS];
+    for (int i = 0; i < TILE_ROWS / 4; i++) c.row[i] = address_of<T>(a, row_of<ENDING>(a, tile, lane / STEP_VECTORS + 4 * i));
+}
+
+template <typename T, enum ending ENDING>
+__device__ __forceinline__ void advance(const few_args &a, few_cursor<T> &c)
+{
+    c.column += WARPS * STEP;
+    if (c.column - (int32_t)threadIdx.x % STEP_VECTORS * VECTOR - (int32_t)threadIdx.x / 32 * STEP >= a.K)
+        to_tile<T, ENDING>(a, c, c.tile + (int32_t)gridDim.x);
+}
+
+// Vector `vector` of row `row` of a stage: odd rows are turned by half a row, so that a quarter of a warp, which reads 4
+// vectors of each of two rows, meets every bank once.
+__device__ __forceinline__ uint32_t place_of(int32_t row, int32_t vector)
+{
+    return (uint32_t)(row * ROW_BYTES + (vector ^ (row & 1) * 4) * 16);
+}
+
+template <typename T>
+__device__ __forceinline__ void fetch_weights(const few_args &a, const few_cursor<T> &c, int32_t n_tiles, uint32_t stage)
+{
+    int32_t lane = (int32_t)threadIdx.x % 32;
+    bool there = c.tile < n_tiles && c.column < a.K;
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            bool there = v + step * l < n_vectors && mine < a.T;
-            rows[l] = there ? x[v + step * l] : make_uint4(0, 0, 0, 0);
-            if (NORMED && there) rows[l] = weigh<T>(rows[l], __ldg(norm + v + step * l), squares);
-        }
+    for (int i = 0; i < TILE_ROWS / 4; i++)
+        cp_async_16(stage + place_of(lane / STEP_VECTORS + 4 * i, lane % STEP_VECTORS), c.row[i] + (there ? c.column : 0),
+                    there ? 16 : 0);
+}
+
+template <typename T, int X_ROWS>
+__device__ __forceinline__ void fetch_x(const few_args &a, const few_cursor<T> &c, int32_t n_tiles, uint32_t stage)
+{
+    int32_t lane = (int32_t)threadIdx.x % 32;
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            int32_t further = v + step * (LOADS + l);
-            next[l] = further < n_vectors ? load_once(w + further) : make_uint4(0, 0, 0, 0);
-        }
+    for (int i = 0; i < (X_ROWS + 3) / 4; i++) {
+        int32_t row = lane / STEP_VECTORS + 4 * i;
+        bool there = row < a.T && c.tile < n_tiles && c.column < a.K;
+        if (row < X_ROWS)
+            cp_async_16(stage + place_of(TILE_ROWS + row, lane % STEP_VECTORS),
+                        (const T *)a.x + (there ? (size_t)row * a.K + c.column : 0), there ? 16 : 0);
+    }
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t at)
+{
+    uint4 r;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(at) : "memory");
+    return r;
+}
+
+// Adds a step's products to sum; column: the first of the step.
+template <typename T, bool NORMED, int X_ROWS>
+__device__ __forceinline__ void add_step(const few_args &a, uint32_t stage, int32_t column, float (&sum)[2][4], float &squares)
+{
+    int32_t lane = (int32_t)threadIdx.x % 32, mine = lane / 4;
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            const uint32_t low[4] = {rows[l].x, 0, rows[l].y, 0}, high[4] = {rows[l].z, 0, rows[l].w, 0};
-            mma<T>(sum, low, weights[l].x, weights[l].y);
-            mma<T>(sum, high, weights[l].z, weights[l].w);
-            weights[l] = next[l];
+    for (int half = 0; half < 2; half++) {
+        int32_t vector = half * 4 + lane % 4, first = column + vector * VECTOR;
+        uint4 x = mine < X_ROWS ? load_shared(stage + place_of(TILE_ROWS + mine, vector)) : make_uint4(0, 0, 0, 0);
+        if (NORMED && first < a.K) x = weigh<T>(x, __ldg((const uint4 *)((const T *)a.norm + first)), squares);
+        const uint32_t low[4] = {x.x, 0, x.y, 0}, high[4] = {x.z, 0, x.w, 0};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint4 w = load_shared(stage + place_of(mine + 8 * i, vector));
+            mma<T>(sum[i], low, w.x, w.y);
+            mma<T>(sum[i], high, w.z, w.w);
         }
     }
-    part[warp][mine][lane % 4 * 2] = sum[0], part[warp][mine][lane % 4 * 2 + 1] = sum[1];
+}
+
+template <typename T, typename Out, enum ending ENDING, bool NORMED>
+__device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, tile_sums &sums, int turn, float (&sum)[2][4],
+                                            float squares)
+{
+    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums.sum[turn][warp][lane / 4][i / 2 * 8 + lane % 4 * 2 + i % 2] = sum[i / 2][i % 2];
     if (NORMED) {
         squares = quad_sum(squares);
-        if (lane % 4 == 0) part_squares[warp][mine] = squares;
+        if (lane % 4 == 0) sums.squares[turn][warp][lane / 4] = squares;
     }
     __syncthreads();
-    if (threadIdx.x >= FEW_ROWS * BLOCK_ROWS) return;
-    int32_t token = (int32_t)threadIdx.x / BLOCK_ROWS, i = (int32_t)threadIdx.x % BLOCK_ROWS;
+    if (warp * 2 >= a.T) return; // 32 threads have the elements of two tokens
+    int32_t token = (int32_t)threadIdx.x / TILE_ROWS, i = (int32_t)threadIdx.x % TILE_ROWS;
     float value = 0, all = 0;
 #pragma unroll
     for (int j = 0; j < WARPS; j++) {
-        value += part[j][token][i];
-        if (NORMED) all += part_squares[j][token];
+        value += sums.sum[turn][j][token][i];
+        if (NORMED) all += sums.squares[turn][j][token];
     }
     if (NORMED) value *= 1.0f / sqrtf(all / (float)a.K + a.eps);
-    end_block<T, Out, ENDING>(a, token, i, value);
+    end_element<T, Out, ENDING>(a, tile, token, i, value);
+}
+
+template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
+__global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_constant__ few_args a)
+{
+    using shape = few_shape<X_ROWS>;
+    extern __shared__ __align__(128) unsigned char smem[];
+    tile_sums &sums = *(tile_sums *)(smem + shape::RING_BYTES);
+    uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * shape::STAGE_BYTES;
+    int32_t n_tiles = ENDING == GATED ? (a.N / 2 + TILE_ROWS / 2 - 1) / (TILE_ROWS / 2) : (a.N + TILE_ROWS - 1) / TILE_ROWS;
+    few_cursor<T> ahead, x_ahead;
+    next_kernel_allow();
+    to_tile<T, ENDING>(a, ahead, (int32_t)blockIdx.x);
+    x_ahead = ahead;
+#pragma unroll
+    for (int i = 0; i < shape::STAGES; i++) {
+        fetch_weights(a, ahead, n_tiles, ring + i * shape::STAGE_BYTES);
+        advance<T, ENDING>(a, ahead);
+    }
+    cp_async_commit();
+    previous_kernel_wait(); // weights are on their way
+#pragma unroll
+    for (int i = 0; i < shape::STAGES; i++) {
+        fetch_x<T, X_ROWS>(a, x_ahead, n_tiles, ring + i * shape::STAGE_BYTES);
+        advance<T, ENDING>(a, x_ahead);
+        cp_async_commit();
+    }
+    int stage = 0, turn = 0;
+    for (int32_t tile = (int32_t)blockIdx.x; tile < n_tiles; tile += (int32_t)gridDim.x, turn ^= 1) {
+        float sum[2][4] = {}, squares = 0;
+        for (int32_t column = (int32_t)threadIdx.x / 32 * STEP, end = a.K + column; column < end; column += WARPS * STEP) {
+            uint32_t at = ring + (uint32_t)(stage * shape::STAGE_BYTES);
+            cp_async_wait<shape::STAGES - 1>();
+            __syncwarp(); // every lane's part
+            add_step<T, NORMED, X_ROWS>(a, at, column, sum, squares);
+            __syncwarp(); // all lanes have read the stage
+            fetch_weights(a, ahead, n_tiles, at);
+            fetch_x<T, X_ROWS>(a, ahead, n_tiles, at);
+            cp_async_commit();
+            advance<T, ENDING>(a, ahead);
+            stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
+        }
+        finish_tile<T, Out, ENDING, NORMED>(a, tile, sums, turn, sum, squares);
+    }
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
@@ -216,11 +327,23 @@ few_args args_of(const struct linear_params *p)
     return a;
 }
 
+template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
+cudaError_t launch_rows(const struct device *d, const few_args &a)
+{
+    auto kernel = linear_few_kernel<T, Out, ENDING, NORMED, X_ROWS>;
+    const int smem = few_shape<X_ROWS>::SMEM;
+    int32_t rows = ENDING == GATED ? (a.N / 2 + TILE_ROWS / 2 - 1) / (TILE_ROWS / 2) : (a.N + TILE_ROWS - 1) / TILE_ROWS;
+    cudaError_t status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (status != cudaSuccess) return status;
+    return launch_early(d, kernel, dim3((unsigned)(rows < d->n_sms ? rows : d->n_sms)), THREADS, smem, a);
+}
+
 template <typename T, typename Out, enum ending ENDING, bool NORMED>
 cudaError_t launch(const struct device *d, const few_args &a)
 {
-    int32_t rows = ENDING == STORE ? (a.N + BLOCK_ROWS - 1) / BLOCK_ROWS : a.N / BLOCK_ROWS;
-    return launch_early(d, linear_few_kernel<T, Out, ENDING, NORMED>, dim3((unsigned)rows), THREADS, 0, a);
+    if (a.T == 1) return launch_rows<T, Out, ENDING, NORMED, 1>(d, a);
+    if (a.T <= 4) return launch_rows<T, Out, ENDING, NORMED, 4>(d, a);
+    return launch_rows<T, Out, ENDING, NORMED, FEW_ROWS>(d, a);
 }
 
 template <enum ending ENDING> int launch_fused(struct device *d, enum dtype dtype, const few_args &a, struct error *e)
@@ -269,7 +392,7 @@ bool linear_few_rope_fits(const struct device *d, const struct norm_params *norm
 {
     int32_t half = rope->cos_sin.data ? rope->rope_dim / 2 : 0;
     return linear_is_few(d, p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
-           rope->head_dim % BLOCK_ROWS == 0 && half % 4 == 0;
+           rope->head_dim % TILE_ROWS == 0 && half % (TILE_ROWS / 2) == 0;
 }
 
 int linear_few_rope(struct device *d, const struct norm_params *norm, const struct linear_params *p,
@@ -288,7 +411,7 @@ bool linear_few_gated_fits(const struct device *d, const struct norm_params *nor
                            const struct activation_params *activation)
 {
     return linear_is_few(d, p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
-           activation->gated && activation->out.data != norm->x.data && activation->out.shape[1] % 4 == 0;
+           activation->gated && activation->out.data != norm->x.data;
 }
 
 int linear_few_gated(struct device *d, const struct norm_params *norm, const struct linear_params *p,

@@ -1,0 +1,153 @@
+/* bench_cuda_layers.c: the products of Llama-3-8B's layers on the GPU, with what is fused around them, as a decode step has
+ * them: 32 layers of their own weights in one graph. Microseconds and bytes of weights per second, for each kind of product
+ * alone and for all in turn. Random weights and activations.
+ *
+ *   bench_cuda_layers [T ...]
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels/kernels.h"
+
+enum { LAYERS = 32, HIDDEN = 4096, INNER = 14336, HEADS = 32, KV = 8, DIM = 128, QKV = (HEADS + 2 * KV) * DIM, BLOCK = 64,
+       VOCAB = 128256, MAX_T = 256, REPEATS = 20 };
+
+static const struct kernels *gpu;
+static struct device *d;
+static struct error e;
+static uint16_t table[DRAW_TABLE_SIZE];
+static struct { struct weight qkv, out, in, down; struct tensor norm; } layer[LAYERS];
+static struct weight head;
+static struct tensor x, normed, qkv, attn, inner, act, cos_sin, logits;
+static struct kv_layer cache;
+static int32_t slots[MAX_T];
+
+static void check(int rc)
+{
+    if (rc == 0) return;
+    fprintf(stderr, "%s\n", e.message);
+    exit(1);
+}
+
+static struct tensor matrix(enum dtype dtype, size_t rows, size_t cols)
+{
+    static uint64_t key;
+    struct tensor t = {gpu->alloc(d, rows * cols * dtype_size(dtype)), dtype, 2, {rows, cols}};
+    if (!t.data) exit((fprintf(stderr, "out of memory\n"), 1));
+    if (dtype == DTYPE_BF16) check(gpu->draw(d, &(struct draw_params){t.data, rows * cols, ++key, table}, &e));
+    return t;
+}
+
+static struct weight weight(size_t rows, size_t cols)
+{
+    struct weight w = {.n_parts = 1, .n_cols = cols};
+    w.part[0] = (struct weight_part){.data = matrix(DTYPE_BF16, rows, cols).data, .dtype = DTYPE_BF16, .n_rows = rows};
+    return w;
+}
+
+static struct tensor rows_of(struct tensor t, size_t T)
+{
+    t.shape[0] = T;
+    return t;
+}
+
+// The products of a layer in `kinds`: q qkv, o attention's out, u gate and up, d down; h: the head, once.
+static void enqueue(const char *kinds, size_t T)
+{
+    for (int i = 0; i < LAYERS; i++) {
+        struct norm_params n = {.out = rows_of(normed, T), .x = rows_of(x, T), .weight = layer[i].norm, .eps = 1e-5f};
+        struct linear_params q = {rows_of(qkv, T), n.out, &layer[i].qkv, false};
+        struct linear_params o = {rows_of(x, T), rows_of(attn, T), &layer[i].out, true};
+        struct linear_params u = {rows_of(inner, T), n.out, &layer[i].in, false};
+        struct linear_params w = {rows_of(x, T), rows_of(act, T), &layer[i].down, true};
+        struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), cache, slots, HEADS, KV, DIM, DIM};
+        struct activation_params a = {rows_of(act, T), u.out, ACT_SILU, true};
+        if (strchr(kinds, 'q')) check(gpu->norm_linear_rope(d, &n, &q, &r, &e));
+        if (strchr(kinds, 'o')) check(gpu->linear(d, &o, &e));
+        if (strchr(kinds, 'u')) check(gpu->norm_linear_activation(d, &n, &u, &a, &e));
+        if (strchr(kinds, 'd')) check(gpu->linear(d, &w, &e));
+    }
+    struct linear_params h = {rows_of(logits, T), rows_of(normed, T), &head, false};
+    if (strchr(kinds, 'h')) check(gpu->linear(d, &h, &e));
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Seconds of one pass, the median of several.
+static double seconds(const char *kinds, int32_t T)
+{
+    const struct stage_array staged = {slots, (size_t)T * sizeof *slots, sizeof slots};
+    double times[REPEATS];
+    for (int i = -2; i < REPEATS; i++) {
+        bool replayed;
+        check(gpu->stage(d, &staged, 1, NULL, &e));
+        check(gpu->wait(d, gpu->record(d), &e));
+        double begin = now();
+        check(gpu->graph_begin(d, kinds, T, &replayed, &e));
+        if (!replayed) enqueue(kinds, (size_t)T), check(gpu->graph_end(d, true, &e));
+        check(gpu->wait(d, gpu->record(d), &e));
+        if (i >= 0) times[i] = now() - begin;
+    }
+    for (int i = 1; i < REPEATS; i++)
+        for (int j = i; j > 0 && times[j] < times[j - 1]; j--) {
+            double t = times[j];
+            times[j] = times[j - 1], times[j - 1] = t;
+        }
+    return times[REPEATS / 2];
+}
+
+static void make_arrays(void)
+{
+    for (int i = 0; i < DRAW_TABLE_SIZE; i++) { // +-0.02, BF16
+        float value = ((float)(i * 40503u % 65536) / 65536 - 0.5f) * 0.04f;
+        dtype_convert(&table[i], DTYPE_BF16, &value, DTYPE_F32, 1);
+    }
+    for (int i = 0; i < LAYERS; i++) {
+        layer[i].qkv = weight(QKV, HIDDEN), layer[i].out = weight(HIDDEN, HIDDEN);
+        layer[i].in = weight(2 * INNER, HIDDEN), layer[i].down = weight(HIDDEN, INNER);
+        layer[i].norm = matrix(DTYPE_BF16, 1, HIDDEN), layer[i].norm.n_dims = 1, layer[i].norm.shape[0] = HIDDEN;
+    }
+    head = weight(VOCAB, HIDDEN);
+    x = matrix(DTYPE_BF16, MAX_T, HIDDEN), normed = matrix(DTYPE_BF16, MAX_T, HIDDEN);
+    qkv = matrix(DTYPE_BF16, MAX_T, QKV), attn = matrix(DTYPE_BF16, MAX_T, HIDDEN);
+    inner = matrix(DTYPE_BF16, MAX_T, 2 * INNER), act = matrix(DTYPE_BF16, MAX_T, INNER);
+    cos_sin = matrix(DTYPE_F32, MAX_T, DIM), logits = matrix(DTYPE_F32, MAX_T, VOCAB);
+    cache.k = matrix(DTYPE_BF16, MAX_T * KV, BLOCK * DIM), cache.v = matrix(DTYPE_BF16, MAX_T * KV, BLOCK * DIM);
+    cache.k.n_dims = cache.v.n_dims = 4;
+    const size_t shape[4] = {MAX_T, KV, BLOCK, DIM};
+    memcpy(cache.k.shape, shape, sizeof shape), memcpy(cache.v.shape, shape, sizeof shape);
+    for (int i = 0; i < MAX_T; i++) slots[i] = i * BLOCK;
+}
+
+int main(int argc, char **argv)
+{
+    struct device_options o = {.max_vocab_size = VOCAB, .max_context = 1024, .max_dim = 2 * INNER, .max_tokens = MAX_T,
+                               .max_seqs = MAX_T, .n_heads = HEADS, .n_kv_heads = KV, .head_dim = DIM, .block_size = BLOCK};
+    if (kernels_open(&gpu, "cuda", &e) || gpu->device_create(&d, &o, &e)) check(1);
+    printf("%s\n", gpu->device_description(d));
+    make_arrays();
+    static const struct { const char *kinds, *name; double rows_times_cols; } cases[] = {
+        {"q", "norm, qkv, rope", (double)QKV * HIDDEN * LAYERS}, {"o", "out", (double)HIDDEN * HIDDEN * LAYERS},
+        {"u", "norm, gate+up, act", 2.0 * INNER * HIDDEN * LAYERS}, {"d", "down", (double)HIDDEN * INNER * LAYERS},
+        {"h", "head", (double)VOCAB * HIDDEN},
+        {"qoudh", "all", (double)LAYERS * HIDDEN * (QKV + HIDDEN + 3.0 * INNER) + (double)VOCAB * HIDDEN},
+    };
+    for (int i = 1; i < argc || i == 1; i++) {
+        int32_t T = i < argc ? atoi(argv[i]) : 1;
+        printf("T %3d:", T);
+        for (size_t j = 0; j < sizeof cases / sizeof *cases; j++) {
+            double t = seconds(cases[j].kinds, T);
+            printf("  %s %.0f us (%.0f GB/s)", cases[j].name, 1e6 * t, 2e-9 * cases[j].rows_times_cols / t);
+        }
+        printf("\n");
+    }
+    gpu->device_destroy(d);
+    return 0;
+}
