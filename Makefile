@@ -61,6 +61,8 @@ ISA_FLAGS_avx512bf16 := $(ISA_FLAGS_avx512) -mavx512bf16
 SIMD_OBJ := $(foreach isa,$(ISAS),$(patsubst kernels/cpu/simd/%.c,$(BUILD)/obj/kernels/cpu/simd/%.$(isa).o,$(SIMD_SRC)))
 
 LIBS_GPTD := $(addprefix $(BUILD)/lib,$(addsuffix .a,server engine models tokenizer kernels))
+# As unpacked from the tarball, with libraries of its own; an RPATH, for it also holds for the libraries' libraries.
+RPATH := -Wl,--disable-new-dtags,-rpath,'$$ORIGIN/lib'
 LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd sentencepiece) -lcjson -lstdc++ -lm -ldl
 
 # ---- the CUDA backend: a library of its own beside the program, where there is nvcc ----
@@ -72,6 +74,8 @@ CUDA_OBJ := $(patsubst kernels/cuda/%.cu,$(BUILD)/obj/kernels/cuda/%.o,$(CUDA_SR
 CUDA_C_OBJ := $(patsubst %,$(BUILD)/obj/pic/%.o,kernels/error.c kernels/dtype.c)
 # sm_80 and its PTX run on every later GPU; sm_90a is Hopper's own.
 CUDA_ARCH := -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90a,code=sm_90a
+# Where it looks for cuBLASLt before it asks the system.
+CUBLAS_DIRS := $$ORIGIN:$$ORIGIN/lib:/usr/local/cuda/lib64:/usr/local/cuda-13/lib64:/usr/local/cuda-12/lib64:/opt/cuda/lib64
 NVCCFLAGS := -O3 -std=c++17 -I. -D_GNU_SOURCE -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror
 
 .PHONY: all run check clean cuda
@@ -80,7 +84,8 @@ cuda: $(CUDA_LIB)
 
 $(CUDA_LIB): $(CUDA_OBJ) $(CUDA_C_OBJ)
 	$(call say,LINK,$@)
-	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -z,defs,-z,now,-soname,libgptd_cuda.so
+	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -z,defs,-z,now,-soname,libgptd_cuda.so \
+	  -Xlinker '-rpath,$(CUBLAS_DIRS)'
 $(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
@@ -92,7 +97,7 @@ $(BUILD)/obj/pic/%.c.o: %.c
 
 $(BUILD)/gptd: $(call objects,server/main.c) $(LIBS_GPTD)
 	$(call say,LINK,$@)
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
+	$(Q)$(CXX) $(LDFLAGS) $(RPATH) -o $@ $^ $(LIBS_SYSTEM)
 
 $(BUILD)/libserver.a: $(call objects,$(SERVER_SRC) $(wildcard server/openapi.json))
 $(BUILD)/libengine.a: $(call objects,$(ENGINE_SRC))
@@ -147,7 +152,7 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBS_GPTD) $(LIBS_SYSTEM) $(shell pkg-config --libs check)
 
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
-.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert lint
+.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist lint
 check:
 	@./scripts/setup.sh check
 	@$(MAKE) --no-print-directory check-all
@@ -159,6 +164,7 @@ check-all:
 	@$(MAKE) --no-print-directory check-tsan
 	@$(MAKE) --no-print-directory check-fuzz
 	@$(MAKE) --no-print-directory check-e2e
+	@$(MAKE) --no-print-directory check-dist
 	@$(MAKE) --no-print-directory check-convert
 
 lint:
@@ -252,6 +258,16 @@ $(BUILD)/tests/bench/%: $(BUILD)/obj/tests/bench/%.c.o $(BENCH_OBJ) $(LIBS_GPTD)
 	@mkdir -p $(@D)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
+
+# ---- the tarball: what runs on any Linux of this machine's kind with glibc 2.36 or later ----
+
+DIST := $(BUILD)/gptd-$(VERSION)-linux-$(MACHINE).tar.gz
+.PHONY: dist
+dist: $(DIST)
+$(DIST): $(BUILD)/gptd $(if $(NVCC),$(CUDA_LIB)) README.md LICENSE THIRD_PARTY.md $(wildcard models/demo/*) scripts/dist.sh
+	@scripts/dist.sh $@ $(BUILD)/gptd $(if $(NVCC),$(CUDA_LIB))
+check-dist: $(DIST)
+	@scripts/check_dist.sh $<
 
 clean:
 	rm -rf build
