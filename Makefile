@@ -151,6 +151,13 @@ $(BUILD)/tests/test_%: $(BUILD)/obj/tests/test_%.c.o $(LIBS_GPTD)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBS_GPTD) $(LIBS_SYSTEM) $(shell pkg-config --libs check)
 
+# A CUDA backend without a GPU, that fails as told.
+FAULTY := $(BUILD)/tests/faulty/libgptd_cuda.so
+$(FAULTY): $(BUILD)/obj/pic/tests/e2e/faulty_backend.c.o $(BUILD)/obj/pic/kernels/error.c.o
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(LDFLAGS) -shared -o $@ $^
+$(BUILD)/tests/test_backend: $(FAULTY)
+
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
 .PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist lint
 check:
@@ -170,7 +177,7 @@ check-all:
 lint:
 	@python3 scripts/lint.py
 
-tests: $(TESTS)
+tests: $(TESTS) $(FAULTY)
 check-unit: $(TESTS)
 	@set -e; for t in $(TESTS); do $$t; done
 
@@ -212,7 +219,7 @@ $(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_FUZZED)
 	$(Q)$(CXX) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(LIBS_SYSTEM)
 
 # The running server: raw sockets, curl, the official OpenAI client.
-check-e2e: $(BUILD)/gptd
+check-e2e: $(BUILD)/gptd $(FAULTY)
 	@build/venv/bin/python tests/e2e/run.py --server $(BUILD)/gptd
 
 # The converter of state_dicts is Python with PyTorch, which nothing else here needs.

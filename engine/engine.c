@@ -41,9 +41,12 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
     };
     if (kernels_open(&engine->kernels, o->backend, e) != 0)
         return e->code;
+    strcpy(engine->plan.note, e->message);
     mo.copies_weights = !engine->kernels->reads_mapped_weights;
-    if (o->dtype != ENGINE_DTYPE_AUTO && !mo.copies_weights)
-        return error_set(e, ERR_UNSUPPORTED, "dtype: the CPU computes with the weights as they are in the file");
+    if (o->dtype != ENGINE_DTYPE_AUTO && !mo.copies_weights) {
+        error_set(e, ERR_UNSUPPORTED, "dtype: the CPU computes with the weights as they are in the file");
+        return engine->plan.note[0] ? error_prefix(e, "%s", engine->plan.note) : e->code;
+    }
     mo.dtype = o->dtype == ENGINE_DTYPE_BF16 ? DTYPE_BF16 : o->dtype == ENGINE_DTYPE_F16 ? DTYPE_F16 : DTYPE_F32;
     if (model_create(&engine->model, &mo, e) != 0)
         return e->code;
@@ -151,13 +154,22 @@ const struct engine_plan *engine_plan_get(const struct engine *engine)
     return &engine->plan;
 }
 
-static int allocate_tables(struct engine *engine)
+static int refused(const struct engine *engine, const char *what, size_t bytes, struct error *e)
+{
+    const struct kernels *k = engine->kernels;
+    size_t has = k->device_memory(engine->device), scratch = k->scratch_bytes(engine->device);
+    double gib = 1 << 30;
+    return error_set(e, ERR_NOMEM, "no %.3f GiB for the %s, which the plan had found free: the device now has %.3f GiB",
+                     (double)bytes / gib, what, (double)(has > scratch ? has - scratch : 0) / gib);
+}
+
+static int allocate_tables(struct engine *engine, struct error *e)
 {
     struct arena arena = {0};
     tables_layout(&engine->scheduler, engine->steps, engine->depth, &arena, &engine->config);
     engine->tables = aligned_alloc(64, arena.used);
     if (engine->tables == NULL)
-        return ERR_NOMEM;
+        return error_set(e, ERR_NOMEM, "no memory for %zu bytes of tables", arena.used);
     memset(engine->tables, 0, arena.used);
     arena = (struct arena){.base = engine->tables};
     tables_layout(&engine->scheduler, engine->steps, engine->depth, &arena, &engine->config);
@@ -165,19 +177,20 @@ static int allocate_tables(struct engine *engine)
     return 0;
 }
 
-static int allocate_steps(struct engine *engine)
+static int allocate_steps(struct engine *engine, struct error *e)
 {
     const struct kernels *k = engine->kernels;
     engine->history = (struct history){
         k->alloc(engine->device, engine->plan.history_bytes), engine->config.max_num_seqs, engine->plan.max_model_len,
     };
     if (engine->history.tokens == NULL)
-        return ERR_NOMEM;
+        return refused(engine, "history", engine->plan.history_bytes, e);
     for (int32_t i = 0; i < engine->depth; i++) {
         struct step *step = &engine->steps[i];
-        step->results = k->alloc_host(engine->device, (size_t)engine->config.max_logits_rows * sizeof *step->results);
+        size_t bytes = (size_t)engine->config.max_logits_rows * sizeof *step->results;
+        step->results = k->alloc_host(engine->device, bytes);
         if (step->results == NULL)
-            return ERR_NOMEM;
+            return error_set(e, ERR_NOMEM, "no memory for %zu bytes of results", bytes);
         step_init(step, &engine->scheduler, engine->history);
     }
     return 0;
@@ -197,18 +210,18 @@ static struct tensor take_kv(const struct engine *engine, int32_t g, int32_t dim
     return t;
 }
 
-static int allocate_kv(struct engine *engine)
+static int allocate_kv(struct engine *engine, struct error *e)
 {
     size_t at = 0;
     engine->kv_memory = engine->kernels->alloc(engine->device, engine->plan.kv_cache_bytes);
     if (engine->kv_memory == NULL)
-        return ERR_NOMEM;
+        return refused(engine, "KV cache", engine->plan.kv_cache_bytes, e);
     for (int32_t g = 0; g < engine->info->n_kv_groups; g++) {
         const struct kv_spec *spec = &engine->info->kv_groups[g];
         engine->kv.n_blocks[g] = engine->config.limits.n_blocks[g];
         engine->kv.layers[g] = calloc((size_t)spec->n_layers, sizeof *engine->kv.layers[g]);
         if (engine->kv.layers[g] == NULL)
-            return ERR_NOMEM;
+            return error_set(e, ERR_NOMEM, "no memory for the layers of the KV cache");
         for (int32_t i = 0; i < spec->n_layers; i++) {
             engine->kv.layers[g][i].k = take_kv(engine, g, spec->k_dim, &at);
             engine->kv.layers[g][i].v = take_kv(engine, g, spec->v_dim, &at);
@@ -272,8 +285,8 @@ int engine_start(struct engine *engine, struct error *e)
     int rc = model_load(engine->model, engine->kernels, engine->device, e);
     if (rc != 0)
         return rc;
-    if (allocate_tables(engine) != 0 || allocate_steps(engine) != 0 || allocate_kv(engine) != 0)
-        return error_set(e, ERR_NOMEM, "the machine refused memory that the plan had found free");
+    if (allocate_tables(engine, e) != 0 || allocate_steps(engine, e) != 0 || allocate_kv(engine, e) != 0)
+        return e->code;
     if (warm_up(engine, e) != 0)
         return error_prefix(e, "warming up");
     engine_publish_stats(engine);

@@ -45,6 +45,7 @@ struct engine_options {
 // Exact bytes, known before anything is allocated.
 struct engine_plan {
     char architecture[64], dtype[8], device[128];
+    char note[512];                 // why "auto" did not take the GPU that is there; empty: nothing to tell
     uint64_t n_parameters;
     size_t weights_bytes, workspace_bytes, history_bytes, kv_cache_bytes;
     size_t scratch_bytes;           // the device's own and the engine's tables
@@ -97,14 +98,16 @@ struct request_times { double submitted, scheduled, first_token, finished; }; //
 struct engine;
 struct request;
 
-// Plans: reads the checkpoint's configuration, refuses what cannot be served or does not fit, with the sum.
+// Plans: reads the checkpoint's configuration, refuses what cannot be served or does not fit, with the sum. ERR_DEVICE,
+// here and from engine_start: the device cannot be used, whatever the model.
 int engine_create(struct engine **out, const struct engine_options *options, struct error *e);
 const struct engine_plan *engine_plan_get(const struct engine *engine);
 // Loads the weights, allocates the cache, starts the engine's thread.
 int engine_start(struct engine *engine, struct error *e);
 // Refuses new requests from now on (ERR_SHUTDOWN); what runs goes on.
 void engine_drain(struct engine *engine);
-// Cancels what is left, ends the thread, frees everything. All requests stay readable until released.
+// Cancels what is left, ends the thread, frees everything. All requests stay readable until released. Waits for the step
+// that runs: for ever if the device hangs.
 void engine_destroy(struct engine *engine);
 // The mapped weights file that the address lies in; NULL: in none. For a SIGBUS handler: the file was cut short.
 const char *engine_file_at(const void *address);
@@ -147,7 +150,8 @@ struct engine_stats {
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
     double host_seconds, step_seconds;  // of all steps: time outside the backend and the model; whole time
-    bool busy, failed;                  // has work; the device failed
+    bool busy;                          // has work
+    const char *failure;                // why the device failed, borrowed; NULL: it did not
 };
 void engine_stats_get(const struct engine *engine, struct engine_stats *out);
 

@@ -128,6 +128,7 @@ static void fail(struct engine *engine, struct error *why)
 {
     why->code = ERR_DEVICE;
     inbox_close(engine->inbox, why); // before the last taking: nobody can slip in after
+    engine->failure = *why;
     atomic_store(&engine->stats.failed, true);
     end_all(engine, FINISH_ERROR, why);
 }
@@ -222,6 +223,6 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .step_seconds = SHARED(step_seconds),
         .last_step = busy ? SHARED(last_step) : now_seconds(),
         .busy = busy,
-        .failed = SHARED(failed),
+        .failure = atomic_load(&engine->stats.failed) ? engine->failure.message : NULL,
     };
 }

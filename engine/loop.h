@@ -18,7 +18,7 @@ struct shared_stats {
     _Atomic int32_t n_running, n_free_blocks;
     _Atomic uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
     _Atomic double host_seconds, step_seconds, last_step;
-    atomic_bool busy, failed;
+    atomic_bool busy, failed; // failed: `failure` is written
 };
 
 struct engine {
@@ -34,6 +34,7 @@ struct engine {
     bool started;
     atomic_bool stopping;
     struct shared_stats stats;
+    struct error failure;
 
     // The engine thread's.
     struct scheduler scheduler;

@@ -342,8 +342,9 @@ struct kernels {
 
 const struct kernels *kernels_cpu(void);
 
-// The backend by name: "cpu", "cuda", or "auto" for the best this machine has. Unknown or absent: ERR_UNSUPPORTED, by
-// name. The CUDA backend is libgptd_cuda.so beside the program, loaded when it is wanted.
+// The backend by name: "cpu", "cuda", or "auto" for the best this machine has. An unknown name: ERR_UNSUPPORTED; a backend
+// that this machine cannot run: ERR_DEVICE, and why. On success e is cleared, or it tells, with code 0, why "auto" did not
+// take the GPU that is there. The CUDA backend is libgptd_cuda.so beside the program, loaded when it is wanted.
 int kernels_open(const struct kernels **out, const char *backend, struct error *e);
 
 #ifdef __cplusplus

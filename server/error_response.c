@@ -29,9 +29,9 @@ int http_error_from(struct http_error *e, const struct error *cause, const char 
     case ERR_UNSUPPORTED: status = 400; break;
     case ERR_BUSY: status = 429; break;
     case ERR_NOMEM:
+    case ERR_DEVICE:
     case ERR_SHUTDOWN: status = 503; break;
-    case ERR_IO:
-    case ERR_DEVICE: break;
+    case ERR_IO: break;
     }
     return http_error_set(e, status, NULL, param, "%s", cause->message);
 }

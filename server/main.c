@@ -125,28 +125,43 @@ static void log_ready(const struct options *o, const struct server *server, doub
                 o->server.served_model_names[0], ipv6 ? "[" : "", o->server.host, ipv6 ? "]" : "", server_port(server));
 }
 
-// Waits for a signal, then for the drain it starts. True unless the device failed.
-static bool run_until_stopped(const struct options *o, struct engine *engine, struct server *server)
+// True when the device failed, or, `draining`, when it hangs: a step that never ends is not waited for.
+static bool device_lost(const struct options *o, const struct engine *engine, bool draining)
 {
     struct engine_stats stats;
+    engine_stats_get(engine, &stats);
+    if (stats.failure) {
+        log_message(LOG_LEVEL_ERROR, "the device failed: %s", stats.failure);
+        return true;
+    }
+    if (!draining || !stats.busy || now() - stats.last_step <= o->server.stall_timeout) return false;
+    log_message(LOG_LEVEL_ERROR, "the engine has made no step for %.0f s", now() - stats.last_step);
+    return true;
+}
+
+// Waits for a signal, then for the drain it starts, and for either only while the device works.
+static enum exit_status run_until_stopped(const struct options *o, struct engine *engine, struct server *server)
+{
     struct timespec wake;
     do {
-        engine_stats_get(engine, &stats);
-        if (stats.failed) return false;
+        if (device_lost(o, engine, false)) return EXIT_DEVICE;
         clock_gettime(CLOCK_MONOTONIC, &wake);
         wake.tv_sec += 1;
     } while (sem_clockwait(&stop_requested, CLOCK_MONOTONIC, &wake));
 
     log_message(LOG_LEVEL_INFO, "draining: what runs is finished; a second signal ends at once");
     double deadline = o->drain_timeout > 0 ? now() + o->server.drain_delay + o->drain_timeout : 0;
-    for (server_drain(server); !server_drained(server) && !stats.failed; engine_stats_get(engine, &stats)) {
+    server_drain(server);
+    while (true) {
+        bool drained = server_drained(server); // asked first: what fails with the device is drained, too
+        if (device_lost(o, engine, true)) return EXIT_DEVICE;
+        if (drained) return EXIT_DONE;
         if (deadline > 0 && now() >= deadline) {
             log_message(LOG_LEVEL_WARNING, "--drain-timeout is over: cancelling what still runs");
-            break;
+            return EXIT_DONE;
         }
         usleep(10000);
     }
-    return !stats.failed;
 }
 
 static enum exit_status serve(const struct options *o, struct engine *engine, const struct tokenizer *tokenizer,
@@ -162,9 +177,10 @@ static enum exit_status serve(const struct options *o, struct engine *engine, co
     atomic_store(&serving, true);
     if (server_open(server, &e)) goto fail;
     log_ready(o, server, started);
-    status = run_until_stopped(o, engine, server) ? EXIT_DONE : EXIT_DEVICE;
-    if (status == EXIT_DEVICE) log_message(LOG_LEVEL_ERROR, "the device failed: ending");
+    status = run_until_stopped(o, engine, server);
     server_stop(server);
+    // A lost device's driver may hold for ever whoever gives something back to it.
+    if (status == EXIT_DEVICE) _exit(EXIT_DEVICE);
     server_destroy(server);
     log_message(LOG_LEVEL_INFO, "ended");
     return status;
@@ -172,7 +188,7 @@ fail:
     log_message(LOG_LEVEL_ERROR, "%s", e.message);
     if (server) server_stop(server);
     server_destroy(server);
-    return status;
+    return e.code == ERR_DEVICE ? EXIT_DEVICE : status;
 }
 
 // Plans, and serves what was planned.
@@ -184,10 +200,13 @@ static enum exit_status run(struct options *o, double started)
     enum exit_status status = EXIT_MODEL;
     if (engine_create(&engine, &o->engine, &e)) {
         const char *dir = o->engine.model_dir;
-        if (strncmp(e.message, dir, strlen(dir)) != 0) error_prefix(&e, "%s", dir); // a file's error has its path
+        if (e.code == ERR_DEVICE)
+            status = EXIT_DEVICE; // whatever the model
+        else if (strncmp(e.message, dir, strlen(dir)) != 0) error_prefix(&e, "%s", dir); // a file's error has its path
         goto fail;
     }
     const struct engine_plan *plan = engine_plan_get(engine);
+    if (plan->note[0]) log_message(LOG_LEVEL_WARNING, "%s", plan->note);
     if (o->dry_run) {
         plan_print(plan, log_is_json, stdout);
         engine_destroy(engine);

@@ -600,7 +600,7 @@ void options_help(FILE *out)
     fputs("\nDefaults stand in brackets. --max-model-len 4096 may also be given as GPTD_MAX_MODEL_LEN=4096 or, in the\n"
           "file of --config, as {\"max-model-len\": 4096}. Flags win over variables over the file over defaults.\n"
           "\nSIGTERM and SIGINT drain: what runs is finished, then gptd ends; a second one ends it at once.\n"
-          "Exit status: 0 done, 1 options, 2 model (or no room for it), 3 device, 4 address, 5 a weights file was cut "
-          "short.\n",
+          "Exit status: 0 done, 1 options, 2 model (or no room for it), 3 device (none that can be used, or it failed),\n"
+          "4 address, 5 a weights file was cut short.\n",
           out);
 }

@@ -228,8 +228,8 @@ static enum exchange_next health_handle(struct exchange *x)
     struct http_error e;
     engine_stats_get(x->server->engine, &stats);
     bool stalled = stats.busy && watchdog_now() - stats.last_step > x->server->options.stall_timeout;
-    if (stats.failed || stalled) {
-        http_error_set(&e, 503, NULL, NULL, stats.failed ? "the device failed" : "the engine makes no progress");
+    if (stats.failure || stalled) {
+        http_error_set(&e, 503, NULL, NULL, stats.failure ? "the device failed" : "the engine makes no progress");
         return exchange_reply_error(x, &e);
     }
     struct text_buffer out = {0};

@@ -118,7 +118,7 @@ START_TEST(test_constraints_that_leave_nothing)
     ck_assert_int_eq(choice_finish(r, 0, NULL), FINISH_BARRED);
     struct engine_stats stats;
     wait_until_idle(engine, &stats);
-    ck_assert(!stats.failed);
+    ck_assert_ptr_null(stats.failure);
     ck_assert_int_eq(stats.n_free_blocks, stats.n_blocks);
     request_release(r);
     engine_destroy(engine);

@@ -98,13 +98,13 @@ def join_events(events):
 class Server:
     """A gptd process on a free port."""
 
-    def __init__(self, *flags, model=None, env=None, wait=True):
+    def __init__(self, *flags, model=None, env=None, wait=True, program=None):
         self.model = model or MODEL
         self.name = os.path.basename(os.path.normpath(self.model))
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [SERVER, "--model", self.model, "--backend", BACKEND, "--host", "127.0.0.1", "--port", "0",
-             "--drain-delay", "0", "--log-format", "json", *flags],
+            [program or SERVER, "--model", self.model, *([] if program else ["--backend", BACKEND]),
+             "--host", "127.0.0.1", "--port", "0", "--drain-delay", "0", "--log-format", "json", *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**NOT_VARIABLES, **(env or {})})
         self.log, self.port, self.ready_after = [], None, None
