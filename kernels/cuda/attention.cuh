@@ -223,6 +223,7 @@ static cudaError_t launch_kernel(void (*kernel)(Args), unsigned n_blocks, int n_
     cudaError_t status = cudaFuncGetAttributes(&code, (const void *)kernel);
     if (status != cudaSuccess) return status;
     status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    if (status == cudaSuccess) status = prefer_shared_memory((const void *)kernel);
     if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -25,6 +25,13 @@ __device__ __forceinline__ void next_kernel_allow()
 #endif
 }
 
+// A multiprocessor divides its L1 anew between kernels that want it otherwise, and must run dry first: all kernels of a
+// decode step want the most shared memory there is.
+static inline cudaError_t prefer_shared_memory(const void *kernel)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 // Only code made for sm_90 waits; what later devices run was made for sm_80.
 template <typename... Params, typename... Args>
 static cudaError_t launch_early(const struct device *d, void (*kernel)(Params...), dim3 grid, unsigned n_threads,

@@ -334,6 +334,7 @@ cudaError_t launch_rows(const struct device *d, const few_args &a)
     const int smem = few_shape<X_ROWS>::SMEM;
     int32_t rows = ENDING == GATED ? (a.N / 2 + TILE_ROWS / 2 - 1) / (TILE_ROWS / 2) : (a.N + TILE_ROWS - 1) / TILE_ROWS;
     cudaError_t status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (status == cudaSuccess) status = prefer_shared_memory((const void *)kernel);
     if (status != cudaSuccess) return status;
     return launch_early(d, kernel, dim3((unsigned)(rows < d->n_sms ? rows : d->n_sms)), THREADS, smem, a);
 }

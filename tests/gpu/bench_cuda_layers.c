@@ -1,6 +1,6 @@
-/* bench_cuda_layers.c: the products of Llama-3-8B's layers on the GPU, with what is fused around them, as a decode step has
- * them: 32 layers of their own weights in one graph. Microseconds and bytes of weights per second, for each kind of product
- * alone and for all in turn. Random weights and activations.
+/* bench_cuda_layers.c: the products of Llama-3-8B's layers on the GPU with what is fused around them, and its attention, as a
+ * decode step has them: 32 layers of their own weights in one graph. Microseconds and bytes of weights (or keys and values)
+ * per second, for each kind alone and for all in turn. Random weights and activations.
  *
  *   bench_cuda_layers [T ...]
  */
@@ -12,7 +12,7 @@
 #include "kernels/kernels.h"
 
 enum { LAYERS = 32, HIDDEN = 4096, INNER = 14336, HEADS = 32, KV = 8, DIM = 128, QKV = (HEADS + 2 * KV) * DIM, BLOCK = 64,
-       VOCAB = 128256, MAX_T = 256, REPEATS = 20 };
+       VOCAB = 128256, MAX_T = 256, CONTEXT = 512, WIDTH = CONTEXT / BLOCK, REPEATS = 20 };
 
 static const struct kernels *gpu;
 static struct device *d;
@@ -22,7 +22,7 @@ static struct { struct weight qkv, out, in, down; struct tensor norm; } layer[LA
 static struct weight head;
 static struct tensor x, normed, qkv, attn, inner, act, cos_sin, logits;
 static struct kv_layer cache;
-static int32_t slots[MAX_T];
+static int32_t slots[MAX_T], starts[MAX_T + 1], lens[MAX_T], blocks[MAX_T * WIDTH];
 
 static void check(int rc)
 {
@@ -53,7 +53,7 @@ static struct tensor rows_of(struct tensor t, size_t T)
     return t;
 }
 
-// The products of a layer in `kinds`: q qkv, o attention's out, u gate and up, d down; h: the head, once.
+// What of a layer is in `kinds`: q qkv, a attention, o its out, u gate and up, d down; h: the head, once.
 static void enqueue(const char *kinds, size_t T)
 {
     for (int i = 0; i < LAYERS; i++) {
@@ -65,6 +65,10 @@ static void enqueue(const char *kinds, size_t T)
         struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), cache, slots, HEADS, KV, DIM, DIM};
         struct activation_params a = {rows_of(act, T), u.out, ACT_SILU, true};
         if (strchr(kinds, 'q')) check(gpu->norm_linear_rope(d, &n, &q, &r, &e));
+        struct attention_params s = {.out = rows_of(attn, T), .qkv = q.out, .cache = cache, .cu_seqlens_q = starts,
+            .context_lens = lens, .block_table = blocks, .n_seqs = (int32_t)T, .max_blocks = WIDTH, .block_size = BLOCK,
+            .n_heads = HEADS, .n_kv_heads = KV, .head_dim = DIM, .scale = 0.088f};
+        if (strchr(kinds, 'a')) check(gpu->attention(d, &s, &e));
         if (strchr(kinds, 'o')) check(gpu->linear(d, &o, &e));
         if (strchr(kinds, 'u')) check(gpu->norm_linear_activation(d, &n, &u, &a, &e));
         if (strchr(kinds, 'd')) check(gpu->linear(d, &w, &e));
@@ -83,11 +87,14 @@ static double now(void)
 // Seconds of one pass, the median of several.
 static double seconds(const char *kinds, int32_t T)
 {
-    const struct stage_array staged = {slots, (size_t)T * sizeof *slots, sizeof slots};
+    const size_t size = sizeof(int32_t), n = (size_t)T;
+    const struct stage_array staged[] = {{slots, n * size, sizeof slots}, {starts, (n + 1) * size, sizeof starts},
+                                         {lens, n * size, sizeof lens}};
+    const struct stage_table table = {blocks, starts, lens, T, WIDTH, BLOCK, 0};
     double times[REPEATS];
     for (int i = -2; i < REPEATS; i++) {
         bool replayed;
-        check(gpu->stage(d, &staged, 1, NULL, &e));
+        check(gpu->stage(d, staged, 3, &table, &e));
         check(gpu->wait(d, gpu->record(d), &e));
         double begin = now();
         check(gpu->graph_begin(d, kinds, T, &replayed, &e));
@@ -119,11 +126,13 @@ static void make_arrays(void)
     qkv = matrix(DTYPE_BF16, MAX_T, QKV), attn = matrix(DTYPE_BF16, MAX_T, HIDDEN);
     inner = matrix(DTYPE_BF16, MAX_T, 2 * INNER), act = matrix(DTYPE_BF16, MAX_T, INNER);
     cos_sin = matrix(DTYPE_F32, MAX_T, DIM), logits = matrix(DTYPE_F32, MAX_T, VOCAB);
-    cache.k = matrix(DTYPE_BF16, MAX_T * KV, BLOCK * DIM), cache.v = matrix(DTYPE_BF16, MAX_T * KV, BLOCK * DIM);
+    const size_t n_blocks = MAX_T * WIDTH;
+    cache.k = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * DIM), cache.v = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * DIM);
     cache.k.n_dims = cache.v.n_dims = 4;
-    const size_t shape[4] = {MAX_T, KV, BLOCK, DIM};
+    const size_t shape[4] = {n_blocks, KV, BLOCK, DIM};
     memcpy(cache.k.shape, shape, sizeof shape), memcpy(cache.v.shape, shape, sizeof shape);
-    for (int i = 0; i < MAX_T; i++) slots[i] = i * BLOCK;
+    for (int i = 0; i < MAX_T; i++) slots[i] = ((i + 1) * WIDTH - 1) * BLOCK, lens[i] = CONTEXT, starts[i + 1] = i + 1;
+    for (int i = 0; i < MAX_T * WIDTH; i++) blocks[i] = i;
 }
 
 int main(int argc, char **argv)
@@ -137,14 +146,16 @@ int main(int argc, char **argv)
         {"q", "norm, qkv, rope", (double)QKV * HIDDEN * LAYERS}, {"o", "out", (double)HIDDEN * HIDDEN * LAYERS},
         {"u", "norm, gate+up, act", 2.0 * INNER * HIDDEN * LAYERS}, {"d", "down", (double)HIDDEN * INNER * LAYERS},
         {"h", "head", (double)VOCAB * HIDDEN},
-        {"qoudh", "all", (double)LAYERS * HIDDEN * (QKV + HIDDEN + 3.0 * INNER) + (double)VOCAB * HIDDEN},
+        {"a", "attention, 512", 2.0 * LAYERS * KV * DIM * CONTEXT},
+        {"qaoudh", "all", (double)LAYERS * HIDDEN * (QKV + HIDDEN + 3.0 * INNER) + (double)VOCAB * HIDDEN},
     };
     for (int i = 1; i < argc || i == 1; i++) {
         int32_t T = i < argc ? atoi(argv[i]) : 1;
         printf("T %3d:", T);
         for (size_t j = 0; j < sizeof cases / sizeof *cases; j++) {
             double t = seconds(cases[j].kinds, T);
-            printf("  %s %.0f us (%.0f GB/s)", cases[j].name, 1e6 * t, 2e-9 * cases[j].rows_times_cols / t);
+            double bytes = 2 * cases[j].rows_times_cols * (*cases[j].kinds == 'a' ? T : 1);
+            printf("  %s %.0f us (%.0f GB/s)", cases[j].name, 1e6 * t, 1e-9 * bytes / t);
         }
         printf("\n");
     }

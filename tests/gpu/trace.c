@@ -2,7 +2,7 @@
  * the GPU did into the file that GPTD_TRACE names, a line each: "kind start end name", times in ns, kind g (a whole
  * graph), k (a kernel outside of one), c (a copy) or s (a memset). scripts/gpu/trace.py reads it.
  *
- * Kernels inside a graph are not traced one by one: that would slow them down.
+ * Kernels inside a graph are traced one by one only if GPTD_TRACE_NODES is set: that slows them down.
  */
 #include <cupti.h>
 #include <inttypes.h>
@@ -80,7 +80,7 @@ int InitializeInjection(void)
         return 0;
     }
     if (!ok(cuptiActivityRegisterCallbacks(buffer_get, buffer_done), "callbacks")) return 0;
-    for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++)
+    for (size_t i = getenv("GPTD_TRACE_NODES") ? 1 : 0; i < sizeof(kinds) / sizeof(kinds[0]); i++)
         if (!ok(cuptiActivityEnable(kinds[i]), "enabling a kind of record")) return 0;
     ok(cuptiActivityFlushPeriod(FLUSH_MS), "flush period");
     atexit(flush);
