@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-build/gpu}")
-parts=${PARTS:-ops sample deterministic model attention demo e2e sanitizer ptx}
+parts=${PARTS:-load ops sample deterministic model attention demo e2e sanitizer ptx}
 # For our programs alone: Python has libraries of its own. cuBLASLt: the system's, the toolkit's, or PyTorch's.
 blas=$(python3 -c 'import glob, nvidia, os
 for path in nvidia.__path__:
@@ -69,6 +69,7 @@ ptx() {
     return $rc
 }
 failed=0
+step load ours "$bundle/test_cuda_load"
 step ops ours "$bundle/test_cuda_ops"
 step sample ours "$bundle/test_cuda_sample"
 step deterministic ours "$bundle/test_cuda_deterministic"
