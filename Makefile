@@ -188,8 +188,8 @@ check-asan:
 	@build/venv/bin/python tests/e2e/run.py --server build/asan/gptd --quick
 
 # Thread sanitizer over what has threads.
-THREADED_TESTS = $(addprefix $(BUILD)/tests/test_, \
-    thread_pool load engine engine_life engine_requests notifier workers log tokenizer)
+THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,\
+  thread_pool load engine engine_life engine_requests notifier workers log tokenizer)
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded

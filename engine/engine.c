@@ -126,8 +126,10 @@ int engine_create(struct engine **out, const struct engine_options *options, str
     if (engine == NULL)
         return error_set(e, ERR_NOMEM, "no memory for the engine");
     engine->event_fd = -1;
+    double begin = now_seconds();
     if (open_model(engine, options, e) != 0 || fill_config(engine, options, e) != 0)
         goto fail;
+    atomic_store(&engine->stats.device_seconds, now_seconds() - begin);
     fill_plan(engine, options);
     engine->depth = engine->kernels->asynchronous ? MAX_DEPTH : 1;
     if (memory_plan_fill(&engine->plan, &engine->config, engine->info, options, engine->depth, e) != 0)
@@ -282,9 +284,11 @@ static int warm_up(struct engine *engine, struct error *e)
 
 int engine_start(struct engine *engine, struct error *e)
 {
+    double begin = now_seconds();
     int rc = model_load(engine->model, engine->kernels, engine->device, e);
     if (rc != 0)
         return rc;
+    atomic_store(&engine->stats.weights_seconds, now_seconds() - begin);
     if (allocate_tables(engine, e) != 0 || allocate_steps(engine, e) != 0 || allocate_kv(engine, e) != 0)
         return e->code;
     if (warm_up(engine, e) != 0)

@@ -150,6 +150,7 @@ struct engine_stats {
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
     double host_seconds, step_seconds;  // of all steps: time outside the backend and the model; whole time
+    double device_seconds, weights_seconds; // of the start: backend, plan and device; loading the weights
     bool busy;                          // has work
     const char *failure;                // why the device failed, borrowed; NULL: it did not
 };

@@ -40,7 +40,7 @@ static uint64_t mix(uint64_t x)
     return x ^ x >> 31;
 }
 
-static double now_seconds(void)
+double now_seconds(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

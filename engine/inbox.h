@@ -40,6 +40,8 @@ void inbox_close(struct inbox *inbox, const struct error *why); // the first clo
 void inbox_signal(struct inbox *inbox);                         // some request was cancelled or stopped
 void inbox_wake(struct inbox *inbox);
 
+double now_seconds(void);                                       // CLOCK_MONOTONIC
+
 // The engine thread's.
 struct request *inbox_take(struct inbox *inbox);                // all that were submitted, in order, linked by next
 void inbox_sleep(struct inbox *inbox, double until);            // CLOCK_MONOTONIC seconds; 0: until woken

@@ -1,14 +1,6 @@
 #include "engine/loop.h"
 
-#include <time.h>
 #include <unistd.h>
-
-static double now_seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
@@ -221,6 +213,8 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .generation_tokens = SHARED(generation_tokens),
         .host_seconds = SHARED(host_seconds),
         .step_seconds = SHARED(step_seconds),
+        .device_seconds = SHARED(device_seconds),
+        .weights_seconds = SHARED(weights_seconds),
         .last_step = busy ? SHARED(last_step) : now_seconds(),
         .busy = busy,
         .failure = atomic_load(&engine->stats.failed) ? engine->failure.message : NULL,

@@ -118,10 +118,13 @@ static void log_plan(const struct engine_plan *p, const struct options *o)
                 plan_bytes(plan_total(p), total));
 }
 
-static void log_ready(const struct options *o, const struct server *server, double started)
+static void log_ready(const struct options *o, struct engine *engine, const struct server *server, double started)
 {
+    struct engine_stats stats;
+    engine_stats_get(engine, &stats);
     bool ipv6 = strchr(o->server.host, ':');
-    log_message(LOG_LEVEL_INFO, "ready after %.0f ms: model \"%s\" at http://%s%s%s:%u", 1e3 * (now() - started),
+    log_message(LOG_LEVEL_INFO, "ready after %.0f ms (device %.0f, weights %.0f): model \"%s\" at http://%s%s%s:%u",
+                1e3 * (now() - started), 1e3 * stats.device_seconds, 1e3 * stats.weights_seconds,
                 o->server.served_model_names[0], ipv6 ? "[" : "", o->server.host, ipv6 ? "]" : "", server_port(server));
 }
 
@@ -176,7 +179,7 @@ static enum exit_status serve(const struct options *o, struct engine *engine, co
     if (engine_start(engine, &e)) goto fail;
     atomic_store(&serving, true);
     if (server_open(server, &e)) goto fail;
-    log_ready(o, server, started);
+    log_ready(o, engine, server, started);
     status = run_until_stopped(o, engine, server);
     server_stop(server);
     // A lost device's driver may hold for ever whoever gives something back to it.

@@ -360,6 +360,7 @@ START_TEST(test_parked_is_not_stuck)
     ck_assert(!request_done(r));
     ck_assert_int_eq(after.n_running, 0);
     ck_assert(after.last_step > before.last_step);
+    ck_assert(after.device_seconds > 0 && after.weights_seconds > 0);
     request_release(r);
     engine_destroy(engine);
 }
