@@ -31,7 +31,7 @@ for file in "$out"/gptd "$out"/*.so "$out"/lib/*; do
     [ -f "$file" ] || continue
     asked=$(objdump -T "$file" | grep -o 'GLIBC_[0-9.]*' | cut -c7- | sort -Vu | tail -n 1)
     [ "$(printf '%s\n' "$newest" "$asked" | sort -V | tail -n 1)" = "$newest" ] ||
-        { echo "dist: $(basename "$file") asks for glibc $asked; $newest is the newest that may be: build on Debian 12" >&2; exit 1; }
+        { echo "dist: $file asks for glibc $asked; $newest is the newest that may be: build on Debian 12" >&2; exit 1; }
 done
 tar -C "$(dirname "$out")" --sort=name --owner=0 --group=0 --numeric-owner -czf "$tarball" "$name"
 echo "dist: $tarball, $(du -k "$tarball" | cut -f1) KiB; unpacked $(du -sm "$out" | cut -f1) MiB, for glibc $newest or later"

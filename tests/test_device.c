@@ -1,4 +1,4 @@
-/* The CPU device: what it accepts, its memory, and which backend a name opens. */
+/* The CPU device: what it accepts, and its memory. */
 #include <check.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,19 +17,6 @@ static struct device *create(void)
     ck_assert_msg(k->device_create(&d, &good, &e) == 0, "%s", e.message);
     return d;
 }
-
-START_TEST(backends_open_by_name)
-{
-    const struct kernels *opened;
-    ck_assert_int_eq(kernels_open(&opened, "cpu", &e), 0);
-    ck_assert_ptr_eq(opened, k);
-    ck_assert_int_eq(kernels_open(&opened, "auto", &e), 0);
-    ck_assert_ptr_nonnull(opened);
-    ck_assert_int_eq(kernels_open(&opened, "abacus", &e), ERR_UNSUPPORTED);
-    ck_assert_ptr_null(opened);
-    ck_assert_ptr_nonnull(strstr(e.message, "abacus"));
-}
-END_TEST
 
 START_TEST(dtypes_have_sizes_and_names)
 {
@@ -123,7 +110,6 @@ int main(void)
     Suite *suite = suite_create("device");
     TCase *tcase = tcase_create("device");
     tcase_set_timeout(tcase, 60);
-    tcase_add_test(tcase, backends_open_by_name);
     tcase_add_test(tcase, dtypes_have_sizes_and_names);
     tcase_add_test(tcase, options_are_checked);
     tcase_add_test(tcase, every_isa_of_the_machine_can_be_forced);

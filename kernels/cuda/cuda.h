@@ -56,7 +56,7 @@ void cuda_linear_destroy(struct device *d);
 int cuda_sample_create(struct device *d, struct error *e);
 void cuda_sample_destroy(struct device *d);
 
-// 0, or ERR_DEVICE with the op's name and CUDA's words.
+// 0, or ERR_DEVICE (out of memory: ERR_NOMEM) with the op's name, CUDA's words, and what they leave open.
 int cuda_check(cudaError_t status, const char *op, struct error *e);
 // The same for what the launch before it left behind.
 int launch_check(const char *op, struct error *e);

@@ -12,10 +12,52 @@ enum {
 
 // ---- errors ---------------------------------------------------------------------------------------------------------
 
+static void describe_driver(char *text, size_t size)
+{
+    int has = 0, wants = 0;
+    cudaDriverGetVersion(&has);
+    cudaRuntimeGetVersion(&wants);
+    if (!has) snprintf(text, size, ": no NVIDIA driver is loaded");
+    else
+        snprintf(text, size, ": the driver supports CUDA %d.%d, this library was built with %d.%d: update the driver",
+                 has / 1000, has % 1000 / 10, wants / 1000, wants % 1000 / 10);
+}
+
+static void describe_memory(char *text, size_t size)
+{
+    size_t free_bytes = 0, total = 0;
+    *text = '\0';
+    if (cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) return;
+    snprintf(text, size, ": %.3f of %.3f GiB are free", (double)free_bytes / (1 << 30), (double)total / (1 << 30));
+}
+
+// What CUDA's words leave open: who must do what.
+static void describe(cudaError_t status, char *text, size_t size)
+{
+    *text = '\0';
+    switch (status) {
+    case cudaErrorMemoryAllocation: describe_memory(text, size); break;
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorSystemDriverMismatch: describe_driver(text, size); break;
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction: snprintf(text, size, ": this library has no code for this GPU"); break;
+    case cudaErrorECCUncorrectable:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+    case cudaErrorUnknown: snprintf(text, size, ": the kernel's log may have more (dmesg, NVRM: Xid)"); break;
+    default: break;
+    }
+}
+
 int cuda_check(cudaError_t status, const char *op, struct error *e)
 {
     if (status == cudaSuccess) return 0;
-    return error_set(e, ERR_DEVICE, "%s: %s (%s)", op, cudaGetErrorString(status), cudaGetErrorName(status));
+    char more[160];
+    describe(status, more, sizeof more);
+    return error_set(e, status == cudaErrorMemoryAllocation ? ERR_NOMEM : ERR_DEVICE, "%s: %s (%s)%s", op,
+                     cudaGetErrorString(status), cudaGetErrorName(status), more);
 }
 
 int launch_check(const char *op, struct error *e)
@@ -116,47 +158,48 @@ static int check_options(const struct device_options *o, struct error *e)
     return 0;
 }
 
-// 0 if there is a GPU that this library has code for, else what is in the way.
-static int probe(int ordinal, struct cudaDeviceProp *prop, struct error *e)
+// Stands for all of the library's kernels: they are made for the same devices.
+__global__ void any_kernel() {}
+
+// 0 if there is a GPU that this library has code for, and what code; else what is in the way.
+static int probe(int ordinal, struct cudaDeviceProp *prop, struct cudaFuncAttributes *code, struct error *e)
 {
     int n = 0;
     cudaError_t status = cudaGetDeviceCount(&n);
-    if (status != cudaSuccess || n <= ordinal) {
-        cudaGetLastError();
-        return error_set(e, ERR_UNSUPPORTED, "no usable GPU: %s",
-                         status == cudaSuccess ? "the driver shows none" : cudaGetErrorString(status));
-    }
-    if (cuda_check(cudaGetDeviceProperties(prop, ordinal), "the GPU's properties", e)) return ERR_DEVICE;
-    if (prop->major * 10 + prop->minor >= OLDEST_SM) return 0;
-    return error_set(e, ERR_UNSUPPORTED, "%.64s has compute capability %d.%d; 8.0 is the oldest that is supported",
-                     prop->name, prop->major, prop->minor);
+    cudaGetLastError(); // it would be taken for a later launch's
+    int rc = cuda_check(status, "no usable GPU", e);
+    if (rc) return rc;
+    if (n <= ordinal) return error_set(e, ERR_DEVICE, "no usable GPU: the driver shows %d", n);
+    rc = cuda_check(cudaGetDeviceProperties(prop, ordinal), "the GPU's properties", e);
+    if (rc) return rc;
+    if (prop->major * 10 + prop->minor < OLDEST_SM)
+        return error_set(e, ERR_DEVICE, "%.64s has compute capability %d.%d; 8.0 is the oldest that is supported",
+                         prop->name, prop->major, prop->minor);
+    rc = cuda_check(cudaSetDevice(ordinal), "choosing the GPU", e);
+    if (rc) return rc;
+    status = cudaFuncGetAttributes(code, any_kernel);
+    cudaGetLastError();
+    return cuda_check(status, prop->name, e);
 }
 
 extern "C" __attribute__((visibility("default"))) int gptd_cuda_probe(struct error *e)
 {
     struct cudaDeviceProp prop;
-    return probe(0, &prop, e);
-}
-
-// Stands for all of the library's kernels: they are made for the same devices.
-__global__ void any_kernel()
-{
+    struct cudaFuncAttributes code;
+    return probe(0, &prop, &code, e);
 }
 
 static int open_gpu(struct device *d, struct error *e)
 {
-    cudaFuncAttributes code;
     struct cudaDeviceProp prop;
-    int rc = probe(d->ordinal, &prop, e);
+    struct cudaFuncAttributes code;
+    int rc = probe(d->ordinal, &prop, &code, e);
     if (rc) return rc;
     d->sm = prop.major * 10 + prop.minor;
     d->n_sms = prop.multiProcessorCount;
     d->l2_bytes = (size_t)prop.l2CacheSize;
     snprintf(d->description, sizeof d->description, "%.64s, sm_%d, %d multiprocessors, %.1f GiB", prop.name, d->sm,
              d->n_sms, (double)prop.totalGlobalMem / (1 << 30));
-    if (cuda_check(cudaSetDevice(d->ordinal), "choosing the GPU", e) ||
-        cuda_check(cudaFuncGetAttributes(&code, any_kernel), "the GPU's code", e))
-        return ERR_DEVICE;
     d->kernels_wait = code.ptxVersion >= 90;
     return 0;
 }
@@ -183,7 +226,9 @@ static int allocate(struct device *d, struct error *e)
                                cuda_linear_scratch_bytes(d));
     d->scratch = cuda_alloc(d, d->scratch_bytes);
     if (d->scratch) return 0;
-    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of scratch", d->scratch_bytes);
+    char more[160];
+    describe_memory(more, sizeof more);
+    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of scratch%s", d->scratch_bytes, more);
 }
 
 static void cuda_device_destroy(struct device *d)

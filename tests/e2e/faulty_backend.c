@@ -5,8 +5,8 @@
  *   create   out of memory for the device's own       hang                   wait does not return
  *   alloc    out of memory for LARGE and more         copy                   copy_in fails
  */
-#include <stdlib.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 

@@ -35,10 +35,11 @@ def faulty(fault="", library="tests/faulty/libgptd_cuda.so"):
         yield program, fail
 
 
-def ended(program, *flags):
+def ended(program, *flags, env=None):
     """Of a start that must fail: exit status, log."""
     done = subprocess.run([program, "--model", harness.MODEL, "--port", "0", *flags], stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True, timeout=60, env=harness.NOT_VARIABLES)
+                          stderr=subprocess.PIPE, text=True, timeout=60,
+                          env={**harness.NOT_VARIABLES, **(env or {})})
     return done.returncode, done.stderr
 
 
@@ -69,6 +70,23 @@ class DeviceStart(unittest.TestCase):
     def test_no_usable_gpu(self):
         log = self.refused(3, ["Faulty 7000 has compute capability 7.0"], fault="probe")
         self.assertNotIn(harness.MODEL, log)  # it has no part in it
+
+    @unittest.skipIf(harness.QUICK, "a sanitizer's library must come before others")
+    def test_auto_says_why_it_is_the_cpu(self):
+        # As on a machine with the driver: its device file seems to be there.
+        source = ('#define _GNU_SOURCE\n#include <fcntl.h>\n#include <string.h>\n#include <unistd.h>\n'
+                  'int access(const char *path, int mode)\n'
+                  '{ return strcmp(path, "/dev/nvidiactl") ? faccessat(AT_FDCWD, path, mode, 0) : 0; }\n')
+        with faulty("probe") as (program, _):
+            preload = os.path.join(os.path.dirname(program), "driver.so")
+            subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", preload], input=source, text=True, check=True)
+            env = {"LD_PRELOAD": preload}
+            status, log = ended(program, "--dry-run", env=env)
+            self.assertEqual(status, 0, log)
+            self.assertIn("on the CPU, for the GPU cannot be used: Faulty 7000", log)
+            status, log = ended(program, "--dry-run", "--dtype", "bfloat16", env=env)
+            self.assertEqual(status, 2, log)
+            self.assertIn("Faulty 7000 has compute capability 7.0, as told: dtype: the CPU computes", log)
 
     def test_out_of_memory(self):
         self.refused(2, ["device: no memory for its scratch"], fault="create")
