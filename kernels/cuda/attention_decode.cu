@@ -525,7 +525,6 @@ __global__ void __launch_bounds__(THREADS, decode_shape<D>::BLOCKS)
     extern __shared__ __align__(1024) unsigned char smem[];
     decode_shared *shared = (decode_shared *)(smem + shape::RING_BYTES + shape::Q_BYTES);
     uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * 2 * shape::HALF_BYTES;
-    next_kernel_allow();
     previous_kernel_wait();
 
     cursor item = find_share(a), ahead = item; // `ahead` is STAGES steps before `item`
@@ -569,6 +568,8 @@ __global__ void __launch_bounds__(THREADS, decode_shape<D>::BLOCKS)
         advance(a, item);
         stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
     }
+    // Not before: blocks without work end at once, and the few blocks of the next kernel would crowd where they were.
+    next_kernel_allow();
 }
 
 // ---- scratch, launcher ----------------------------------------------------------------------------------------------

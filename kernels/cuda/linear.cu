@@ -2,8 +2,8 @@
  *
  * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept,
  * never timed). Deterministic: cuBLASLt for any number of rows, with one algorithm for all of them, so that a row's bits are
- * the same alone and in any batch. That algorithm must add up an element in one loop over K: no split-K, and no workspace,
- * in which partial sums of a shared loop would have to lie.
+ * the same alone and in any batch. That algorithm must add up an element in one loop over K: no split-K, and no workspace
+ * that could hold the partial sums of a shared loop (counters of tiles that have been handed out are there).
  * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
@@ -16,6 +16,7 @@
 enum {
     MAX_ALGOS = 1024,
     WORKSPACE_BYTES = 32 << 20,
+    COUNTER_BYTES = 256,   // deterministic: all that an algorithm may have of workspace
     FIXED_ROWS = 64,       // deterministic: the number of rows that the algorithm is chosen for
     MAX_CANDIDATES = 32,   // of which the first that does is taken
 };
@@ -42,7 +43,7 @@ struct algo {
 
 struct cublas {
     cublasLtHandle_t handle;
-    void *workspace;              // NULL when deterministic
+    void *workspace;
     struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
 };
 
@@ -95,7 +96,7 @@ static cublasStatus_t ask_heuristic(struct cublas *c, struct gemm *g, const stru
 {
     // Split-K: partial sums in F32, added in a fixed order.
     uint32_t reduction = fixed ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-    uint64_t bytes = fixed ? 0 : WORKSPACE_BYTES;
+    uint64_t bytes = fixed ? COUNTER_BYTES : WORKSPACE_BYTES;
     const struct { cublasLtMatmulPreferenceAttributes_t name; const void *value; size_t size; } wishes[] = {
         {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes},
         {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction},
@@ -125,7 +126,7 @@ static bool serves_all(struct device *d, const struct gemm_key *key, const cubla
         cublasLtMatmulHeuristicResult_t result;
         k.T = rows[i];
         if (describe(&g, &k, NULL) || cublasLtMatmulAlgoCheck(d->cublas->handle, &g.op, &g.w, &g.x, &g.out, &g.out, algo,
-                                                              &result) || result.workspaceSize > 0)
+                                                              &result) || result.workspaceSize > COUNTER_BYTES)
             return false;
     }
     return true;
@@ -172,8 +173,7 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
     const float one = 1, beta = p->accumulate ? 1 : 0;
     cublasStatus_t s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out,
-                                      &g.out, &algo->algo, d->cublas->workspace,
-                                      d->cublas->workspace ? WORKSPACE_BYTES : 0, d->stream);
+                                      &g.out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
     if (blas_check(s, "a product", e)) return ERR_DEVICE;
     if (!m->bias) return 0;
     FOR_ACTIVATION_TYPE(p->out.dtype, T_, add_bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
@@ -243,7 +243,6 @@ int cuda_linear_create(struct device *d, struct error *e)
     d->cublas = (struct cublas *)calloc(1, sizeof *d->cublas);
     if (!d->cublas) return error_set(e, ERR_NOMEM, "device: out of memory");
     if (blas_check(cublasLtCreate(&d->cublas->handle), "cuBLASLt", e)) return ERR_DEVICE;
-    if (d->options.deterministic) return 0;
     return cuda_check(cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES), "linear: workspace", e);
 }
 

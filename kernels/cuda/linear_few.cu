@@ -140,16 +140,16 @@ __device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 // What the warps have of a tile; two, so that the next tile's sums can be written while these are read.
-struct tile_sums {
-    float sum[2][WARPS][FEW_ROWS][TILE_ROWS], squares[2][WARPS][FEW_ROWS];
+template <int X_ROWS> struct tile_sums {
+    float sum[2][WARPS][X_ROWS][TILE_ROWS], squares[2][WARPS][X_ROWS];
 };
 
-// X_ROWS: rows of x that a stage has room for.
+// A stage: rows of the tile, X_ROWS of x, one of the norm's weight.
 template <int X_ROWS> struct few_shape {
     static constexpr int STAGES = X_ROWS == 1 ? 6 : X_ROWS == 4 ? 5 : 4;
-    static constexpr int STAGE_BYTES = (TILE_ROWS + X_ROWS) * ROW_BYTES;
+    static constexpr int STAGE_BYTES = (TILE_ROWS + X_ROWS + 1) * ROW_BYTES;
     static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-    static constexpr int SMEM = RING_BYTES + (int)sizeof(tile_sums);
+    static constexpr int SMEM = RING_BYTES + (int)sizeof(tile_sums<X_ROWS>);
     static_assert(SMEM <= 112 * 1024, "two fit a multiprocessor of sm_90");
 };
 
@@ -194,17 +194,17 @@ __device__ __forceinline__ void fetch_weights(const few_args &a, const few_curso
                     there ? 16 : 0);
 }
 
-template <typename T, int X_ROWS>
+template <typename T, bool NORMED, int X_ROWS>
 __device__ __forceinline__ void fetch_x(const few_args &a, const few_cursor<T> &c, int32_t n_tiles, uint32_t stage)
 {
     int32_t lane = (int32_t)threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < (X_ROWS + 3) / 4; i++) {
+    for (int i = 0; i < (X_ROWS + NORMED + 3) / 4; i++) {
         int32_t row = lane / STEP_VECTORS + 4 * i;
-        bool there = row < a.T && c.tile < n_tiles && c.column < a.K;
-        if (row < X_ROWS)
-            cp_async_16(stage + place_of(TILE_ROWS + row, lane % STEP_VECTORS),
-                        (const T *)a.x + (there ? (size_t)row * a.K + c.column : 0), there ? 16 : 0);
+        bool is_norm = NORMED && row == X_ROWS, there = (row < a.T || is_norm) && c.tile < n_tiles && c.column < a.K;
+        const T *from = is_norm ? (const T *)a.norm : (const T *)a.x + (size_t)(row < a.T ? row : 0) * a.K;
+        if (row < X_ROWS + NORMED)
+            cp_async_16(stage + place_of(TILE_ROWS + row, lane % STEP_VECTORS), from + (there ? c.column : 0), there ? 16 : 0);
     }
 }
 
@@ -215,40 +215,41 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at)
     return r;
 }
 
-// Adds a step's products to sum; column: the first of the step.
+// Adds a step's products to sum: one chain of products for each half of a step's columns.
 template <typename T, bool NORMED, int X_ROWS>
-__device__ __forceinline__ void add_step(const few_args &a, uint32_t stage, int32_t column, float (&sum)[2][4], float &squares)
+__device__ __forceinline__ void add_step(uint32_t stage, float (&sum)[2][2][4], float &squares)
 {
     int32_t lane = (int32_t)threadIdx.x % 32, mine = lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int32_t vector = half * 4 + lane % 4, first = column + vector * VECTOR;
+        int32_t vector = half * 4 + lane % 4;
         uint4 x = mine < X_ROWS ? load_shared(stage + place_of(TILE_ROWS + mine, vector)) : make_uint4(0, 0, 0, 0);
-        if (NORMED && first < a.K) x = weigh<T>(x, __ldg((const uint4 *)((const T *)a.norm + first)), squares);
+        if (NORMED) x = weigh<T>(x, load_shared(stage + place_of(TILE_ROWS + X_ROWS, vector)), squares);
         const uint32_t low[4] = {x.x, 0, x.y, 0}, high[4] = {x.z, 0, x.w, 0};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint4 w = load_shared(stage + place_of(mine + 8 * i, vector));
-            mma<T>(sum[i], low, w.x, w.y);
-            mma<T>(sum[i], high, w.z, w.w);
+            mma<T>(sum[half][i], low, w.x, w.y);
+            mma<T>(sum[half][i], high, w.z, w.w);
         }
     }
 }
 
-template <typename T, typename Out, enum ending ENDING, bool NORMED>
-__device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, tile_sums &sums, int turn, float (&sum)[2][4],
-                                            float squares)
+template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
+__device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, tile_sums<X_ROWS> &sums, int turn,
+                                            const float (&sum)[2][2][4], float squares)
 {
-    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
+    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32, mine = lane / 4;
+    if (NORMED) squares = quad_sum(squares);
+    if (mine < X_ROWS) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) sums.sum[turn][warp][lane / 4][i / 2 * 8 + lane % 4 * 2 + i % 2] = sum[i / 2][i % 2];
-    if (NORMED) {
-        squares = quad_sum(squares);
-        if (lane % 4 == 0) sums.squares[turn][warp][lane / 4] = squares;
+        for (int i = 0; i < 4; i++)
+            sums.sum[turn][warp][mine][i / 2 * 8 + lane % 4 * 2 + i % 2] = sum[0][i / 2][i % 2] + sum[1][i / 2][i % 2];
+        if (NORMED && lane % 4 == 0) sums.squares[turn][warp][mine] = squares;
     }
     __syncthreads();
     if (warp * 2 >= a.T) return; // 32 threads have the elements of two tokens
-    int32_t token = (int32_t)threadIdx.x / TILE_ROWS, i = (int32_t)threadIdx.x % TILE_ROWS;
+    int32_t token = min((int32_t)threadIdx.x / TILE_ROWS, X_ROWS - 1), i = (int32_t)threadIdx.x % TILE_ROWS;
     float value = 0, all = 0;
 #pragma unroll
     for (int j = 0; j < WARPS; j++) {
@@ -256,7 +257,7 @@ __device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, til
         if (NORMED) all += sums.squares[turn][j][token];
     }
     if (NORMED) value *= 1.0f / sqrtf(all / (float)a.K + a.eps);
-    end_element<T, Out, ENDING>(a, tile, token, i, value);
+    end_element<T, Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, i, value);
 }
 
 template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
 {
     using shape = few_shape<X_ROWS>;
     extern __shared__ __align__(128) unsigned char smem[];
-    tile_sums &sums = *(tile_sums *)(smem + shape::RING_BYTES);
+    tile_sums<X_ROWS> &sums = *(tile_sums<X_ROWS> *)(smem + shape::RING_BYTES);
     uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * shape::STAGE_BYTES;
     int32_t n_tiles = ENDING == GATED ? (a.N / 2 + TILE_ROWS / 2 - 1) / (TILE_ROWS / 2) : (a.N + TILE_ROWS - 1) / TILE_ROWS;
     few_cursor<T> ahead, x_ahead;
@@ -280,26 +281,26 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
     previous_kernel_wait(); // weights are on their way
 #pragma unroll
     for (int i = 0; i < shape::STAGES; i++) {
-        fetch_x<T, X_ROWS>(a, x_ahead, n_tiles, ring + i * shape::STAGE_BYTES);
+        fetch_x<T, NORMED, X_ROWS>(a, x_ahead, n_tiles, ring + i * shape::STAGE_BYTES);
         advance<T, ENDING>(a, x_ahead);
         cp_async_commit();
     }
     int stage = 0, turn = 0;
     for (int32_t tile = (int32_t)blockIdx.x; tile < n_tiles; tile += (int32_t)gridDim.x, turn ^= 1) {
-        float sum[2][4] = {}, squares = 0;
+        float sum[2][2][4] = {}, squares = 0;
         for (int32_t column = (int32_t)threadIdx.x / 32 * STEP, end = a.K + column; column < end; column += WARPS * STEP) {
             uint32_t at = ring + (uint32_t)(stage * shape::STAGE_BYTES);
             cp_async_wait<shape::STAGES - 1>();
             __syncwarp(); // every lane's part
-            add_step<T, NORMED, X_ROWS>(a, at, column, sum, squares);
+            add_step<T, NORMED, X_ROWS>(at, sum, squares);
             __syncwarp(); // all lanes have read the stage
             fetch_weights(a, ahead, n_tiles, at);
-            fetch_x<T, X_ROWS>(a, ahead, n_tiles, at);
+            fetch_x<T, NORMED, X_ROWS>(a, ahead, n_tiles, at);
             cp_async_commit();
             advance<T, ENDING>(a, ahead);
             stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
         }
-        finish_tile<T, Out, ENDING, NORMED>(a, tile, sums, turn, sum, squares);
+        finish_tile<T, Out, ENDING, NORMED, X_ROWS>(a, tile, sums, turn, sum, squares);
     }
 }
 

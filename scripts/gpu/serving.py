@@ -241,7 +241,7 @@ def idle(bench):
     cases = [(1, lengths(bench.model, 128, 256)), (min(64, *bench.arguments.streams), lengths(bench.model, 128, 128))]
     with tempfile.TemporaryDirectory() as directory:
         path, runs = os.path.join(directory, "trace"), []
-        server = main_server(bench, {"CUDA_INJECTION64_PATH": library, "GPTD_TRACE": path})
+        server = main_server(bench, {"CUDA_INJECTION64_PATH": library, "GPU_TRACE": path})
         for n, (n_input, n_output) in cases:
             time.sleep(1.5)  # parts the loads in the trace
             runs.append(load(bench, server, bench.model, n, n, n_input, n_output, warmup=0))

@@ -1,8 +1,8 @@
 /* trace.c: libgptd_trace.so, which the driver loads into a CUDA program that has it in CUDA_INJECTION64_PATH. Writes what
- * the GPU did into the file that GPTD_TRACE names, a line each: "kind start end name", times in ns, kind g (a whole
+ * the GPU did into the file that GPU_TRACE names, a line each: "kind start end name", times in ns, kind g (a whole
  * graph), k (a kernel outside of one), c (a copy) or s (a memset). scripts/gpu/trace.py reads it.
  *
- * Kernels inside a graph are traced one by one only if GPTD_TRACE_NODES is set: that slows them down.
+ * Kernels inside a graph are traced one by one only if GPU_TRACE_NODES is set: that slows them down.
  */
 #include <cupti.h>
 #include <inttypes.h>
@@ -74,13 +74,13 @@ int InitializeInjection(void)
 {
     static const CUpti_ActivityKind kinds[] = {CUPTI_ACTIVITY_KIND_GRAPH_TRACE, CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
                                                CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET};
-    const char *path = getenv("GPTD_TRACE");
+    const char *path = getenv("GPU_TRACE");
     if (!path || !(file = fopen(path, "w"))) {
-        fprintf(stderr, "trace: GPTD_TRACE names no file that can be written\n");
+        fprintf(stderr, "trace: GPU_TRACE names no file that can be written\n");
         return 0;
     }
     if (!ok(cuptiActivityRegisterCallbacks(buffer_get, buffer_done), "callbacks")) return 0;
-    for (size_t i = getenv("GPTD_TRACE_NODES") ? 1 : 0; i < sizeof(kinds) / sizeof(kinds[0]); i++)
+    for (size_t i = getenv("GPU_TRACE_NODES") ? 1 : 0; i < sizeof(kinds) / sizeof(kinds[0]); i++)
         if (!ok(cuptiActivityEnable(kinds[i]), "enabling a kind of record")) return 0;
     ok(cuptiActivityFlushPeriod(FLUSH_MS), "flush period");
     atexit(flush);
