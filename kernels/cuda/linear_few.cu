@@ -25,7 +25,6 @@ enum {
     WARPS = 8,
     THREADS = WARPS * 32,
     TILE_ROWS = 16,
-    VECTOR = 8,              // elements of 16 bytes
     STEP = 64,               // columns of a warp's step: 128 bytes of a row
     STEP_VECTORS = STEP / VECTOR,
     ROW_BYTES = STEP * 2,

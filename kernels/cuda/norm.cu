@@ -33,15 +33,73 @@ __device__ __forceinline__ float block_sum(float x, float *warp_sums)
     return x;
 }
 
+template <typename T>
+__device__ __forceinline__ void load_weights(float (&x)[VECTOR], const void *from, enum dtype dtype, int32_t at)
+{
+    if (dtype == type_of<T>()) {
+        load_vector(x, (const T *)from + at);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) x[i] = load_as_float(from, dtype, at + i);
+}
+
+// A row whose columns are whole vectors: 16 bytes a load.
+template <typename T>
+__device__ __forceinline__ void normalize_vectors(const struct norm_args &a, T *x, const T *residual, T *out, float *row,
+                                                  float *warp_sums)
+{
+    float sum = 0, mean = 0, value[VECTOR], other[VECTOR];
+    for (int32_t i = threadIdx.x * VECTOR; i < a.dim; i += THREADS * VECTOR) {
+        load_vector(value, x + i);
+        if (residual) {
+            load_vector(other, residual + i);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) value[j] = to_float(from_float<T>(value[j] + other[j]));
+            store_vector(x + i, value);
+        }
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            row[i + j] = value[j];
+            sum += a.layer ? value[j] : value[j] * value[j];
+        }
+    }
+    sum = block_sum(sum, warp_sums);
+    if (a.layer) {
+        mean = sum / a.dim, sum = 0;
+        for (int32_t i = threadIdx.x * VECTOR; i < a.dim; i += THREADS * VECTOR) {
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) sum += (row[i + j] - mean) * (row[i + j] - mean);
+        }
+        sum = block_sum(sum, warp_sums);
+    }
+    float scale = 1.0f / sqrtf(sum / a.dim + a.eps);
+    for (int32_t i = threadIdx.x * VECTOR; i < a.dim; i += THREADS * VECTOR) {
+        load_weights<T>(value, a.weight, a.weight_dtype, i);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) value[j] *= (row[i + j] - mean) * scale;
+        if (a.bias) {
+            load_weights<T>(other, a.bias, a.bias_dtype, i);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) value[j] += other[j];
+        }
+        store_vector(out + i, value);
+    }
+}
+
 template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(const struct norm_args a)
 {
-    extern __shared__ float row[]; // [dim]
+    extern __shared__ __align__(16) float row[]; // [dim]
     __shared__ float warp_sums[WARPS];
     next_kernel_allow();
     previous_kernel_wait();
     T *x = (T *)a.x + (size_t)blockIdx.x * a.dim, *out = (T *)a.out + (size_t)blockIdx.x * a.dim;
     const T *residual = a.residual ? (const T *)a.residual + (size_t)blockIdx.x * a.dim : NULL;
     float sum = 0;
+    if (sizeof(T) == 2 && a.dim % VECTOR == 0) {
+        normalize_vectors(a, x, residual, out, row, warp_sums);
+        return;
+    }
     for (int32_t i = threadIdx.x; i < a.dim; i += THREADS) {
         float value = to_float(x[i]);
         if (residual) {

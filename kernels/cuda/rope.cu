@@ -1,12 +1,13 @@
 /* rope.cu: rotary positions and the write of K and V into the paged cache.
  *
- * rope_table: one thread an angle. rope_kv_write: grid (tokens, heads of q, k and v), 64 threads over a head's dims.
- * Bytes: q and k read and written, v read, k and v written to the cache: one pass over qkv, bound by the memory.
+ * rope_table: one thread an angle. rope_kv_write: one block a token; a thread rotates 8 dims and their 8 partners, or moves 8
+ * dims that are not rotated to the cache. Bytes: q and k read and written, v read, k and v written to the cache: one pass over
+ * qkv, bound by the memory. Dims that are no multiples of 8: grid (tokens, heads of q, k and v), a thread a dim.
  */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
-enum { THREADS = 64, TABLE_THREADS = 128 };
+enum { THREADS = 64, VECTOR_THREADS = 256, TABLE_THREADS = 128 };
 
 __global__ void __launch_bounds__(TABLE_THREADS)
 rope_table_kernel(float *cos_sin, const int32_t *positions, const float *inv_freq, size_t n, int32_t half, float factor)
@@ -42,6 +43,15 @@ struct rope_args {
     int32_t n_heads, n_kv_heads, head_dim, rope_dim, block_size;
 };
 
+// The token's k or v of `head` (counted through q, k and v) in the cache; NULL: q, or the token is not kept.
+template <typename T> __device__ __forceinline__ T *place_of(const struct rope_args &a, size_t t, int32_t head)
+{
+    if (head < a.n_heads || a.slots[t] < 0) return NULL;
+    size_t slot = a.slots[t], kv_head = (head - a.n_heads) % a.n_kv_heads;
+    size_t row = (slot / a.block_size * a.n_kv_heads + kv_head) * a.block_size + slot % a.block_size;
+    return (T *)(head < a.n_heads + a.n_kv_heads ? a.k_cache : a.v_cache) + row * a.head_dim;
+}
+
 template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(const struct rope_args a)
 {
     next_kernel_allow();
@@ -50,12 +60,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_k
     int32_t head = blockIdx.y, half = a.rope_dim / 2;
     T *x = (T *)a.qkv + (t * n_all + head) * a.head_dim;
     bool is_v = head >= a.n_heads + a.n_kv_heads, rotates = a.cos_sin && !is_v;
-    T *cache = NULL;
-    if (head >= a.n_heads && a.slots[t] >= 0) {
-        size_t slot = a.slots[t], kv_head = (head - a.n_heads) % a.n_kv_heads;
-        size_t row = (slot / a.block_size * a.n_kv_heads + kv_head) * a.block_size + slot % a.block_size;
-        cache = (T *)(is_v ? a.v_cache : a.k_cache) + row * a.head_dim;
-    }
+    T *cache = place_of<T>(a, t, head);
     const float *cos_row = a.cos_sin + t * a.rope_dim, *sin_row = cos_row + half;
     for (int32_t i = threadIdx.x; rotates && i < half; i += THREADS) {
         float low = to_float(x[i]), high = to_float(x[i + half]), c = cos_row[i], s = sin_row[i];
@@ -64,6 +69,45 @@ template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_k
         if (cache) cache[i] = new_low, cache[i + half] = new_high;
     }
     for (int32_t i = threadIdx.x + (rotates ? a.rope_dim : 0); cache && i < a.head_dim; i += THREADS) cache[i] = x[i];
+}
+
+// Vectors i and i + half of a head.
+template <typename T>
+__device__ __forceinline__ void rotate_vector(T *x, T *cache, const float *cosines, int32_t half, int32_t i)
+{
+    float low[VECTOR], high[VECTOR], new_low[VECTOR], new_high[VECTOR];
+    load_vector(low, x + i), load_vector(high, x + i + half);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) {
+        float c = cosines[i + j], s = cosines[half + i + j];
+        new_low[j] = low[j] * c - high[j] * s, new_high[j] = high[j] * c + low[j] * s;
+    }
+    store_vector(x + i, new_low), store_vector(x + i + half, new_high);
+    if (!cache) return;
+    store_vector(cache + i, new_low), store_vector(cache + i + half, new_high);
+}
+
+template <typename T> __global__ void __launch_bounds__(VECTOR_THREADS) rope_kv_write_vectors_kernel(const struct rope_args a)
+{
+    next_kernel_allow();
+    previous_kernel_wait();
+    size_t t = blockIdx.x, n_all = (size_t)a.n_heads + 2 * a.n_kv_heads;
+    T *row = (T *)a.qkv + t * n_all * a.head_dim;
+    int32_t half = a.rope_dim / 2, per_head = half / VECTOR, n_turned = (a.n_heads + a.n_kv_heads) * per_head;
+    for (int32_t i = threadIdx.x; i < n_turned; i += VECTOR_THREADS) {
+        int32_t head = i / per_head;
+        rotate_vector(row + (size_t)head * a.head_dim, place_of<T>(a, t, head), a.cos_sin + t * a.rope_dim, half,
+                      i % per_head * VECTOR);
+    }
+    // What is only moved: the rest of each k, all of each v.
+    int32_t k_rest = (a.head_dim - a.rope_dim) / VECTOR, v_all = a.head_dim / VECTOR, n_k = a.n_kv_heads * k_rest;
+    for (int32_t i = threadIdx.x; i < n_k + a.n_kv_heads * v_all; i += VECTOR_THREADS) {
+        bool is_k = i < n_k;
+        int32_t j = is_k ? i : i - n_k, n = is_k ? k_rest : v_all, head = a.n_heads + (is_k ? 0 : a.n_kv_heads) + j / n;
+        int32_t at = (is_k ? a.rope_dim : 0) + j % n * VECTOR;
+        T *cache = place_of<T>(a, t, head);
+        if (cache) *(uint4 *)(cache + at) = *(const uint4 *)(row + (size_t)head * a.head_dim + at);
+    }
 }
 
 static int check_cache(struct device *d, const struct rope_kv_write_params *p, struct error *e)
@@ -105,8 +149,14 @@ int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, s
     if (!a.slots) return ERR_DEVICE;
     a.n_heads = p->n_heads, a.n_kv_heads = p->n_kv_heads, a.head_dim = p->head_dim;
     a.rope_dim = a.cos_sin ? p->rope_dim : 0, a.block_size = (int32_t)p->cache.k.shape[2];
-    dim3 grid((unsigned)T, (unsigned)n_all);
+    bool vectors = p->qkv.dtype != DTYPE_F32 && a.head_dim % VECTOR == 0 && a.rope_dim / 2 % VECTOR == 0;
     cudaError_t status;
-    FOR_ACTIVATION_TYPE(p->qkv.dtype, T_, status = launch_early(d, rope_kv_write_kernel<T_>, grid, THREADS, 0, a));
+    if (!vectors)
+        FOR_ACTIVATION_TYPE(p->qkv.dtype, T_, status = launch_early(d, rope_kv_write_kernel<T_>,
+                                                                    dim3((unsigned)T, (unsigned)n_all), THREADS, 0, a));
+    else if (p->qkv.dtype == DTYPE_BF16)
+        status = launch_early(d, rope_kv_write_vectors_kernel<__nv_bfloat16>, dim3((unsigned)T), VECTOR_THREADS, 0, a);
+    else
+        status = launch_early(d, rope_kv_write_vectors_kernel<__half>, dim3((unsigned)T), VECTOR_THREADS, 0, a);
     return cuda_check(status, "rope_kv_write", e);
 }

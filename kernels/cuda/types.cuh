@@ -24,6 +24,30 @@ __device__ __forceinline__ float load_as_float(const void *p, enum dtype dtype, 
     return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
 }
 
+template <typename T> __device__ __forceinline__ constexpr enum dtype type_of();
+template <> __device__ __forceinline__ constexpr enum dtype type_of<float>() { return DTYPE_F32; }
+template <> __device__ __forceinline__ constexpr enum dtype type_of<__half>() { return DTYPE_F16; }
+template <> __device__ __forceinline__ constexpr enum dtype type_of<__nv_bfloat16>() { return DTYPE_BF16; }
+
+// 8 elements of a 16-bit type: what one load moves.
+enum { VECTOR = 8 };
+
+template <typename T> __device__ __forceinline__ void load_vector(float (&x)[VECTOR], const T *from)
+{
+    union { uint4 bits; T element[VECTOR]; } v;
+    v.bits = *(const uint4 *)from;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) x[i] = to_float(v.element[i]);
+}
+
+template <typename T> __device__ __forceinline__ void store_vector(T *to, const float (&x)[VECTOR])
+{
+    union { uint4 bits; T element[VECTOR]; } v;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) v.element[i] = from_float<T>(x[i]);
+    *(uint4 *)to = v.bits;
+}
+
 // Runs the statements with T as the activation type.
 #define FOR_ACTIVATION_TYPE(dtype, T, ...)                                                                            \
     do {                                                                                                              \
