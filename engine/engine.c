@@ -16,7 +16,8 @@ static int check_options(const struct engine_options *o, struct error *e)
         return error_set(e, ERR_INVALID, "block size %d is not 16, 32 or 64", o->block_size);
     if (o->max_num_seqs < 1 || o->max_num_seqs > 4096)
         return error_set(e, ERR_INVALID, "max_num_seqs is %d; it must be 1 to 4096", o->max_num_seqs);
-    if (o->max_num_batched_tokens < o->max_num_seqs || o->max_num_batched_tokens > 1 << 20)
+    if (o->max_num_batched_tokens != 0 &&
+        (o->max_num_batched_tokens < o->max_num_seqs || o->max_num_batched_tokens > 1 << 20))
         return error_set(e, ERR_INVALID, "max_num_batched_tokens is %d; it must be max_num_seqs (%d) to %d",
                          o->max_num_batched_tokens, o->max_num_seqs, 1 << 20);
     if (o->max_queue_requests < 1 || o->max_queue_tokens < 1)
@@ -25,6 +26,19 @@ static int check_options(const struct engine_options *o, struct error *e)
         return error_set(e, ERR_INVALID, "max_logprobs is %d; it must be 0 to %d", o->max_logprobs, MAX_LOGPROBS);
     if (!(o->slow_client_timeout >= 0))
         return error_set(e, ERR_INVALID, "slow_client_timeout must not be negative");
+    return 0;
+}
+
+// And the options whose defaults are the backend's: a GPU computes a long prompt at full speed only in long chunks.
+static int open_backend(struct engine *engine, struct engine_options *o, struct error *e)
+{
+    if (kernels_open(&engine->kernels, o->backend, e) != 0)
+        return e->code;
+    strcpy(engine->plan.note, e->message);
+    if (o->max_num_batched_tokens == 0) {
+        int32_t n = engine->kernels->reads_mapped_weights ? 512 : 8192;
+        o->max_num_batched_tokens = n > o->max_num_seqs ? n : o->max_num_seqs;
+    }
     return 0;
 }
 
@@ -39,9 +53,6 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
         .seed = o->seed,
         .tp_size = 1,
     };
-    if (kernels_open(&engine->kernels, o->backend, e) != 0)
-        return e->code;
-    strcpy(engine->plan.note, e->message);
     mo.copies_weights = !engine->kernels->reads_mapped_weights;
     if (o->dtype != ENGINE_DTYPE_AUTO && !mo.copies_weights) {
         error_set(e, ERR_UNSUPPORTED, "dtype: the CPU computes with the weights as they are in the file");
@@ -115,8 +126,9 @@ static void fill_plan(struct engine *engine, const struct engine_options *o)
     p->n_eos_token_ids = info->n_eos_token_ids;
 }
 
-int engine_create(struct engine **out, const struct engine_options *options, struct error *e)
+int engine_create(struct engine **out, const struct engine_options *wanted, struct error *e)
 {
+    struct engine_options with_defaults = *wanted, *options = &with_defaults;
     struct error unwanted;
     e = e != NULL ? e : &unwanted;
     *out = NULL;
@@ -127,7 +139,7 @@ int engine_create(struct engine **out, const struct engine_options *options, str
         return error_set(e, ERR_NOMEM, "no memory for the engine");
     engine->event_fd = -1;
     double begin = now_seconds();
-    if (open_model(engine, options, e) != 0 || fill_config(engine, options, e) != 0)
+    if (open_backend(engine, options, e) != 0 || open_model(engine, options, e) != 0 || fill_config(engine, options, e) != 0)
         goto fail;
     atomic_store(&engine->stats.device_seconds, now_seconds() - begin);
     fill_plan(engine, options);

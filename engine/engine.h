@@ -30,7 +30,7 @@ struct engine_options {
     int32_t n_threads;              // CPU worker threads; 0: all cores
     int32_t max_model_len;          // tokens; 0: what the checkpoint allows
     int32_t max_num_seqs;           // choices running at once
-    int32_t max_num_batched_tokens; // tokens a step
+    int32_t max_num_batched_tokens; // tokens a step; 0: 512 or max_num_seqs if that is more, on a GPU 8192
     int32_t block_size;             // tokens per KV block: 16, 32 or 64
     double gpu_memory_utilization;  // of the memory that is free on the GPU, for everything; (0, 1]
     size_t kv_cache_memory_bytes;   // 0: what max_num_seqs sequences of max_model_len need, at most what weights,

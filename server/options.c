@@ -64,8 +64,8 @@ static const struct option options_table[] = {
      "GPU: the same answer, bit for bit, whatever else runs; slower"},
     {"threads", OPTION_INT32, AT(engine.n_threads), "N", "0", 0, 1024, "CPU threads of the model; 0: one per core"},
     {"max-num-seqs", OPTION_INT32, AT(engine.max_num_seqs), "N", "256", 1, 4096, "sequences that run at once"},
-    {"max-num-batched-tokens", OPTION_INT32, AT(engine.max_num_batched_tokens), "TOKENS", "512", 16, 1 << 20,
-     "tokens computed in one step; at least --max-num-seqs"},
+    {"max-num-batched-tokens", OPTION_INT32, AT(engine.max_num_batched_tokens), "TOKENS", "0", 0, 1 << 20,
+     "tokens computed in one step; at least --max-num-seqs; 0: 512, on a GPU 8192"},
     {"block-size", OPTION_INT32, AT(engine.block_size), "16|32|64", "64", 16, 64, "tokens in a block of the KV cache"},
     {"kv-cache-memory-bytes", OPTION_BYTES, AT(engine.kv_cache_memory_bytes), "BYTES", "0", 0, 0x1p50,
      "such as 4G; 0: all sequences in full, at most half the memory (GPU: all)"},
@@ -540,7 +540,7 @@ static int options_finish(struct options *o, struct error *e)
     o->engine.model_dir = o->model;
     o->server.max_logprobs = o->engine.max_logprobs;
     o->server.send_timeout = o->engine.slow_client_timeout;
-    if (o->engine.max_num_batched_tokens < o->engine.max_num_seqs)
+    if (o->engine.max_num_batched_tokens && o->engine.max_num_batched_tokens < o->engine.max_num_seqs)
         return error_set(e, ERR_INVALID, "--max-num-batched-tokens: must be at least --max-num-seqs, %d, is %d",
                          o->engine.max_num_seqs, o->engine.max_num_batched_tokens);
     if (names_read(o, e)) return e->code;

@@ -83,7 +83,7 @@ START_TEST(defaults)
     ck_assert(!o.engine.dummy_weights && !o.engine.reference_attention && o.engine.prefix_caching);
     ck_assert(!o.engine.deterministic);
     ck_assert_int_eq(o.engine.max_num_seqs, 256);
-    ck_assert_int_eq(o.engine.max_num_batched_tokens, 512);
+    ck_assert_int_eq(o.engine.max_num_batched_tokens, 0);
     ck_assert_int_eq(o.engine.block_size, 64);
     ck_assert_int_eq(o.engine.max_queue_tokens, 4194304);
     ck_assert_str_eq(o.server.host, "127.0.0.1");
@@ -188,7 +188,7 @@ static const struct {
     {"--drain-delay 1e999", "", "--drain-delay seconds"},
     {"--drain-delay 3601", "", "--drain-delay 3600"},
     {"--max-logprobs 21", "", "--max-logprobs 20"},
-    {"--model x --max-num-seqs 600", "", "--max-num-batched-tokens 600 512"},
+    {"--model x --max-num-seqs 600 --max-num-batched-tokens 512", "", "--max-num-batched-tokens 600 512"},
     {"--model x --served-model-name a,,b", "", "--served-model-name empty"},
     {"--model x --api-key-file /nonexistent", "", "--api-key-file /nonexistent No such file"},
     {"--model x --config /nonexistent", "", "--config /nonexistent No such file"},

@@ -1,10 +1,9 @@
 /* linear.cu: out[T, N] = x[T, K] w[N, K]^T (+ bias) (+ out).
  *
  * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept,
- * never timed). Deterministic: cuBLASLt for any number of rows, and only algorithms of one family (id) which add up an element
- * in one loop over K: no split-K, and no workspace that could hold the partial sums of a shared loop (counters of tiles that
- * have been handed out are there). Tiles of any size then give the same bits, so that a row's are the same alone and in any
- * batch: seen, not promised, so tests/gpu/test_cuda_deterministic.c is to be run on a new kind of GPU or cuBLASLt.
+ * never timed). Deterministic: cuBLASLt for any number of rows, with one algorithm for all of them, so that a row's bits are
+ * the same alone and in any batch. That algorithm must add up an element in one loop over K: no split-K, and no workspace
+ * that could hold the partial sums of a shared loop (counters of tiles that have been handed out are there).
  * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
@@ -18,7 +17,7 @@ enum {
     MAX_ALGOS = 1024,
     WORKSPACE_BYTES = 32 << 20,
     COUNTER_BYTES = 256,   // deterministic: all that an algorithm may have of workspace
-    FIXED_ROWS = 64,       // deterministic: the number of rows whose algorithm says the family
+    FIXED_ROWS = 256,      // deterministic: the number of rows that the algorithm is chosen for
     MAX_CANDIDATES = 32,   // of which the first that does is taken
 };
 
@@ -112,35 +111,43 @@ static cublasStatus_t ask_heuristic(struct cublas *c, struct gemm *g, const stru
                                                   found, n);
 }
 
-static int32_t config_of(const cublasLtMatmulAlgo_t *algo, cublasLtMatmulAlgoConfigAttributes_t name)
+// Whether the algorithm runs with any number of rows, each element summed in one loop.
+static bool serves_all(struct device *d, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo)
 {
-    int32_t value = -1;
+    const size_t rows[] = {1, 2, 7, FIXED_ROWS, 1000, (size_t)d->options.max_tokens};
+    uint32_t n_splits = 0;
     size_t written;
-    return cublasLtMatmulAlgoConfigGetAttribute(algo, name, &value, sizeof value, &written) ? -1 : value;
+    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &n_splits, sizeof n_splits, &written) ||
+        n_splits > 1)
+        return false;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct gemm_key k = *key;
+        struct gemm g;
+        cublasLtMatmulHeuristicResult_t result;
+        k.T = rows[i];
+        if (describe(&g, &k, NULL) || cublasLtMatmulAlgoCheck(d->cublas->handle, &g.op, &g.w, &g.x, &g.out, &g.out, algo,
+                                                              &result) || result.workspaceSize > COUNTER_BYTES)
+            return false;
+    }
+    return true;
 }
 
 static int find_algo(struct device *d, const struct gemm_key *key, struct algo **found, struct error *e)
 {
-    struct algo *slot = &d->cublas->algos[hash(key)], *fixed = NULL;
+    struct algo *slot = &d->cublas->algos[hash(key)];
     *found = slot;
     if (slot->used && same_key(&slot->key, key)) return 0;
-    bool deterministic = d->options.deterministic;
-    struct gemm_key fixed_key = *key;
-    fixed_key.T = FIXED_ROWS;
-    if (deterministic && key->T != FIXED_ROWS && find_algo(d, &fixed_key, &fixed, e)) return ERR_DEVICE;
-    int32_t family = fixed ? config_of(&fixed->algo, CUBLASLT_ALGO_CONFIG_ID) : -1;
+    bool fixed = d->options.deterministic;
     cublasLtMatmulHeuristicResult_t best[MAX_CANDIDATES];
     struct gemm g;
     int n = 0, i = 0;
     if (describe(&g, key, e)) return ERR_DEVICE;
-    cublasStatus_t s = ask_heuristic(d->cublas, &g, key, deterministic, best, deterministic ? MAX_CANDIDATES : 1, &n);
-    while (!s && i < n && deterministic && (config_of(&best[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1 ||
-                                            (fixed && config_of(&best[i].algo, CUBLASLT_ALGO_CONFIG_ID) != family)))
-        i++;
+    cublasStatus_t s = ask_heuristic(d->cublas, &g, key, fixed, best, fixed ? MAX_CANDIDATES : 1, &n);
+    while (!s && i < n && fixed && !serves_all(d, key, &best[i].algo)) i++;
     if (!s && i == n) s = CUBLAS_STATUS_NOT_SUPPORTED;
     if (s)
         return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]%s: %s", key->T, key->K, key->N,
-                         key->K, deterministic ? " that sums as for other numbers of rows" : "", cublasLtGetStatusString(s));
+                         key->K, fixed ? " that serves all numbers of rows" : "", cublasLtGetStatusString(s));
     slot->key = *key, slot->algo = best[i].algo, slot->used = true;
     return 0;
 }
@@ -159,10 +166,11 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     char *out = (char *)p->out.data + m->column * dtype_size(p->out.dtype);
     uintptr_t multiple = (uintptr_t)out & -(uintptr_t)out; // the power of two that the address is a multiple of
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
-                           multiple < 16 ? (uint32_t)multiple : 16, p->accumulate};
+                           multiple < 16 ? (uint32_t)multiple : 16, p->accumulate}, wanted = key;
     struct gemm g;
     struct algo *algo;
-    if (describe(&g, &key, e) || find_algo(d, &key, &algo, e)) return ERR_DEVICE;
+    if (d->options.deterministic) wanted.T = FIXED_ROWS;
+    if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
     const float one = 1, beta = p->accumulate ? 1 : 0;
     cublasStatus_t s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out,
                                       &g.out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);

@@ -116,6 +116,7 @@ class Report(unittest.TestCase):
         self.assertEqual(lines["64 streams, steady, share of roofline"].measured, "not measured")
 
 
+@harness.not_on_a_gpu("what needs a GPU is to fail here")
 class Run(unittest.TestCase):
     def test_server_sections(self):
         with tempfile.TemporaryDirectory(prefix="gptd-e2e-") as out:

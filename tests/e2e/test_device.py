@@ -43,6 +43,7 @@ def ended(program, *flags, env=None):
     return done.returncode, done.stderr
 
 
+@harness.not_on_a_gpu("a library stands in for the GPU's")
 class DeviceStart(unittest.TestCase):
     def refused(self, status, words, *flags, fault="", library="tests/faulty/libgptd_cuda.so"):
         with faulty(fault, library) as (program, _):
@@ -111,6 +112,7 @@ class DeviceStart(unittest.TestCase):
             server.check_stopped()
 
 
+@harness.not_on_a_gpu("a library stands in for the GPU's")
 class DeviceFault(unittest.TestCase):
     MOST = 1900  # tokens, and milliseconds: what runs when the fault comes
 

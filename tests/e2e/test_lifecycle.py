@@ -232,8 +232,11 @@ class Start(unittest.TestCase):
             if b"ready" in line:
                 break
         with open(f"/proc/{outer.pid}/task/{outer.pid}/children") as f:
-            pid = int(f.read().split()[0])
-        os.kill(pid, signal.SIGTERM)
+            pids = f.read().split()
+        if not pids:
+            outer.kill()
+            self.skipTest("the kernel does not list a process's children")
+        os.kill(int(pids[0]), signal.SIGTERM)
         self.assertEqual(outer.wait(20), 0)
         outer.stderr.close()
 
