@@ -1,10 +1,38 @@
 #include "engine/scheduler.h"
 
 #include <assert.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "engine/inbox.h"
 #include "engine/sequence_blocks.h"
+
+// Loops over what runs walk scattered memory, which is cold after each step: they ask for it some turns ahead.
+enum { PREFETCH_AHEAD = 4, CACHE_LINE = 64 };
+
+static void sequence_prefetch(const struct sequence *seq)
+{
+    for (size_t at = 0; at < sizeof *seq; at += CACHE_LINE)
+        __builtin_prefetch((const char *)seq + at);
+}
+
+static void request_prefetch(const struct request *r)
+{
+    for (size_t at = 0; at < offsetof(struct request, params) + sizeof r->params; at += CACHE_LINE)
+        __builtin_prefetch((const char *)r + at);
+    __builtin_prefetch(&r->stop_ids);
+    __builtin_prefetch(&r->seed);
+}
+
+// Where a token goes.
+static void output_prefetch(const struct plan_output *output)
+{
+    const struct sequence *seq = output->sequence;
+    request_prefetch(seq->request);
+    __builtin_prefetch(seq->generated + seq->n_generated, 1);
+    __builtin_prefetch(seq->ring.tokens + atomic_load_explicit(&seq->ring.head, memory_order_relaxed) %
+                       (uint64_t)seq->ring.capacity, 1);
+}
 
 void scheduler_layout(struct scheduler *s, struct arena *arena, const struct scheduler_config *config)
 {
@@ -228,9 +256,9 @@ static void end_flagged(struct scheduler *s, uint64_t n_signals, double now)
 }
 
 // With what is on its way. Looked at before each plan, so a sequence that is preempted never has a full ring.
-static bool ring_is_full(const struct sequence *seq)
+static bool ring_is_full(struct sequence *seq)
 {
-    return token_ring_used(&seq->ring) + seq->n_pending >= seq->ring.capacity &&
+    return !token_ring_fits(&seq->ring, seq->n_pending + 1) &&
            sequence_length(seq) < seq->request->n_prompt + seq->request->params.max_tokens;
 }
 
@@ -520,6 +548,10 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
     park_slow(s, now);
     look_at_parked(s, now);
     for (int32_t i = 0; i < s->n_running; i++) {
+        if (i + 2 * PREFETCH_AHEAD < s->n_running)
+            sequence_prefetch(s->running[i + 2 * PREFETCH_AHEAD]);
+        if (i + PREFETCH_AHEAD < s->n_running)
+            request_prefetch(s->running[i + PREFETCH_AHEAD]->request);
         if (is_decode(s->running[i]) && wants_more(s->running[i]))
             plan_decode(s, plan, &budget, s->running[i]);
     }
@@ -596,8 +628,15 @@ static void commit_output(struct scheduler *s, const struct plan_output *output,
 
 void scheduler_commit(struct scheduler *s, const struct plan *plan, const struct sample_result *results, double now)
 {
-    for (int32_t i = 0; i < plan->n_outputs; i++)
+    for (int32_t i = 0; i < plan->n_outputs; i++) {
+        if (i + 2 * PREFETCH_AHEAD < plan->n_outputs) {
+            sequence_prefetch(plan->outputs[i + 2 * PREFETCH_AHEAD].sequence);
+            __builtin_prefetch(&results[i + 2 * PREFETCH_AHEAD]);
+        }
+        if (i + PREFETCH_AHEAD < plan->n_outputs)
+            output_prefetch(&plan->outputs[i + PREFETCH_AHEAD]);
         commit_output(s, &plan->outputs[i], &results[i], now);
+    }
     for (int32_t i = 0; i < plan->n_rows; i++) {
         struct sequence *seq = plan->rows[i].sequence;
         const struct request *r = seq->request;

@@ -28,6 +28,14 @@ int32_t token_ring_used(const struct token_ring *ring)
     return (int32_t)(atomic_load_explicit(&ring->head, memory_order_acquire) - tail);
 }
 
+bool token_ring_fits(struct token_ring *ring, int32_t n)
+{
+    uint64_t end = atomic_load_explicit(&ring->head, memory_order_relaxed) + (uint64_t)n;
+    if (end - ring->seen_tail > (uint64_t)ring->capacity)
+        ring->seen_tail = atomic_load(&ring->tail);
+    return end - ring->seen_tail <= (uint64_t)ring->capacity;
+}
+
 static struct token_logprob *top_of(const struct token_ring *ring, uint64_t at)
 {
     return ring->top + at % (2 * (uint64_t)ring->capacity) * (uint64_t)ring->max_top;
@@ -37,7 +45,7 @@ void token_ring_write(struct token_ring *ring, int32_t id, float logprob, const 
                       int32_t n_top)
 {
     uint64_t head = atomic_load_explicit(&ring->head, memory_order_relaxed);
-    assert(token_ring_used(ring) < ring->capacity && n_top <= ring->max_top);
+    assert(token_ring_fits(ring, 1) && n_top <= ring->max_top);
     ring->tokens[head % (uint64_t)ring->capacity] = (struct ring_token){id, logprob, n_top};
     if (n_top > 0)
         memcpy(top_of(ring, head), top, (size_t)n_top * sizeof *top);

@@ -21,13 +21,18 @@ struct token_ring {
     struct token_logprob *top;      // [2 * capacity, max_top]
     int32_t capacity, max_top;      // tokens; entries a token
     _Atomic uint64_t head;          // tokens written so far: the writer's
-    _Atomic uint64_t tail;          // tokens read so far: the reader's
+    uint64_t seen_tail;             // the writer's: tail when it last had to look
+    // The reader's word has a cache line of its own: each read would take the writer's away from it.
+    char before_tail[64];
+    _Atomic uint64_t tail;          // tokens read so far
+    char after_tail[64];
 };
 
 // Capacity is at least 1. Returns 0 or ERR_NOMEM; deinit also takes a zeroed ring.
 int token_ring_init(struct token_ring *ring, int32_t capacity, int32_t max_top);
 void token_ring_deinit(struct token_ring *ring);
 int32_t token_ring_used(const struct token_ring *ring); // unread tokens: either side
+bool token_ring_fits(struct token_ring *ring, int32_t n); // n more tokens: the writer
 void token_ring_write(struct token_ring *ring, int32_t id, float logprob, const struct token_logprob *top,
                       int32_t n_top);
 int32_t token_ring_read(struct token_ring *ring, struct token_out *out, int32_t max);

@@ -92,7 +92,7 @@ class DeviceStart(unittest.TestCase):
     def test_out_of_memory(self):
         self.refused(2, ["device: no memory for its scratch"], fault="create")
         self.refused(2, ["no 0.031 GiB for the KV cache", "now has 0.999 GiB"], "--kv-cache-memory-bytes", "32M",
-                     fault="alloc")
+                     "--max-num-batched-tokens", "512", fault="alloc")
         self.refused(2, ["GiB are needed", "the device has 0.900 GiB"], "--kv-cache-memory-bytes", "4G")
 
     def test_fault_while_loading(self):
