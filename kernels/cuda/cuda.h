@@ -11,7 +11,8 @@
 
 #include "kernels/kernels.h"
 
-enum { MAX_BLOCK_SMEM = 163 * 1024 }; // bytes of shared memory a block may have on sm_80, the smallest device we run on
+// Bytes of shared memory a block may have: what an A100 gives. GPUs with less (sm_86, sm_89, sm_120) are refused.
+enum { MAX_BLOCK_SMEM = 163 * 1024 };
 
 struct staging; // staging.cu
 struct graphs;  // graph.cu
@@ -30,6 +31,7 @@ struct device {
     uint64_t n_recorded;
     struct staging *staging;
     struct graphs *graphs;
+    bool recording;            // a graph: what is enqueued is not done yet, and will be done many times
     struct cublas *cublas;
     struct sampler *sampler;
     void *scratch;             // of the op that runs: partial sums of attention, of split-K products, of sampling

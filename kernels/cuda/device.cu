@@ -175,6 +175,9 @@ static int probe(int ordinal, struct cudaDeviceProp *prop, struct cudaFuncAttrib
     if (prop->major * 10 + prop->minor < OLDEST_SM)
         return error_set(e, ERR_DEVICE, "%.64s has compute capability %d.%d; 8.0 is the oldest that is supported",
                          prop->name, prop->major, prop->minor);
+    if (prop->sharedMemPerBlockOptin < MAX_BLOCK_SMEM)
+        return error_set(e, ERR_DEVICE, "%.64s has %zu KiB of shared memory a block; %d are needed", prop->name,
+                         prop->sharedMemPerBlockOptin / 1024, MAX_BLOCK_SMEM / 1024);
     rc = cuda_check(cudaSetDevice(ordinal), "choosing the GPU", e);
     if (rc) return rc;
     status = cudaFuncGetAttributes(code, any_kernel);

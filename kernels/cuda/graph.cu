@@ -40,7 +40,10 @@ int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *
     }
     all->owner = owner, all->n_rows = n_rows;
     // Relaxed: kernels that are met for the first time are loaded while they are recorded.
-    return cuda_check(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeRelaxed), "recording a graph", e);
+    if (cuda_check(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeRelaxed), "recording a graph", e))
+        return ERR_DEVICE;
+    d->recording = true;
+    return 0;
 }
 
 int cuda_graph_end(struct device *d, bool keep, struct error *e)
@@ -49,6 +52,7 @@ int cuda_graph_end(struct device *d, bool keep, struct error *e)
     struct graph *place = all->graph;
     cudaGraph_t recorded = NULL;
     cudaError_t status = cudaStreamEndCapture(d->stream, &recorded);
+    d->recording = false;
     if (!keep) {
         if (recorded) cudaGraphDestroy(recorded);
         cudaGetLastError();

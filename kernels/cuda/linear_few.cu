@@ -366,6 +366,14 @@ int fuse_norm(struct device *d, const struct norm_params *norm, few_args *a, str
     return 0;
 }
 
+// Whether the norm's rows are those of the product, whose out is the next op's `x`.
+bool are_chained(const struct norm_params *norm, const struct linear_params *p, const struct tensor *x)
+{
+    return norm->x.n_dims == 2 && norm->x.shape[0] == p->x.shape[0] && norm->x.shape[1] == p->x.shape[1] &&
+           norm->x.dtype == p->x.dtype && norm->weight.shape[0] == p->x.shape[1] && norm->out.data == p->x.data &&
+           x->data == p->out.data && x->dtype == p->x.dtype && !p->accumulate && p->out.dtype == p->x.dtype;
+}
+
 } // namespace
 
 bool linear_is_few(const struct device *d, const struct linear_params *p)
@@ -392,8 +400,9 @@ bool linear_few_rope_fits(const struct device *d, const struct norm_params *norm
                           const struct rope_kv_write_params *rope)
 {
     int32_t half = rope->cos_sin.data ? rope->rope_dim / 2 : 0;
-    return linear_is_few(d, p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
-           rope->head_dim % TILE_ROWS == 0 && half % (TILE_ROWS / 2) == 0;
+    return linear_is_few(d, p) && are_chained(norm, p, &rope->qkv) &&
+           (!rope->cos_sin.data || rope->cos_sin.shape[0] == p->x.shape[0]) && rope->head_dim % TILE_ROWS == 0 &&
+           half % (TILE_ROWS / 2) == 0;
 }
 
 int linear_few_rope(struct device *d, const struct norm_params *norm, const struct linear_params *p,
@@ -411,8 +420,10 @@ int linear_few_rope(struct device *d, const struct norm_params *norm, const stru
 bool linear_few_gated_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,
                            const struct activation_params *activation)
 {
-    return linear_is_few(d, p) && !p->accumulate && p->out.dtype == p->x.dtype && norm->out.data == p->x.data &&
-           activation->gated && activation->out.data != norm->x.data;
+    const struct tensor *out = &activation->out;
+    return linear_is_few(d, p) && are_chained(norm, p, &activation->x) && activation->gated && out->data != norm->x.data &&
+           out->n_dims == 2 && out->dtype == p->x.dtype && out->shape[0] == p->x.shape[0] &&
+           out->shape[1] * 2 == p->out.shape[1];
 }
 
 int linear_few_gated(struct device *d, const struct norm_params *norm, const struct linear_params *p,

@@ -127,10 +127,8 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(con
 template <typename T> static cudaError_t launch(const struct device *d, unsigned n_rows, const struct norm_args *a)
 {
     size_t shared = (size_t)a->dim * sizeof(float);
-    if (shared > 48 * 1024) {
-        cudaError_t status = cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-        if (status != cudaSuccess) return status;
-    }
+    cudaError_t status = cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (status != cudaSuccess) return status;
     return launch_early(d, norm_kernel<T>, dim3(n_rows), THREADS, shared, *a);
 }
 

@@ -187,6 +187,10 @@ const void *device_array(struct device *d, const void *host, size_t bytes, struc
     struct staging *s = d->staging;
     const struct staged *staged = find_staged(d, host, bytes);
     if (staged) return staged->device;
+    if (d->recording) { // replays would read what lies there then
+        error_set(e, ERR_INVALID, "staging: %zu bytes that were not staged, while a graph is recorded", bytes);
+        return NULL;
+    }
     if (bytes > LOOSE_BYTES / 4) { // an op's few arrays must outlive one turn of the ring
         error_set(e, ERR_INVALID, "staging: %zu bytes are more than a loose array may have", bytes);
         return NULL;
@@ -230,12 +234,14 @@ int staging_create(struct device *d, struct error *e)
     if (!s->shadow) return error_set(e, ERR_NOMEM, "staging: out of memory");
     for (int i = 0; i < N_SLOTS; i++)
         if (cuda_check(cudaEventCreateWithFlags(&s->copied[i], cudaEventDisableTiming), "staging", e)) return ERR_DEVICE;
-    cudaError_t status = cudaHostAlloc((void **)&s->pinned, N_SLOTS * s->slot_bytes, cudaHostAllocMapped);
-    if (status == cudaSuccess) status = cudaMalloc((void **)&s->arrays, s->arrays_bytes + LOOSE_BYTES);
-    if (status == cudaSuccess) return 0;
+    size_t pinned = N_SLOTS * s->slot_bytes;
+    if (cudaHostAlloc((void **)&s->pinned, pinned, cudaHostAllocMapped) != cudaSuccess) {
+        cudaGetLastError();
+        return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of staging on the host", pinned);
+    }
+    if (cudaMalloc((void **)&s->arrays, s->arrays_bytes + LOOSE_BYTES) == cudaSuccess) return 0;
     cudaGetLastError();
-    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of staging (%s)", s->arrays_bytes + LOOSE_BYTES,
-                     cudaGetErrorString(status));
+    return error_set(e, ERR_NOMEM, "device: no memory for %zu bytes of staging", s->arrays_bytes + LOOSE_BYTES);
 }
 
 void staging_destroy(struct device *d)

@@ -146,10 +146,10 @@ END_TEST
 
 START_TEST(norm)
 {
-    static const size_t dims[] = {1, 7, 64, 192, 1000, 4096};
+    static const size_t dims[] = {1, 7, 64, 192, 1000, 4096, 12288};
     for (int round = 0; round < 24; round++) {
         enum dtype dtype = type_of(round);
-        size_t T = (size_t)random_int(1, 70), dim = dims[round % 6];
+        size_t T = (size_t)random_int(1, 70), dim = dims[round % 7];
         struct pair x = pair_of(dtype, T, dim), out = pair_of(dtype, T, dim), r = pair_of(dtype, T, dim);
         struct pair w = pair_of(round % 3 ? dtype : DTYPE_F32, 1, dim), b = pair_of(DTYPE_F32, 1, dim);
         w.g.shape[0] = w.c.shape[0] = b.g.shape[0] = b.c.shape[0] = dim;
