@@ -25,7 +25,6 @@ struct device {
     int sm;                    // 80, 90, ...
     int n_sms;
     bool kernels_wait;         // the code that runs was made for Hopper: kernels may be launched early (launch.cuh)
-    size_t l2_bytes;
     cudaStream_t stream;
     cudaEvent_t *tickets;      // ring of recorded events
     uint64_t n_recorded;
@@ -34,7 +33,7 @@ struct device {
     bool recording;            // a graph: what is enqueued is not done yet, and will be done many times
     struct cublas *cublas;
     struct sampler *sampler;
-    void *scratch;             // of the op that runs: partial sums of attention, of split-K products, of sampling
+    void *scratch;             // of the op that runs: partial sums of attention, of sampling
     size_t scratch_bytes;
     char description[128];
 };
@@ -46,7 +45,6 @@ extern "C" {
 // Each op's need of scratch, in bytes; device_create takes the largest.
 size_t cuda_attention_scratch_bytes(const struct device *d);
 size_t cuda_sample_scratch_bytes(const struct device *d);
-size_t cuda_linear_scratch_bytes(const struct device *d);
 
 int staging_create(struct device *d, struct error *e);
 void staging_destroy(struct device *d);

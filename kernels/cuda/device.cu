@@ -200,7 +200,6 @@ static int open_gpu(struct device *d, struct error *e)
     if (rc) return rc;
     d->sm = prop.major * 10 + prop.minor;
     d->n_sms = prop.multiProcessorCount;
-    d->l2_bytes = (size_t)prop.l2CacheSize;
     snprintf(d->description, sizeof d->description, "%.64s, sm_%d, %d multiprocessors, %.1f GiB", prop.name, d->sm,
              d->n_sms, (double)prop.totalGlobalMem / (1 << 30));
     d->kernels_wait = code.ptxVersion >= 90;
@@ -225,8 +224,7 @@ static size_t largest(size_t a, size_t b)
 
 static int allocate(struct device *d, struct error *e)
 {
-    d->scratch_bytes = largest(largest(cuda_attention_scratch_bytes(d), cuda_sample_scratch_bytes(d)),
-                               cuda_linear_scratch_bytes(d));
+    d->scratch_bytes = largest(cuda_attention_scratch_bytes(d), cuda_sample_scratch_bytes(d));
     d->scratch = cuda_alloc(d, d->scratch_bytes);
     if (d->scratch) return 0;
     char more[160];

@@ -232,12 +232,6 @@ int cuda_linear(struct device *d, const struct linear_params *p, struct error *e
     return rc;
 }
 
-size_t cuda_linear_scratch_bytes(const struct device *d)
-{
-    (void)d;
-    return 0;
-}
-
 int cuda_linear_create(struct device *d, struct error *e)
 {
     d->cublas = (struct cublas *)calloc(1, sizeof *d->cublas);

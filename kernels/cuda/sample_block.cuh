@@ -104,23 +104,10 @@ __device__ __forceinline__ wide block_max(wide x)
     return warp_max(of_warp[threadIdx.x % WARPS]);
 }
 
-// To every thread; for sums of integers.
-__device__ __forceinline__ wide block_sum(wide x)
-{
-    __shared__ wide of_warp[WARPS];
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0;
-    for (int warp = 0; warp < WARPS; warp++) x += of_warp[warp];
-    return x;
-}
-
 // To every thread, always in the same order.
-__device__ __forceinline__ double block_sum(double x)
+template <typename Number> __device__ __forceinline__ Number block_sum(Number x)
 {
-    __shared__ double of_warp[WARPS];
+    __shared__ Number of_warp[WARPS];
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     __syncthreads();
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
