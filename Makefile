@@ -76,7 +76,8 @@ CUDA_C_OBJ := $(patsubst %,$(BUILD)/obj/pic/%.o,kernels/error.c kernels/dtype.c)
 CUDA_ARCH := -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90a,code=sm_90a
 # Where it looks for cuBLASLt before it asks the system.
 CUBLAS_DIRS := $$ORIGIN:$$ORIGIN/lib:/usr/local/cuda/lib64:/usr/local/cuda-13/lib64:/usr/local/cuda-12/lib64:/opt/cuda/lib64
-NVCCFLAGS := -O3 -std=c++17 -I. -D_GNU_SOURCE -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror
+NVCCFLAGS := -O3 -std=c++17 -I. -D_GNU_SOURCE -lineinfo --compress-mode=size \
+  -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror
 
 .PHONY: all run check clean cuda
 all: $(BUILD)/gptd $(if $(SAN),,$(if $(NVCC),$(CUDA_LIB)))

@@ -21,6 +21,11 @@ static bool are_rows(size_t stride)
     return stride % 8 == 0; // elements of 2 bytes: rows start at multiples of 16 bytes
 }
 
+static bool is_short(size_t stride)
+{
+    return stride < (size_t)1 << 31;
+}
+
 static bool shapes_fit(const struct flash_attention_params *p)
 {
     return p->n_seqs >= 1 && p->n_kv_heads >= 1 && p->n_heads >= 1 && p->n_heads % p->n_kv_heads == 0 &&
@@ -34,7 +39,8 @@ static bool arrays_fit(const struct flash_attention_params *p)
     return p->out && p->q && p->k && p->v && is_aligned(p->out) && is_aligned(p->q) && is_aligned(p->k) &&
            is_aligned(p->v) && are_rows(p->out_stride) && are_rows(p->out_head_stride) && are_rows(p->q_stride) &&
            are_rows(p->q_head_stride) && are_rows(p->kv_head_stride) && are_rows(p->kv_stride) &&
-           p->kv_stride < (size_t)1 << 26; // a page's offsets are 32 bits
+           is_short(p->q_stride) && is_short(p->q_head_stride) && is_short(p->out_stride) &&
+           is_short(p->out_head_stride) && p->kv_stride < (size_t)1 << 26; // a page's offsets are 32 bits
 }
 
 static bool pages_fit(const struct flash_attention_params *p)

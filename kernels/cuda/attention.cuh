@@ -18,7 +18,6 @@ enum {
     KV_TILE = 64,           // keys of one step; tiles start at multiples of it, whatever the batch
     MAX_HEAD_DIM = 256,
     UNLIMITED = 1 << 30,    // window without an end
-    MAX_SPLITS = 64,        // of one row's context in decode
 };
 
 // How a raw product q.k becomes a score in units of log2(e): see adjust_scores.
@@ -106,6 +105,17 @@ __device__ __forceinline__ float tanh_exp(float x)
     return __fmaf_rn(-2.0f, reciprocal_approx(__fadd_rn(e, 1.0f)), 1.0f);
 }
 
+__device__ __forceinline__ float cap_score(float x, const struct scoring &scoring)
+{
+    return __fmul_rn(tanh_exp(__fmul_rn(x, scoring.softcap_in)), scoring.softcap_out);
+}
+
+// ALiBi; distance: of the key from the query, at most 0 where attention is causal.
+__device__ __forceinline__ float bias_score(float x, float slope, int32_t distance, const struct scoring &scoring)
+{
+    return __fmaf_rn(slope, (float)distance, __fmul_rn(x, scoring.softcap_in != 0 ? 1.0f : scoring.raw_scale));
+}
+
 // Softcap, ALiBi, -infinity where the row does not see the key, for the elements that a lane holds of one row:
 // half 0 is row lane / 4, half 1 is 8 further. first_key: that of the lane's first element.
 template <int NT>
@@ -114,18 +124,13 @@ __device__ __forceinline__ void adjust_scores(float (&s)[NT][4], int half, int32
 {
     if (scoring.softcap_in != 0) {
 #pragma unroll
-        for (int i = 0; i < 2 * NT; i++) {
-            float &x = s[i / 2][2 * half + i % 2];
-            x = __fmul_rn(tanh_exp(__fmul_rn(x, scoring.softcap_in)), scoring.softcap_out);
-        }
+        for (int i = 0; i < 2 * NT; i++) s[i / 2][2 * half + i % 2] = cap_score(s[i / 2][2 * half + i % 2], scoring);
     }
     if (scoring.slopes) {
-        float raw_scale = scoring.softcap_in != 0 ? 1.0f : scoring.raw_scale;
 #pragma unroll
         for (int i = 0; i < 2 * NT; i++) {
             float &x = s[i / 2][2 * half + i % 2];
-            int32_t distance = first_key + i / 2 * 8 + i % 2 - row.position;
-            x = __fmaf_rn(row.slope, (float)distance, __fmul_rn(x, raw_scale));
+            x = bias_score(x, row.slope, first_key + i / 2 * 8 + i % 2 - row.position, scoring);
         }
     }
 #pragma unroll

@@ -4,8 +4,8 @@
  * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). The q heads of one KV head are packed into the
  * rows: packed row r of a sequence is query r / group, head r % group of the KV head, so that one pass over K and V
  * serves all of them and short chunks fill their tiles.
- * Grid: one block per tile of WARPS * MT * 16 packed rows and KV head, those with the most keys first. WARPS warps a
- * block, each with MT * 16 rows. Blocks beyond the last tile (the host knows only a bound) end at once.
+ * Grid: one block per tile of WARPS * MT * 16 packed rows and KV head, in the order of find_tile. WARPS warps a block,
+ * each with MT * 16 rows. Blocks beyond the last tile (the host knows only a bound) end at once.
  * Shared memory: Q (ROWS, D), a ring of three KV tiles (64, D): K0 V0 K1 V1 K2 ..., each fetched two products ahead.
  * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile of rows (mostly from L2).
  * Bound by mma.sync (on Hopper about 0.6 of what wgmma does); at 32 rows a warp, reading K and V from shared memory
@@ -19,12 +19,14 @@
 
 namespace {
 
-enum { RING = 3, NO_QUERY = 0xffff };
+enum { RING = 3 };
 
 struct prefill_args {
     struct flash_attention_params p;
     struct scoring scoring;
-    int32_t group; // q heads per KV head
+    int32_t group;         // q heads per KV head
+    uint32_t group_part;   // 2^32 / group, rounded up: see query_of; 0 for a group of 1
+    uint32_t section_part; // 2^32 / tiles of consecutive sequences that are worked on together, rounded up
 };
 
 // The work of one block.
@@ -42,11 +44,9 @@ struct prefill_tile {
 };
 
 // Shared memory beside the tiles. The tile's description is here, too: registers are what is scarce.
-template <int ROWS> struct prefill_rows {
+struct prefill_rows {
     prefill_tile tile;
     __align__(16) int32_t pages[2][4]; // of the keys 0-15, 16-31, 32-47, 48-63 of a step; even and odd steps
-    float slope[ROWS];     // in units of log2(e)
-    uint16_t query[ROWS];  // of the sequence, from the tile's first on; NO_QUERY: the tile's row is beyond the last
 };
 
 template <int D, int MT, int WARPS> struct prefill_shape {
@@ -54,10 +54,16 @@ template <int D, int MT, int WARPS> struct prefill_shape {
     static constexpr int THREADS = WARPS * 32;
     static constexpr int Q_BYTES = ROWS * tile_layout<D>::STRIDE;
     static constexpr int KV_BYTES = KV_TILE * tile_layout<D>::STRIDE;
-    static constexpr int SMEM = Q_BYTES + RING * KV_BYTES + (int)sizeof(prefill_rows<ROWS>);
+    static constexpr int SMEM = Q_BYTES + RING * KV_BYTES + (int)sizeof(prefill_rows);
     static_assert(SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
     static_assert(D > 128 || 2 * (SMEM + 1024) <= 164 * 1024, "two blocks fit a multiprocessor of sm_80");
 };
+
+// Query that a packed row belongs to: row / group, exactly, while row * group is less than 2^32.
+__device__ __forceinline__ int32_t query_of(const prefill_args &a, int32_t row)
+{
+    return a.group_part ? (int32_t)__umulhi((uint32_t)row, a.group_part) : row;
+}
 
 // ---- which tile -----------------------------------------------------------------------------------------------------
 
@@ -67,53 +73,55 @@ __device__ __forceinline__ int32_t tiles_of(const prefill_args &a, int32_t s, in
     return n == 1 && a.p.skip_single ? 0 : (n * a.group + rows - 1) / rows;
 }
 
-// Sum over the sequences of min(their tiles, limit), by a whole warp; mine: tiles of sequence `lane`.
-__device__ __forceinline__ int32_t count_tiles(const prefill_args &a, int32_t rows, int32_t mine, int32_t limit)
+// Sum over the warp's lanes of min(their tiles, limit).
+__device__ __forceinline__ int32_t count_tiles(int32_t mine, int32_t limit)
 {
-    int32_t sum = min(mine, limit);
-    for (int32_t s = (int32_t)threadIdx.x % 32 + 32; s < a.p.n_seqs; s += 32) sum += min(tiles_of(a, s, rows), limit);
-    return __reduce_add_sync(0xffffffffu, sum);
+    return (int32_t)__reduce_add_sync(0xffffffffu, (uint32_t)min(mine, limit));
 }
 
-// The index-th sequence of those with more than `round` tiles, by a whole warp; -1 if there are fewer.
-__device__ __forceinline__ int32_t find_sequence(const prefill_args &a, int32_t rows, int32_t mine, int32_t round,
-                                                 int32_t index)
-{
-    int32_t lane = (int32_t)threadIdx.x % 32;
-    for (int32_t first = 0; first < a.p.n_seqs; first += 32) {
-        int32_t n = first == 0 ? mine : first + lane < a.p.n_seqs ? tiles_of(a, first + lane, rows) : 0;
-        bool has = n > round;
-        uint32_t mask = __ballot_sync(0xffffffffu, has);
-        bool is_it = has && __popc(mask & ((1u << lane) - 1)) == index;
-        uint32_t found = __ballot_sync(0xffffffffu, is_it);
-        if (found) return first + __ffs((int)found) - 1;
-        index -= __popc(mask);
-    }
-    return -1;
-}
-
-// Tiles are counted in rounds, round r holding tile r of every sequence that has one; blocks take them from the last
-// round to the first, because late queries see the most keys.
+// The tile of a place in the order of work, by a whole warp; false: beyond the last.
+// Neighbouring sequences make sections of about a machine full of tiles, one after the other, so that what K and V a
+// section reads again is still in L2. In a section tiles are counted in rounds, round r holding tile r of every
+// sequence that has one; the last round comes first, because late queries see the most keys.
 __device__ __forceinline__ bool find_tile(const prefill_args &a, int32_t order, int32_t rows, int32_t *seq,
                                           int32_t *tile)
 {
-    int32_t lane = (int32_t)threadIdx.x % 32, mine = lane < a.p.n_seqs ? tiles_of(a, lane, rows) : 0;
-    int32_t index = count_tiles(a, rows, mine, INT32_MAX) - 1 - order;
-    if (index < 0) return false;
-    if (a.p.n_seqs == 1) {
-        *seq = 0;
-        *tile = index;
-        return true;
+    const int32_t lane = (int32_t)threadIdx.x % 32;
+    int32_t first = 0, mine; // tiles of sequence first + lane
+    for (;; first += 32) {
+        if (first >= a.p.n_seqs) return false;
+        mine = first + lane < a.p.n_seqs ? tiles_of(a, first + lane, rows) : 0;
+        int32_t n = count_tiles(mine, INT32_MAX);
+        if (order < n) break;
+        order -= n;
     }
-    int32_t low = 0, high = index; // tiles before round `low` are at most index, before round high + 1 more
-    while (low < high) {
+    int32_t upto = mine; // with those of the lanes before
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int32_t other = __shfl_up_sync(0xffffffffu, upto, d);
+        if (lane >= d) upto += other;
+    }
+    int32_t section = (int32_t)__umulhi((uint32_t)(upto - mine), a.section_part);
+    int32_t there = __shfl_sync(0xffffffffu, section, __ffs((int)__ballot_sync(0xffffffffu, order < upto)) - 1);
+    int32_t begin = __ffs((int)__ballot_sync(0xffffffffu, section == there)) - 1;
+    int32_t base = __shfl_sync(0xffffffffu, upto - mine, begin);
+    if (section != there) mine = 0;
+    int32_t index = count_tiles(mine, INT32_MAX) - 1 - (order - base); // from the first round
+    float n = (float)__popc(__ballot_sync(0xffffffffu, mine > 0));
+    int32_t low = (int32_t)__fdividef((float)index + 0.5f, n), high = index;
+    if (count_tiles(mine, low) > index) low = 0; // rounded up: never, while there are less than a million tiles
+    if (count_tiles(mine, low + 1) > index) high = low; // sequences of one length
+    while (low < high) { // tiles before round `low` are at most index, before round high + 1 more
         int32_t middle = low + (high - low + 1) / 2;
-        if (count_tiles(a, rows, mine, middle) <= index) low = middle;
+        if (count_tiles(mine, middle) <= index) low = middle;
         else high = middle - 1;
     }
+    uint32_t has = __ballot_sync(0xffffffffu, mine > low);
+    int32_t nth = index - count_tiles(mine, low);
+    bool is_it = mine > low && __popc(has & ((1u << lane) - 1)) == nth;
+    *seq = first + __ffs((int)__ballot_sync(0xffffffffu, is_it)) - 1;
     *tile = low;
-    *seq = find_sequence(a, rows, mine, low, index - count_tiles(a, rows, mine, low));
-    return *seq >= 0;
+    return true;
 }
 
 __device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int32_t s, int32_t tile, int32_t kv_head,
@@ -127,11 +135,11 @@ __device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int
     int32_t first_token = p.block_table ? 0 : p.cu_seqlens_k[s];
     int32_t length = p.block_table ? p.context_lens[s] : p.cu_seqlens_k[s + 1] - first_token;
     t.first_row = tile * rows;
-    t.first_query = t.first_row / a.group;
+    t.first_query = query_of(a, t.first_row);
     t.n_rows = n_queries * a.group;
     t.first_position = length - n_queries;
     int32_t first = t.first_position + t.first_query;
-    int32_t last = t.first_position + min(t.first_row + rows - 1, t.n_rows - 1) / a.group;
+    int32_t last = t.first_position + query_of(a, min(t.first_row + rows - 1, t.n_rows - 1));
     t.first_key = max(first - a.scoring.left, 0);
     t.end_key = min(last + a.scoring.right + 1, length);
     t.first_step = t.first_key / KV_TILE;
@@ -238,47 +246,35 @@ __device__ __forceinline__ void fetch_keys(const prefill_args &a, const prefill_
         fetch_some_keys<D, THREADS>(a, t, source, step, pages, to);
 }
 
-// What threads know of the rows of the tile; ends without a barrier.
-template <int ROWS, int THREADS>
-__device__ __forceinline__ void describe_rows(const prefill_args &a, const prefill_tile &t, prefill_rows<ROWS> *rows)
-{
-    for (int r = (int)threadIdx.x; r < ROWS; r += THREADS) {
-        int32_t row = t.first_row + r;
-        rows->query[r] = (uint16_t)(row < t.n_rows ? row / a.group - t.first_query : NO_QUERY);
-        rows->slope[r] = 0;
-        if (a.scoring.slopes)
-            rows->slope[r] = __fmul_rn(a.scoring.slopes[t.kv_head * a.group + row % a.group], CUDART_L2E_F);
-    }
-}
-
-// Query of the sequence and q head of the tile's row r; query -1 beyond the last row.
+// Query of the sequence, and q head, of the tile's row r, which may lie beyond the sequence's last.
 struct row_name {
     int32_t query, head;
 };
 
-template <int ROWS>
-__device__ __forceinline__ row_name name_of(const prefill_args &a, const prefill_rows<ROWS> *rows, int r)
+__device__ __forceinline__ row_name name_of(const prefill_args &a, int32_t first_row, int32_t kv_head, int32_t r)
 {
-    const prefill_tile &t = rows->tile;
-    if (rows->query[r] == NO_QUERY) return {-1, 0};
-    int32_t query = t.first_query + rows->query[r];
-    return {query, t.kv_head * a.group + (t.first_row + r - query * a.group)};
+    int32_t row = first_row + r, query = query_of(a, row);
+    return {query, kv_head * a.group + (row - query * a.group)};
+}
+
+// Elements to a row of q or out.
+__device__ __forceinline__ size_t offset_of(const row_name &name, int32_t query_row, size_t stride, size_t head_stride)
+{
+    return (size_t)(uint32_t)(query_row + name.query) * (uint32_t)stride + (size_t)(uint32_t)name.head * (uint32_t)head_stride;
 }
 
 template <int D, int ROWS, int THREADS>
-__device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefill_tile &t,
-                                              const prefill_rows<ROWS> *rows, uint32_t to)
+__device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefill_tile &t, uint32_t to)
 {
     constexpr int CHUNKS = tile_layout<D>::CHUNKS;
-#pragma unroll
+    const int32_t first_row = t.first_row, n_rows = t.n_rows, query_row = t.query_row, kv_head = t.kv_head;
+#pragma unroll 8
     for (int index = (int)threadIdx.x; index < ROWS * CHUNKS; index += THREADS) {
         int row = index / CHUNKS, chunk = index % CHUNKS;
-        row_name name = name_of(a, rows, row);
-        bool seen = name.query >= 0 && chunk * 8 < a.p.head_dim;
-        size_t offset = (size_t)(t.query_row + name.query) * a.p.q_stride + (size_t)name.head * a.p.q_head_stride +
-                        (size_t)chunk * 8;
-        cp_async_16(to + tile_layout<D>::offset(row, chunk), (const uint16_t *)a.p.q + (seen ? offset : 0),
-                    seen ? 16 : 0);
+        bool seen = first_row + row < n_rows && chunk * 8 < a.p.head_dim;
+        size_t offset = offset_of(name_of(a, first_row, kv_head, row), query_row, a.p.q_stride, a.p.q_head_stride);
+        cp_async_16(to + tile_layout<D>::offset(row, chunk),
+                    (const uint16_t *)a.p.q + (seen ? offset + (size_t)chunk * 8 : 0), seen ? 16 : 0);
     }
 }
 
@@ -308,36 +304,67 @@ __device__ __forceinline__ void multiply_keys(float (&s)[MT][KV_TILE / 8][4], ui
     }
 }
 
-template <int MT, int ROWS>
+template <int MT>
 __device__ __forceinline__ void adjust_tile(float (&s)[MT][KV_TILE / 8][4], const prefill_args &a,
-                                            const prefill_tile &t, const prefill_rows<ROWS> *rows, int32_t step)
+                                            const prefill_tile &t, int32_t step)
 {
     int thread = (int)threadIdx.x, lane = thread % 32, first = thread / 32 * MT * 16 + lane / 4;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int r = first + 16 * m + 8 * half;
+            row_name name = name_of(a, t.first_row, t.kv_head, first + 16 * m + 8 * half);
             struct score_row row;
-            row.position = t.first_position + t.first_query + rows->query[r];
+            row.position = t.first_position + name.query;
             row.first = row.position - a.scoring.left;
             row.last = min(row.position + a.scoring.right, t.end_key - 1);
-            row.slope = rows->slope[r];
+            row.slope = a.scoring.slopes ? __fmul_rn(a.scoring.slopes[name.head], CUDART_L2E_F) : 0;
             adjust_scores(s[m], half, step * KV_TILE + lane % 4 * 2, row, a.scoring);
         }
     }
 }
 
+// The weights p of a step's keys, and what went before scaled to the rows' new maxima.
+template <typename T, int D, int MT>
+__device__ __forceinline__ void weigh_keys(float (&o)[MT][D / 8][4], float (&max)[MT][2], float (&sum)[MT][2],
+                                           uint32_t (&p)[MT][KV_TILE / 16][4], const prefill_args &a,
+                                           const prefill_tile &t, int32_t step, uint32_t q, uint32_t k)
+{
+    const int lane = (int)threadIdx.x % 32;
+    float s[MT][KV_TILE / 8][4], factor[MT][2];
+    multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane), k + lane_of_keys<D>(lane));
+    if (step * KV_TILE < t.full_first || (step + 1) * KV_TILE > t.full_end) adjust_tile<MT>(s, a, t, step);
+    bool moved = false;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        softmax_step(s[m], max[m], sum[m], factor[m], a.scoring.multiplier);
+        pack_rows<T>(p[m], s[m]);
+        moved |= factor[m][0] != 1 || factor[m][1] != 1;
+    }
+    if (!__any_sync(0xffffffffu, moved)) return; // all factors are 1
+#pragma unroll
+    for (int m = 0; m < MT; m++) scale_rows<D>(o[m], factor[m]);
+}
+
+// Keys that any of a warp's rows of the tile sees, from .x to .y - 1.
+template <int MT> __device__ __forceinline__ int2 keys_of_warp(const prefill_args &a, const prefill_tile &t)
+{
+    int32_t first = t.first_row + (int32_t)threadIdx.x / 32 * MT * 16, last = min(first + MT * 16, t.n_rows) - 1;
+    if (last < first) return make_int2(0, 0);
+    return make_int2(t.first_position + query_of(a, first) - a.scoring.left,
+                     min(t.first_position + query_of(a, last) + a.scoring.right + 1, t.end_key));
+}
+
 // ---- output ---------------------------------------------------------------------------------------------------------
 
 // Divides by the sums and stores; through the warp's own rows of Q in shared memory, so that whole chunks are written.
-template <typename T, int D, int MT, int ROWS>
+template <typename T, int D, int MT>
 __device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max)[MT][2], float (&sum)[MT][2],
-                                           const prefill_args &a, const prefill_tile &t, const prefill_rows<ROWS> *rows,
-                                           unsigned char *q)
+                                           const prefill_args &a, const prefill_tile &t, unsigned char *q)
 {
     constexpr int CHUNKS = tile_layout<D>::CHUNKS;
-    int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * MT * 16;
+    const int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x / 32 * MT * 16;
+    const int32_t first_row = t.first_row, n_rows = t.n_rows, query_row = t.query_row, kv_head = t.kv_head;
     __syncwarp(); // all lanes have read their last of Q
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -350,21 +377,20 @@ __device__ __forceinline__ void store_tile(float (&o)[MT][D / 8][4], float (&max
                 uint32_t pair = pack<T>(__fmul_rn(o[m][n][2 * half], factor), __fmul_rn(o[m][n][2 * half + 1], factor));
                 *(uint32_t *)(q + tile_layout<D>::offset(r, n) + lane % 4 * 4) = pair;
             }
-            row_name name = name_of(a, rows, r);
-            if (a.p.lse && lane % 4 == 0 && name.query >= 0)
-                a.p.lse[(size_t)(t.query_row + name.query) * (size_t)a.p.n_heads + (size_t)name.head] =
-                    log_sum(max[m][half], total);
+            if (!a.p.lse || lane % 4 != 0 || first_row + r >= n_rows) continue;
+            row_name name = name_of(a, first_row, kv_head, r);
+            a.p.lse[(size_t)(query_row + name.query) * (size_t)a.p.n_heads + (size_t)name.head] =
+                log_sum(max[m][half], total);
         }
     }
     __syncwarp();
-#pragma unroll 4
+#pragma unroll 8
     for (int index = lane; index < MT * 16 * CHUNKS; index += 32) {
         int r = first + index / CHUNKS, chunk = index % CHUNKS;
-        row_name name = name_of(a, rows, r);
-        if (name.query < 0 || chunk * 8 >= a.p.head_dim) continue;
-        size_t offset = (size_t)(t.query_row + name.query) * a.p.out_stride + (size_t)name.head * a.p.out_head_stride;
-        uint4 *to = (uint4 *)((uint16_t *)a.p.out + offset + (size_t)chunk * 8);
-        *to = *(const uint4 *)(q + tile_layout<D>::offset(r, chunk));
+        uint4 x = *(const uint4 *)(q + tile_layout<D>::offset(r, chunk));
+        size_t offset = offset_of(name_of(a, first_row, kv_head, r), query_row, a.p.out_stride, a.p.out_head_stride);
+        if (first_row + r < n_rows && chunk * 8 < a.p.head_dim)
+            *(uint4 *)((uint16_t *)a.p.out + offset + (size_t)chunk * 8) = x;
     }
 }
 
@@ -382,12 +408,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
 {
     using shape = prefill_shape<D, MT, WARPS>;
     constexpr int ROWS = shape::ROWS, THREADS = shape::THREADS;
+    constexpr bool SKIPS = D == 128; // steps that none of a warp's rows sees: elsewhere it costs more than it saves
     extern __shared__ __align__(1024) unsigned char smem[];
     previous_kernel_wait();
 
     int32_t seq, tile, kv_head = (int32_t)(blockIdx.x % (unsigned)a.p.n_kv_heads);
     if (!find_tile(a, (int32_t)(blockIdx.x / (unsigned)a.p.n_kv_heads), ROWS, &seq, &tile)) return;
-    prefill_rows<ROWS> *rows = (prefill_rows<ROWS> *)(smem + shape::Q_BYTES + RING * shape::KV_BYTES);
+    prefill_rows *rows = (prefill_rows *)(smem + shape::Q_BYTES + RING * shape::KV_BYTES);
     if (threadIdx.x == 0) rows->tile = describe_tile(a, seq, tile, kv_head, ROWS);
     __syncthreads();
     const prefill_tile &t = rows->tile;
@@ -404,22 +431,22 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
         sum[i / 2][i % 2] = 0;
     }
 
-    describe_rows<ROWS, THREADS>(a, t, rows);
     if (t.first_step < t.end_step) {
         const int32_t first_step = t.first_step;
         fetch_pages(a, t, first_step, pages);
         fetch_pages(a, t, first_step + 1, pages);
         cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        fetch_queries<D, ROWS, THREADS>(a, t, rows, q);
+        fetch_queries<D, ROWS, THREADS>(a, t, q);
+        if (t.pages) {
+            cp_async_wait<0>(); // the pages
+            __syncthreads();
+        }
         fetch_keys<D, THREADS>(a, t, a.p.k, first_step, rows->pages[first_step & 1], ring);
         cp_async_commit();
         fetch_keys<D, THREADS>(a, t, a.p.v, first_step, rows->pages[first_step & 1], ring + shape::KV_BYTES);
         cp_async_commit();
-    } else {
-        __syncthreads();
     }
+    const int2 seen = keys_of_warp<MT>(a, t);
     for (int32_t step = t.first_step; step < t.end_step; step++) {
         cp_async_wait<1>(); // K of this step, and the pages of the next
         __syncthreads();    // everyone's part of it; and all have done with V of the step before
@@ -429,43 +456,33 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
             fetch_pages(a, t, step + 2, pages);
         }
         cp_async_commit();
-        float s[MT][KV_TILE / 8][4];
-        multiply_keys<T, D, MT>(s, q + lane_of_rows<D>(lane) + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
-                                ring + place + lane_of_keys<D>(lane));
-        if (step * KV_TILE < t.full_first || (step + 1) * KV_TILE > t.full_end)
-            adjust_tile<MT, ROWS>(s, a, t, rows, step);
+        const bool sees = !SKIPS || (step * KV_TILE < seen.y && (step + 1) * KV_TILE > seen.x); // the warp, anything
         uint32_t p[MT][KV_TILE / 16][4];
-        bool moved = false;
-        float factor[MT][2];
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-            softmax_step(s[m], max[m], sum[m], factor[m], a.scoring.multiplier);
-            pack_rows<T>(p[m], s[m]);
-            moved |= factor[m][0] != 1 || factor[m][1] != 1;
-        }
-        if (__any_sync(0xffffffffu, moved)) { // else all factors are 1
-#pragma unroll
-            for (int m = 0; m < MT; m++) scale_rows<D>(o[m], factor[m]);
-        }
+        if (sees)
+            weigh_keys<T, D, MT>(o, max, sum, p, a, t, step, q + (uint32_t)(warp * MT * 16 * tile_layout<D>::STRIDE),
+                                 ring + place);
         cp_async_wait<1>(); // V of this step
         __syncthreads();    // and all have done with K
         if (step + 1 < t.end_step)
             fetch_keys<D, THREADS>(a, t, a.p.v, step + 1, rows->pages[(step + 1) & 1], ring + place);
         cp_async_commit();
-        add_values<T, D, MT, KV_TILE / 8>(o, p, ring + further<shape::KV_BYTES>(place, 1) + lane_of_rows<D>(lane));
+        if (sees) add_values<T, D, MT, KV_TILE / 8>(o, p, ring + further<shape::KV_BYTES>(place, 1) + lane_of_rows<D>(lane));
         place = further<shape::KV_BYTES>(place, 2);
     }
-    store_tile<T, D, MT, ROWS>(o, max, sum, a, t, rows, smem);
+    store_tile<T, D, MT>(o, max, sum, a, t, smem);
 }
 
 // ---- tile choice, launcher ------------------------------------------------------------------------------------------
 
 template <typename T, int D, int MT, int WARPS, int BLOCKS>
-cudaError_t launch_shape(const prefill_args &a, size_t n_tiles, int sm, cudaStream_t stream)
+cudaError_t launch_shape(prefill_args a, size_t n_tiles, int sm, int n_sms, cudaStream_t stream)
 {
     using shape = prefill_shape<D, MT, WARPS>;
     size_t n_blocks = n_tiles * (size_t)a.p.n_kv_heads;
     if (n_blocks > INT32_MAX) return cudaErrorInvalidValue;
+    unsigned section_tiles = (unsigned)(n_sms * BLOCKS / a.p.n_kv_heads);
+    if (section_tiles < 2) section_tiles = 2;
+    a.section_part = (uint32_t)((((uint64_t)1 << 32) + section_tiles - 1) / section_tiles);
     return launch_kernel(attention_prefill_kernel<T, D, MT, WARPS, BLOCKS>, (unsigned)n_blocks, shape::THREADS,
                          shape::SMEM, sm, stream, a);
 }
@@ -482,8 +499,8 @@ cudaError_t launch_rows(const prefill_args &a, int sm, int n_sms, cudaStream_t s
 {
     size_t n_tiles = tiles_at_most(a, 128);
     if (n_tiles * (size_t)a.p.n_kv_heads < 2 * (size_t)n_sms)
-        return launch_shape<T, D, 1, 4, SMALL_BLOCKS>(a, tiles_at_most(a, 64), sm, stream);
-    return launch_shape<T, D, MT, WARPS, BLOCKS>(a, n_tiles, sm, stream);
+        return launch_shape<T, D, 1, 4, SMALL_BLOCKS>(a, tiles_at_most(a, 64), sm, n_sms, stream);
+    return launch_shape<T, D, MT, WARPS, BLOCKS>(a, n_tiles, sm, n_sms, stream);
 }
 
 template <typename T> cudaError_t launch_dim(const prefill_args &a, int sm, int n_sms, cudaStream_t stream)
@@ -503,7 +520,11 @@ cudaError_t launch_prefill(const struct flash_attention_params *p, cudaStream_t 
     int sm, n_sms, smem_per_sm;
     cudaError_t status = device_figures(&sm, &n_sms, &smem_per_sm);
     if (status != cudaSuccess) return status;
-    prefill_args a = {*p, scoring_of(p), p->n_heads / p->n_kv_heads};
+    prefill_args a = {};
+    a.p = *p;
+    a.scoring = scoring_of(p);
+    a.group = p->n_heads / p->n_kv_heads;
+    if (a.group > 1) a.group_part = (uint32_t)((((uint64_t)1 << 32) + (uint64_t)a.group - 1) / (uint64_t)a.group);
     if (p->dtype == FLASH_ATTENTION_BF16) return launch_dim<__nv_bfloat16>(a, sm, n_sms, stream);
     return launch_dim<__half>(a, sm, n_sms, stream);
 }

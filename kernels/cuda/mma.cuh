@@ -25,6 +25,9 @@ __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, int n_
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(n_bytes) : "memory");
 }
 
+// To L2.
+__device__ __forceinline__ void prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's groups are still on their way.
@@ -50,6 +53,14 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t addres
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
+}
+
+// An 8x8 matrix, of which lane i holds (row i / 4, columns 2 (i % 4) and the next): its transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t x)
+{
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
 }
 
 // c [16, 8] += a [16, 16] x b [16, 8]. With g = lane / 4, t = lane % 4: c holds (g, 2t), (g, 2t+1), (g+8, 2t),
@@ -91,6 +102,14 @@ template <> __device__ __forceinline__ uint32_t pack<__half>(float low, float hi
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
+}
+
+// Adds and returns what was there, after all that the thread knows to be written, before all that it reads later.
+__device__ __forceinline__ int32_t add_acq_rel(int32_t *to, int32_t x)
+{
+    int32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(x) : "memory");
+    return before;
 }
 
 __device__ __forceinline__ float exp2_approx(float x)

@@ -444,6 +444,14 @@ def batched(library, worst):
             yield f"decode d{dim}", lambda heads=heads, lens=lens, options=options: \
                 batch_bits(library, ragged(heads, [(1, n) for n in lens]), options, "decode")
 
+    for dim in (64, 128, 256):  # rows that are alike and as many as warps, or nearly: whole rows to each, or cut
+        heads = Heads(random.choice(list(DTYPES)), dim, 32, 8)
+        n_warps = 4 * torch.cuda.get_device_properties(0).multi_processor_count
+        for n_seqs in (n_warps // heads.kv, n_warps * 3 // 4 // heads.kv, n_warps // 2 // heads.kv):
+            length = random.randrange(300, 700)
+            yield f"alike d{dim} {n_seqs} of {length}", lambda heads=heads, n_seqs=n_seqs, length=length: \
+                batch_bits(library, ragged(heads, [(1, length)] * n_seqs), Options(), "decode")
+
 
 def mixed_batch(library, heads, worst):
     """As the op calls them: decode leaves sequences with several queries alone, prefill those with one"""
