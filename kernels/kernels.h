@@ -309,11 +309,12 @@ struct kernels {
                  struct error *e);
 
     // Ops of a decode step, recorded once and then launched whole. From graph_begin on, ops on staged arrays are recorded
-    // until graph_end, which launches them; `keep` false: one of them failed, and all are forgotten. When there is a
-    // record of the same owner and n_rows, graph_begin launches that, sets *replayed, and there is no graph_end: equal
-    // keys promise the same ops on the same device memory. NULL: there are no graphs, and no row is padding.
+    // until graph_end, which launches them; `keep` false: one of them failed, and all are forgotten. *launched false: there
+    // is no memory for a record, and nothing ran. When there is a record of the same owner and n_rows, graph_begin launches
+    // that, sets *replayed, and there is no graph_end: equal keys promise the same ops on the same device memory. NULL:
+    // there are no graphs, and no row is padding.
     int (*graph_begin)(struct device *device, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
-    int (*graph_end)(struct device *device, bool keep, struct error *e);
+    int (*graph_end)(struct device *device, bool keep, bool *launched, struct error *e);
 
     // Stores n tokens at history[row][position ..].
     int (*history_write)(struct device *device, struct history history, int32_t row, int32_t position,

@@ -214,17 +214,19 @@ static void run(struct pass *p, const struct model *m, const struct kv_cache *kv
     if (p->batch->n_logits_rows > 0) logits_of(p, &m->weights);
 }
 
-// A decode step is recorded when its number of rows is met for the first time, and launched whole from then on.
+// A decode step is recorded when its number of rows is met for the first time, and launched whole from then on; op by op
+// where there is no memory for the record.
 static void run_recorded(struct pass *p, const struct model *m, const struct kv_cache *kv)
 {
-    bool replayed = false;
+    bool replayed = false, launched = false;
     if (!p->status)
         finish(p, "graph_begin", p->kernels->graph_begin(p->device, m, p->batch->n_tokens, &replayed, p->error));
     if (p->status || replayed) return;
     run(p, m, kv);
     bool keep = !p->status;
-    int rc = p->kernels->graph_end(p->device, keep, keep ? p->error : NULL);
+    int rc = p->kernels->graph_end(p->device, keep, &launched, keep ? p->error : NULL);
     if (keep) finish(p, "graph_end", rc);
+    if (!p->status && !launched) run(p, m, kv);
 }
 
 int model_forward(struct model *m, const struct batch *batch, const struct kv_cache *kv, struct tensor *logits,

@@ -135,8 +135,11 @@ static struct weight linear_bind(struct walk *k, int32_t layer, const char *cons
         name_make(k, name, layer, stems[i], ".weight");
         struct tensor t = tensor_bind(k, name, part->n_rows, n_cols, transposed, FILL_NORMAL);
         part->data = t.data, part->dtype = t.dtype;
+    }
+    for (int32_t i = 0; bias && i < w.n_parts; i++) { // after all of them: matrices, like biases, that meet are one
+        struct weight_part *part = &w.part[i];
         name_make(k, name, layer, stems[i], ".bias");
-        if (bias) part->bias = tensor_bind(k, name, part->n_rows, 0, false, FILL_ZERO);
+        part->bias = tensor_bind(k, name, part->n_rows, 0, false, FILL_ZERO);
     }
     return w;
 }

@@ -75,7 +75,7 @@ int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, 
 int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
                struct error *e);
 int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
-int cuda_graph_end(struct device *d, bool keep, struct error *e);
+int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e);
 int cuda_draw(struct device *d, const struct draw_params *p, struct error *e);
 int cuda_history_write(struct device *d, struct history history, int32_t row, int32_t position, const int32_t *tokens,
                        int32_t n, struct error *e);

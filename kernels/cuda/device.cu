@@ -155,6 +155,8 @@ static int check_options(const struct device_options *o, struct error *e)
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < 1) return error_set(e, ERR_INVALID, "device: %s is %d", sizes[i].name, sizes[i].value);
+    if (o->reference_attention)
+        return error_set(e, ERR_UNSUPPORTED, "attention: reference is for comparison on the CPU; a GPU has flash alone");
     return 0;
 }
 

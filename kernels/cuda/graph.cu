@@ -46,13 +46,41 @@ int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *
     return 0;
 }
 
-int cuda_graph_end(struct device *d, bool keep, struct error *e)
+// The graph may still run.
+static void forget(struct device *d, struct graph *g)
+{
+    if (!g->exec) return;
+    cudaStreamSynchronize(d->stream);
+    cudaGraphExecDestroy(g->exec);
+    g->exec = NULL;
+}
+
+// Without memory for it, the others make room; *launched false: that was not enough.
+static int launch_new(struct device *d, struct graph *place, cudaGraph_t recorded, bool *launched, struct error *e)
+{
+    struct graphs *all = d->graphs;
+    for (int attempt = 0; attempt < 2; attempt++) {
+        cudaError_t status = cudaGraphInstantiate(&place->exec, recorded, 0);
+        if (status == cudaSuccess) status = cudaGraphUpload(place->exec, d->stream);
+        if (status != cudaErrorMemoryAllocation) {
+            if (cuda_check(status, "recording a graph", e)) return ERR_DEVICE;
+            place->owner = all->owner, place->n_rows = all->n_rows;
+            *launched = true;
+            return launch(d, place, e);
+        }
+        cudaGetLastError();
+        for (struct graph *g = all->graph; g < all->graph + MAX_GRAPHS; g++) forget(d, g);
+    }
+    return 0;
+}
+
+int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e)
 {
     struct graphs *all = d->graphs;
     struct graph *place = all->graph;
     cudaGraph_t recorded = NULL;
     cudaError_t status = cudaStreamEndCapture(d->stream, &recorded);
-    d->recording = false;
+    d->recording = *launched = false;
     if (!keep) {
         if (recorded) cudaGraphDestroy(recorded);
         cudaGetLastError();
@@ -60,16 +88,11 @@ int cuda_graph_end(struct device *d, bool keep, struct error *e)
     }
     for (struct graph *g = all->graph; g < all->graph + MAX_GRAPHS && place->exec; g++)
         if (!g->exec || g->last_launch < place->last_launch) place = g;
-    if (place->exec) { // it may still run
-        if (status == cudaSuccess) status = cudaStreamSynchronize(d->stream);
-        cudaGraphExecDestroy(place->exec);
-        place->exec = NULL;
-    }
-    if (status == cudaSuccess) status = cudaGraphInstantiate(&place->exec, recorded, 0);
+    forget(d, place);
+    int rc = cuda_check(status, "recording a graph", e);
+    if (!rc) rc = launch_new(d, place, recorded, launched, e);
     if (recorded) cudaGraphDestroy(recorded);
-    if (cuda_check(status, "recording a graph", e)) return ERR_DEVICE;
-    place->owner = all->owner, place->n_rows = all->n_rows;
-    return launch(d, place, e);
+    return rc;
 }
 
 int graphs_create(struct device *d, struct error *e)

@@ -32,7 +32,7 @@ struct gemm_key {
     size_t T, N, K, ldo;   // T: FIXED_ROWS where the algorithm is one for all
     enum dtype x, out;
     uint32_t out_alignment; // bytes
-    bool accumulate;
+    bool accumulate, biased; // biased: by the product itself
 };
 
 struct algo {
@@ -69,8 +69,10 @@ struct gemm {
 static int describe(struct gemm *g, const struct gemm_key *k, struct error *e)
 {
     cublasOperation_t transposed = CUBLAS_OP_T;
+    cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT; // of out's type
     cublasStatus_t s = cublasLtMatmulDescInit(&g->op, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     if (!s) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
+    if (!s) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
     if (!s) s = cublasLtMatrixLayoutInit(&g->w, cuda_type(k->x), k->K, k->N, (int64_t)k->K);
     if (!s) s = cublasLtMatrixLayoutInit(&g->x, cuda_type(k->x), k->K, k->T, (int64_t)k->K);
     if (!s) s = cublasLtMatrixLayoutInit(&g->out, cuda_type(k->out), k->N, k->T, (int64_t)k->ldo);
@@ -80,14 +82,14 @@ static int describe(struct gemm *g, const struct gemm_key *k, struct error *e)
 static size_t hash(const struct gemm_key *k)
 {
     size_t h = k->T * 0x9E3779B97F4A7C15u ^ k->N * 0xC2B2AE3D27D4EB4Fu ^ k->K * 0x165667B19E3779F9u;
-    h ^= (k->ldo * 4 + (size_t)k->out) * 0x27D4EB2F165667C5u ^ (size_t)k->x * 31 ^ (size_t)k->accumulate;
+    h ^= (k->ldo * 4 + (size_t)k->out) * 0x27D4EB2F165667C5u ^ (size_t)k->x * 31 ^ (size_t)k->accumulate ^ (size_t)k->biased * 2;
     return (h ^ h >> 29) % MAX_ALGOS;
 }
 
 static bool same_key(const struct gemm_key *a, const struct gemm_key *b)
 {
     return a->T == b->T && a->N == b->N && a->K == b->K && a->ldo == b->ldo && a->x == b->x && a->out == b->out &&
-           a->out_alignment == b->out_alignment && a->accumulate == b->accumulate;
+           a->out_alignment == b->out_alignment && a->accumulate == b->accumulate && a->biased == b->biased;
 }
 
 // The heuristic's algorithms for g, best first: `most` at most, n of them.
@@ -166,16 +168,19 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     char *out = (char *)p->out.data + m->column * dtype_size(p->out.dtype);
     uintptr_t multiple = (uintptr_t)out & -(uintptr_t)out; // the power of two that the address is a multiple of
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
-                           multiple < 16 ? (uint32_t)multiple : 16, p->accumulate}, wanted = key;
+                           multiple < 16 ? (uint32_t)multiple : 16, p->accumulate,
+                           m->bias && m->bias_dtype == p->out.dtype}, wanted = key;
     struct gemm g;
     struct algo *algo;
     if (d->options.deterministic) wanted.T = FIXED_ROWS;
     if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
     const float one = 1, beta = p->accumulate ? 1 : 0;
-    cublasStatus_t s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out,
-                                      &g.out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
+    cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
+    if (key.biased) s = cublasLtMatmulDescSetAttribute(&g.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m->bias, sizeof m->bias);
+    if (!s) s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out, &g.out,
+                               &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
     if (blas_check(s, "a product", e)) return ERR_DEVICE;
-    if (!m->bias) return 0;
+    if (!m->bias || key.biased) return 0;
     FOR_ACTIVATION_TYPE(p->out.dtype, T_, add_bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
         (T_ *)out, key.ldo, m->bias, m->bias_dtype, (int32_t)m->n_rows));
     return launch_check("linear's bias", e);
@@ -211,7 +216,9 @@ static int32_t find_products(const struct weight *w, struct product products[MAX
     for (int32_t i = 0; i < w->n_parts; i++) {
         const struct weight_part *part = &w->part[i];
         struct product *last = n ? &products[n - 1] : NULL;
-        bool joins = last && !last->bias && !part->bias.data &&
+        const char *bias_end = last && last->bias ? (const char *)last->bias + last->n_rows * dtype_size(last->bias_dtype)
+                                                  : NULL;
+        bool joins = last && bias_end == part->bias.data && (!bias_end || last->bias_dtype == part->bias.dtype) &&
                      (const char *)last->w + last->n_rows * w->n_cols * dtype_size(last->dtype) == part->data;
         if (joins) last->n_rows += part->n_rows;
         else products[n++] = (struct product){part->data, part->bias.data, part->dtype, part->bias.dtype, part->n_rows,

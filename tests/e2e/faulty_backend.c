@@ -4,6 +4,7 @@
  *   probe    no usable GPU                            linear, sample, wait   fail, as after a fault of the device
  *   create   out of memory for the device's own       hang                   wait does not return
  *   alloc    out of memory for LARGE and more         copy                   copy_in fails
+ *   graph    no memory for a record of ops
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,7 +16,8 @@
 enum { TOKEN = 1500, LARGE = 16 << 20 };
 
 struct device {
-    uint64_t n_recorded;
+    uint64_t n_recorded; // tickets
+    bool records, ran;   // ops go into a graph; some ran since the last sampling
 };
 
 static bool told(const char *fault)
@@ -85,6 +87,22 @@ static int wait_for(struct device *d, uint64_t ticket, struct error *e)
     return fail_if_told("wait", e);
 }
 
+static int graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *replayed, struct error *e)
+{
+    (void)owner, (void)n_rows, (void)e;
+    d->records = true;
+    *replayed = false;
+    return 0;
+}
+
+static int graph_end(struct device *d, bool keep, bool *launched, struct error *e)
+{
+    (void)e;
+    d->records = false;
+    *launched = d->ran = keep && !told("graph");
+    return 0;
+}
+
 static int history_write(struct device *d, struct history history, int32_t row, int32_t position, const int32_t *tokens,
                          int32_t n, struct error *e)
 {
@@ -102,13 +120,15 @@ static int copy_blocks(struct device *d, struct kv_layer cache, const int32_t *f
 
 static int linear(struct device *d, const struct linear_params *p, struct error *e)
 {
-    (void)d, (void)p;
+    (void)p;
+    d->ran |= !d->records;
     return fail_if_told("linear", e);
 }
 
 static int sample(struct device *d, const struct sample_params *p, struct error *e)
 {
-    (void)d;
+    if (!d->ran) return error_set(e, ERR_DEVICE, "sample: of a step that did not run");
+    d->ran = false;
     for (int32_t i = 0; i < p->n_rows; i++) p->results[i] = (struct sample_result){.id = TOKEN};
     return fail_if_told("sample", e);
 }
@@ -139,6 +159,7 @@ __attribute__((visibility("default"))) const struct kernels *gptd_kernels_cuda(v
         .device_description = description, .device_memory = memory, .activation_dtype = activation_dtype,
         .scratch_bytes = scratch_bytes, .alloc = allocate, .free = release, .alloc_host = allocate,
         .free_host = release, .copy_in = copy_in, .copy_out = copy_out, .record = record, .wait = wait_for,
+        .graph_begin = graph_begin, .graph_end = graph_end,
         .history_write = history_write, .copy_blocks = copy_blocks, .embedding = embedding, .norm = norm,
         .linear = linear, .rope_table = rope_table, .rope_kv_write = rope_kv_write, .attention = attention,
         .activation = activation, .gather_rows = gather_rows, .sample = sample,

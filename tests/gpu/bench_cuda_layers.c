@@ -93,12 +93,12 @@ static double seconds(const char *kinds, int32_t T)
     const struct stage_table table = {blocks, starts, lens, T, WIDTH, BLOCK, 0};
     double times[REPEATS];
     for (int i = -2; i < REPEATS; i++) {
-        bool replayed;
+        bool replayed, launched;
         check(gpu->stage(d, staged, 3, &table, &e));
         check(gpu->wait(d, gpu->record(d), &e));
         double begin = now();
         check(gpu->graph_begin(d, kinds, T, &replayed, &e));
-        if (!replayed) enqueue(kinds, (size_t)T), check(gpu->graph_end(d, true, &e));
+        if (!replayed) enqueue(kinds, (size_t)T), check(gpu->graph_end(d, true, &launched, &e));
         check(gpu->wait(d, gpu->record(d), &e));
         if (i >= 0) times[i] = now() - begin;
     }

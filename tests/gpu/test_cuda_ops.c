@@ -524,23 +524,24 @@ START_TEST(steps_are_staged_and_replayed)
         check(gpu->copy_out(gpu_device, want, out.g.data, sizeof want, &e));
         const struct stage_array arrays[] = {{cu[step % 2], sizeof cu[0], 4096}, {len, sizeof lens[0], 512}};
         const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window};
-        bool replayed;
+        bool replayed, launched = true;
         poison(&out);
         check(gpu->stage(gpu_device, arrays, 2, &staged, &e));
         check(gpu->graph_begin(gpu_device, window ? &k : &v, SEQS, &replayed, &e));
         ck_assert_int_eq(replayed, step % 20 != 0);
-        if (!replayed) check(gpu->attention(gpu_device, &p, &e)), check(gpu->graph_end(gpu_device, true, &e));
+        if (!replayed) check(gpu->attention(gpu_device, &p, &e)), check(gpu->graph_end(gpu_device, true, &launched, &e));
+        ck_assert(launched);
         check(gpu->copy_out(gpu_device, got, out.g.data, sizeof got, &e));
         ck_assert_mem_eq(got, want, sizeof got);
     }
     // A record that failed leaves nothing behind.
-    bool replayed;
+    bool replayed, launched;
     check(gpu->graph_begin(gpu_device, &out, 1, &replayed, &e));
     ck_assert(!replayed);
-    check(gpu->graph_end(gpu_device, false, &e));
+    check(gpu->graph_end(gpu_device, false, &launched, &e));
     check(gpu->graph_begin(gpu_device, &out, 1, &replayed, &e));
     ck_assert(!replayed);
-    check(gpu->graph_end(gpu_device, false, &e));
+    check(gpu->graph_end(gpu_device, false, &launched, &e));
     pair_free(&k), pair_free(&v), pair_free(&qkv), pair_free(&out);
 }
 END_TEST
