@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __gr
     const uint32_t warp = threadIdx.x / 32, ring = shared_address(smem) + warp * shape::RING;
     const int lane = (int)threadIdx.x % 32;
     decode_job *jobs = (decode_job *)(smem + WARPS * shape::RING);
-    if (lane < WARP_JOBS) jobs[warp * WARP_JOBS + lane].n_splits = 0;
+    if (lane == 0) jobs[warp * WARP_JOBS].n_splits = jobs[warp * WARP_JOBS + 1].n_splits = 0;
     prefetch_tables(a);
     previous_kernel_wait();
 

@@ -43,6 +43,7 @@ struct algo {
 
 struct cublas {
     cublasLtHandle_t handle;
+    cublasStatus_t status; // of its creation: whoever wants a product is told
     void *workspace;
     struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
 };
@@ -173,6 +174,7 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     struct gemm g;
     struct algo *algo;
     if (d->options.deterministic) wanted.T = FIXED_ROWS;
+    if (blas_check(d->cublas->status, "cuBLASLt", e)) return ERR_DEVICE;
     if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
     const float one = 1, beta = p->accumulate ? 1 : 0;
     cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
@@ -243,7 +245,8 @@ int cuda_linear_create(struct device *d, struct error *e)
 {
     d->cublas = (struct cublas *)calloc(1, sizeof *d->cublas);
     if (!d->cublas) return error_set(e, ERR_NOMEM, "device: out of memory");
-    if (blas_check(cublasLtCreate(&d->cublas->handle), "cuBLASLt", e)) return ERR_DEVICE;
+    d->cublas->status = cublasLtCreate(&d->cublas->handle);
+    cudaGetLastError();
     return cuda_check(cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES), "linear: workspace", e);
 }
 
