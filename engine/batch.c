@@ -11,6 +11,7 @@ void step_layout(struct step *step, struct arena *arena, const struct scheduler 
     int32_t n_tokens = c->limits.max_num_batched_tokens;
     plan_layout(&step->plan, arena, c);
     ARENA_ARRAY(arena, step->sample_rows, c->max_logits_rows);
+    ARENA_ARRAY(arena, step->sampled, c->max_logits_rows);
     ARENA_ARRAY(arena, step->table_rows, c->max_num_seqs);
     ARENA_ARRAY(arena, step->copy_from, c->max_num_seqs);
     ARENA_ARRAY(arena, step->copy_to, c->max_num_seqs);
@@ -127,7 +128,7 @@ static void fill_prompt_row(struct sample_row *row, const struct plan_output *ou
     row->n_logprobs = r->params.prompt_logprobs;
 }
 
-static void fill_sample_row(struct sample_row *row, const struct plan_output *output)
+static void fill_params(struct sample_row *row, const struct plan_output *output)
 {
     const struct request *r = output->sequence->request;
     const struct sampling_params *p = &r->params;
@@ -149,10 +150,22 @@ static void fill_sample_row(struct sample_row *row, const struct plan_output *ou
     row->bad_word_ids = p->bad_word_ids;
     row->bad_word_offsets = p->bad_word_offsets;
     row->n_bad_words = p->n_bad_words;
-    if (output->position - r->n_prompt < p->min_tokens) {
-        row->banned_ids = r->stop_ids;
-        row->n_banned_ids = r->n_stop_ids;
-    }
+    row->banned_ids = r->stop_ids;
+    row->n_banned_ids = r->n_stop_ids;
+}
+
+// All that does not change while the sequence is in its slot.
+static void fill_sample_row(struct sample_row *row, const struct plan_output *output)
+{
+    *row = (struct sample_row){
+        .history_row = output->sequence->slot,
+        .n_prompt = output->sequence->request->n_prompt,
+        .temperature = 1, .top_p = 1, .repetition_penalty = 1,
+    };
+    if (output->entry > 0)
+        fill_prompt_row(row, output);
+    else
+        fill_params(row, output);
 }
 
 void batch_fill_sample_rows(struct step *step)
@@ -160,17 +173,15 @@ void batch_fill_sample_rows(struct step *step)
     for (int32_t i = 0; i < step->plan.n_outputs; i++) {
         const struct plan_output *output = &step->plan.outputs[i];
         struct sample_row *row = &step->sample_rows[i];
-        *row = (struct sample_row){
-            .logits_row = i,
-            .history_row = output->sequence->slot,
-            .position = output->position,
-            .n_prompt = output->sequence->request->n_prompt,
-            .temperature = 1, .top_p = 1, .repetition_penalty = 1,
-        };
-        if (output->entry > 0)
-            fill_prompt_row(row, output);
-        else
+        uint64_t admission = output->entry > 0 ? 0 : output->sequence->admission;
+        if (admission == 0 || step->sampled[i] != admission)
             fill_sample_row(row, output);
+        step->sampled[i] = admission;
+        row->logits_row = i;
+        row->position = output->position;
+        // Positions only rise: once bans are over, they are.
+        if (row->n_banned_ids > 0 && row->position - row->n_prompt >= output->sequence->request->params.min_tokens)
+            row->n_banned_ids = 0;
     }
 }
 

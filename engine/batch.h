@@ -1,7 +1,8 @@
 /* batch.h: a step: the plan, and the arrays that the model and the sampler read, filled from it.
  *
  * Steps alternate between as many buffers as the pipeline is deep. A row of a block table is copied only as far as it
- * changed since the same sequence last had that row, so a step's cost does not grow with the length of contexts.
+ * changed since the same sequence last had that row, so a step's cost does not grow with the length of contexts; sampling
+ * parameters stay where they are for as long.
  */
 #ifndef GPTD_ENGINE_BATCH_H
 #define GPTD_ENGINE_BATCH_H
@@ -14,6 +15,7 @@ struct step {
     struct plan plan;
     struct batch batch;
     struct sample_row *sample_rows;  // [max_logits_rows]
+    uint64_t *sampled;               // [max_logits_rows] admission of the sequence whose parameters a row has; 0: none
     struct sample_result *results;   // [max_logits_rows], from alloc_host
     struct table_row *table_rows;    // [max_num_seqs]
     int32_t *copy_from, *copy_to;    // [max_num_seqs] of the group at hand

@@ -182,12 +182,29 @@ static int check_size(const struct request *r, const struct request_limits *limi
 
 // ---- storage --------------------------------------------------------------------------------------------------------
 
+static void fill_stop_ids(struct request *r, const struct request_limits *limits)
+{
+    const struct sampling_params *p = &r->params;
+    r->n_stop_ids = 0;
+    for (int32_t i = 0; !p->ignore_eos && i < limits->n_eos_token_ids; i++)
+        r->stop_ids[r->n_stop_ids++] = limits->eos_token_ids[i];
+    for (int32_t i = 0; i < p->n_stop_token_ids; i++)
+        r->stop_ids[r->n_stop_ids++] = p->stop_token_ids[i];
+}
+
+// After the stop ids are known.
 static int sequence_init(struct sequence *s, struct request *r, int32_t index, int32_t block_size)
 {
     const struct sampling_params *p = &r->params;
     int32_t n_tokens = r->n_prompt + p->max_tokens;
     s->request = r;
     s->index = index;
+    s->stop_ids = r->stop_ids;
+    s->n_stop_ids = r->n_stop_ids;
+    s->n_prompt = r->n_prompt;
+    s->n_most = n_tokens;
+    s->is_alone = r->n == 1;
+    s->has_logprobs = p->logprobs >= 0;
     s->stop_token_id = -1;
     s->slot = -1;
     s->n_hashed = r->n_prompt / block_size;
@@ -197,16 +214,6 @@ static int sequence_init(struct sequence *s, struct request *r, int32_t index, i
     if (token_ring_init(&s->ring, capacity, p->logprobs > 0 ? p->logprobs : 0) != 0)
         return ERR_NOMEM;
     return s->generated == NULL || s->hashes == NULL ? ERR_NOMEM : 0;
-}
-
-static void fill_stop_ids(struct request *r, const struct request_limits *limits)
-{
-    const struct sampling_params *p = &r->params;
-    r->n_stop_ids = 0;
-    for (int32_t i = 0; !p->ignore_eos && i < limits->n_eos_token_ids; i++)
-        r->stop_ids[r->n_stop_ids++] = limits->eos_token_ids[i];
-    for (int32_t i = 0; i < p->n_stop_token_ids; i++)
-        r->stop_ids[r->n_stop_ids++] = p->stop_token_ids[i];
 }
 
 // Whether the first token can be anything at all. What bad words of several tokens do later is the sampler's to find.
@@ -253,6 +260,7 @@ static int allocate(struct request *r, const struct request_limits *limits)
     r->prompt_hashes = malloc((n_prompt / (size_t)limits->block_size + 1) * sizeof *r->prompt_hashes);
     if (r->sequences == NULL || r->stop_ids == NULL || r->prompt_hashes == NULL)
         return ERR_NOMEM;
+    fill_stop_ids(r, limits);
     for (int32_t i = 0; i < r->n; i++) {
         if (sequence_init(&r->sequences[i], r, i, limits->block_size) != 0)
             return ERR_NOMEM;
@@ -278,7 +286,6 @@ int request_prepare(struct request *r, const struct request_limits *limits, stru
         free_storage(r);
         return error_set(e, ERR_NOMEM, "no memory for a request of %d choices", r->params.n);
     }
-    fill_stop_ids(r, limits);
     fill_prompt_hashes(r, limits);
     return r->params_of != NULL ? 0 : check_constraints(r, limits->vocab_size, e);
 }

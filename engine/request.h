@@ -22,32 +22,40 @@ enum sequence_state {
 };
 
 struct sequence {
+    // The engine thread's: now and then.
+    struct sequence *prev, *next; // in the waiting or the parked list
+    double parked_since;          // when its reader last took a token while it was parked, seconds,
+    int32_t parked_used;          // and how many were in the ring
+    int32_t index;                // choice
+    struct block_hash *hashes;    // [full blocks beyond the prompt's]
+
+    // In each step, when all this has become cold: few lines of the cache, one after the other, up to the ring's first.
+    // Some are copies of what the request has, whose own memory is left alone.
+    int32_t n_hashed;             // leading full blocks whose hash is known, the prompt's included
+    int32_t n_registered;         // leading full blocks offered to the prefix cache since admission
+    struct request *request;
+    const int32_t *stop_ids;      // [n_stop_ids]
+    int32_t *generated;           // [max_tokens]
+    int32_t n_stop_ids;
+    int32_t n_prompt, n_most;     // n_most: with all that it may generate
+    bool is_alone;                // no other choices
+    bool has_logprobs;            // its tokens come with them
+    enum sequence_state state;
+    int32_t n_generated;
+    int32_t n_pending;            // tokens sampled on the device, not yet collected
+    int32_t n_computed;           // tokens whose KV is computed by what has been launched
+    int32_t n_references;         // by plans that have not been committed
+    int32_t slot;
+    int32_t n_blocks;             // entries of its block table rows, the same in every group
+    uint64_t admission;           // number of this stay in its slot: changes whenever a table row is begun anew
+    int32_t first_block[MAX_KV_GROUPS]; // entries before it were freed behind the window
+
     // Shared with the reader.
     struct token_ring ring;
     _Atomic int32_t finish;       // enum finish_reason
     int32_t stop_token_id;        // -1: none
     atomic_bool stop;             // choice_stop was called
     atomic_bool parked;           // the reader is to wake the engine once the ring has room
-
-    // The engine thread's.
-    struct request *request;
-    int32_t index;                // choice
-    enum sequence_state state;
-    struct sequence *prev, *next; // in the waiting or the parked list
-    int32_t *generated;           // [max_tokens]
-    int32_t n_generated;
-    int32_t n_pending;            // tokens sampled on the device, not yet collected
-    int32_t n_computed;           // tokens whose KV is computed by what has been launched
-    int32_t n_references;         // by plans that have not been committed
-    struct block_hash *hashes;    // [full blocks beyond the prompt's]
-    int32_t n_hashed;             // leading full blocks whose hash is known, the prompt's included
-    int32_t n_registered;         // leading full blocks offered to the prefix cache since admission
-    int32_t slot;
-    uint64_t admission;           // number of this stay in its slot: changes whenever a table row is begun anew
-    int32_t n_blocks;             // entries of its block table rows, the same in every group
-    int32_t first_block[MAX_KV_GROUPS]; // entries before it were freed behind the window
-    int32_t parked_used;          // tokens in the ring when last seen while parked,
-    double parked_since;          // and when its reader last took one, seconds
 };
 
 struct request {
@@ -99,14 +107,13 @@ void request_unref(struct request *r);
 
 static inline int32_t sequence_token(const struct sequence *s, int32_t i)
 {
-    int32_t n_prompt = s->request->n_prompt;
-    return i < n_prompt ? s->request->prompt[i] : s->generated[i - n_prompt];
+    return i < s->n_prompt ? s->request->prompt[i] : s->generated[i - s->n_prompt];
 }
 
 // Tokens the host knows, and with those still on the device.
 static inline int32_t sequence_known(const struct sequence *s)
 {
-    return s->request->n_prompt + s->n_generated;
+    return s->n_prompt + s->n_generated;
 }
 
 static inline int32_t sequence_length(const struct sequence *s)

@@ -1,7 +1,6 @@
 #include "engine/scheduler.h"
 
 #include <assert.h>
-#include <stddef.h>
 #include <string.h>
 
 #include "engine/inbox.h"
@@ -12,26 +11,19 @@ enum { PREFETCH_AHEAD = 4, CACHE_LINE = 64 };
 
 static void sequence_prefetch(const struct sequence *seq)
 {
-    for (size_t at = 0; at < sizeof *seq; at += CACHE_LINE)
-        __builtin_prefetch((const char *)seq + at);
+    const char *end = seq->ring.before_tail;
+    for (const char *at = (const char *)&seq->n_hashed; at < end; at += CACHE_LINE)
+        __builtin_prefetch(at);
+    __builtin_prefetch(end - 1);
 }
 
-static void request_prefetch(const struct request *r)
-{
-    for (size_t at = 0; at < offsetof(struct request, params) + sizeof r->params; at += CACHE_LINE)
-        __builtin_prefetch((const char *)r + at);
-    __builtin_prefetch(&r->stop_ids);
-    __builtin_prefetch(&r->seed);
-}
-
-// Where a token goes.
+// Where a token goes, and what it is compared with.
 static void output_prefetch(const struct plan_output *output)
 {
     const struct sequence *seq = output->sequence;
-    request_prefetch(seq->request);
+    __builtin_prefetch(seq->stop_ids);
     __builtin_prefetch(seq->generated + seq->n_generated, 1);
-    __builtin_prefetch(seq->ring.tokens + atomic_load_explicit(&seq->ring.head, memory_order_relaxed) %
-                       (uint64_t)seq->ring.capacity, 1);
+    __builtin_prefetch(seq->ring.tokens + seq->ring.place, 1);
 }
 
 void scheduler_layout(struct scheduler *s, struct arena *arena, const struct scheduler_config *config)
@@ -258,8 +250,7 @@ static void end_flagged(struct scheduler *s, uint64_t n_signals, double now)
 // With what is on its way. Looked at before each plan, so a sequence that is preempted never has a full ring.
 static bool ring_is_full(struct sequence *seq)
 {
-    return !token_ring_fits(&seq->ring, seq->n_pending + 1) &&
-           sequence_length(seq) < seq->request->n_prompt + seq->request->params.max_tokens;
+    return !token_ring_fits(&seq->ring, seq->n_pending + 1) && sequence_length(seq) < seq->n_most;
 }
 
 static bool ring_has_room(const struct sequence *seq)
@@ -347,13 +338,12 @@ static bool grow_or_preempt(struct scheduler *s, struct plan *plan, struct budge
 
 static bool is_decode(const struct sequence *seq)
 {
-    return seq->n_computed >= seq->request->n_prompt && sequence_length(seq) - seq->n_computed == 1;
+    return seq->n_computed >= seq->n_prompt && sequence_length(seq) - seq->n_computed == 1;
 }
 
 static bool wants_more(const struct sequence *seq)
 {
-    const struct request *r = seq->request;
-    return sequence_length(seq) < r->n_prompt + r->params.max_tokens || seq->n_computed < r->n_prompt;
+    return sequence_length(seq) < seq->n_most || seq->n_computed < seq->n_prompt;
 }
 
 static void add_row(struct plan *plan, struct budget *budget, const struct plan_row *row)
@@ -390,7 +380,7 @@ static void plan_decode(struct scheduler *s, struct plan *plan, struct budget *b
 static int32_t n_logprob_rows(const struct sequence *seq, int32_t start, int32_t n)
 {
     const struct request *r = seq->request;
-    if (seq->index != 0 || r->prompt_logprobs == NULL)
+    if (seq->index != 0 || start + 1 >= seq->n_prompt || r->prompt_logprobs == NULL)
         return 0;
     int32_t first = start + 1 > r->n_prompt_logprobs ? start + 1 : r->n_prompt_logprobs;
     int32_t end = start + n + 1 < r->n_prompt ? start + n + 1 : r->n_prompt;
@@ -415,7 +405,7 @@ static void plan_prefill(struct scheduler *s, struct plan *plan, struct budget *
     if (n <= 0)
         return;
     row.n_tokens = n;
-    row.sample = row.start + n == length && length < r->n_prompt + r->params.max_tokens;
+    row.sample = row.start + n == length && length < seq->n_most;
     budget->logprob_rows -= n_logprob_rows(seq, row.start, n);
     if (row.sample && !r->forked)
         budget->fork_slots += r->n - 1;
@@ -531,7 +521,7 @@ static void finish_row(struct scheduler *s, struct plan *plan, const struct plan
     sequence_register_blocks(s, seq);
     if (row->sample) {
         add_output(plan, seq, last, row->start + row->n_tokens, 0);
-        if (!r->forked && seq->index == 0)
+        if (row->start + row->n_tokens == seq->n_prompt && seq->index == 0 && !r->forked)
             fork_choices(s, plan, row, last);
     }
     plan->n_tokens += row->n_tokens;
@@ -548,10 +538,8 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
     park_slow(s, now);
     look_at_parked(s, now);
     for (int32_t i = 0; i < s->n_running; i++) {
-        if (i + 2 * PREFETCH_AHEAD < s->n_running)
-            sequence_prefetch(s->running[i + 2 * PREFETCH_AHEAD]);
         if (i + PREFETCH_AHEAD < s->n_running)
-            request_prefetch(s->running[i + PREFETCH_AHEAD]->request);
+            sequence_prefetch(s->running[i + PREFETCH_AHEAD]);
         if (is_decode(s->running[i]) && wants_more(s->running[i]))
             plan_decode(s, plan, &budget, s->running[i]);
     }
@@ -576,22 +564,20 @@ static void store_prompt_logprob(struct request *r, int32_t entry, const struct 
 
 static enum finish_reason finish_after(struct sequence *seq, int32_t id)
 {
-    const struct request *r = seq->request;
-    for (int32_t i = 0; i < r->n_stop_ids; i++) {
-        if (id == r->stop_ids[i]) {
+    for (int32_t i = 0; i < seq->n_stop_ids; i++) {
+        if (id == seq->stop_ids[i]) {
             seq->stop_token_id = id;
             return FINISH_STOP;
         }
     }
-    return seq->n_generated == r->params.max_tokens ? FINISH_LENGTH : FINISH_NONE;
+    return sequence_known(seq) == seq->n_most ? FINISH_LENGTH : FINISH_NONE;
 }
 
 static void take_token(struct scheduler *s, struct sequence *seq, const struct sample_result *result, double now)
 {
-    struct request *r = seq->request;
-    bool logprobs = r->params.logprobs >= 0;
-    if (atomic_load_explicit(&r->first_token, memory_order_relaxed) == 0)
-        atomic_store_explicit(&r->first_token, now, memory_order_relaxed);
+    bool logprobs = seq->has_logprobs;
+    if (seq->n_generated == 0 && atomic_load_explicit(&seq->request->first_token, memory_order_relaxed) == 0)
+        atomic_store_explicit(&seq->request->first_token, now, memory_order_relaxed);
     seq->generated[seq->n_generated++] = result->id;
     token_ring_write(&seq->ring, result->id, logprobs ? result->logprob : 0, result->top, logprobs ? result->n_top : 0);
     s->published = true;
@@ -638,9 +624,9 @@ void scheduler_commit(struct scheduler *s, const struct plan *plan, const struct
         commit_output(s, &plan->outputs[i], &results[i], now);
     }
     for (int32_t i = 0; i < plan->n_rows; i++) {
-        struct sequence *seq = plan->rows[i].sequence;
-        const struct request *r = seq->request;
-        bool prompt_only = r->params.max_tokens == 0 && plan->rows[i].start + plan->rows[i].n_tokens == r->n_prompt;
+        const struct plan_row *row = &plan->rows[i];
+        struct sequence *seq = row->sequence;
+        bool prompt_only = !row->sample && seq->n_most == seq->n_prompt && row->start + row->n_tokens == seq->n_prompt;
         if (prompt_only && seq->state != SEQUENCE_ENDED)
             end_request(s, seq->request, FINISH_LENGTH, now);
         unreference(seq);

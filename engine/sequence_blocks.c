@@ -2,7 +2,7 @@
 
 static struct block_hash hash_at(const struct sequence *seq, int32_t i, int32_t block_size)
 {
-    int32_t n_prompt_blocks = seq->request->n_prompt / block_size;
+    int32_t n_prompt_blocks = seq->n_prompt / block_size;
     return i < n_prompt_blocks ? seq->request->prompt_hashes[i] : seq->hashes[i - n_prompt_blocks];
 }
 
@@ -93,7 +93,7 @@ static bool is_shared(const struct scheduler *s, const struct sequence *seq, int
 bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct plan_row *row)
 {
     int32_t at = row->start / s->config.limits.block_size;
-    if (seq->request->n == 1) // only choices of one request share a block that is not full
+    if (seq->is_alone) // only choices of one request share a block that is not full
         return true;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         if (is_shared(s, seq, g, at) && s->blocks[g].n_free == 0)
@@ -164,7 +164,7 @@ static void hash_next_block(const struct scheduler *s, struct sequence *seq)
         tokens[i] = sequence_token(seq, at * bs + i);
     if (at > 0)
         parent = hash_at(seq, at - 1, bs);
-    seq->hashes[at - seq->request->n_prompt / bs] = block_hash_next(l->hash_key, parent, tokens, bs);
+    seq->hashes[at - seq->n_prompt / bs] = block_hash_next(l->hash_key, parent, tokens, bs);
     seq->n_hashed++;
 }
 

@@ -46,7 +46,8 @@ void token_ring_write(struct token_ring *ring, int32_t id, float logprob, const 
 {
     uint64_t head = atomic_load_explicit(&ring->head, memory_order_relaxed);
     assert(token_ring_fits(ring, 1) && n_top <= ring->max_top);
-    ring->tokens[head % (uint64_t)ring->capacity] = (struct ring_token){id, logprob, n_top};
+    ring->tokens[ring->place] = (struct ring_token){id, logprob, n_top};
+    ring->place = ring->place + 1 == ring->capacity ? 0 : ring->place + 1;
     if (n_top > 0)
         memcpy(top_of(ring, head), top, (size_t)n_top * sizeof *top);
     atomic_store_explicit(&ring->head, head + 1, memory_order_release);

@@ -22,6 +22,7 @@ struct token_ring {
     int32_t capacity, max_top;      // tokens; entries a token
     _Atomic uint64_t head;          // tokens written so far: the writer's
     uint64_t seen_tail;             // the writer's: tail when it last had to look
+    int32_t place;                  // the writer's: where the next token goes, head % capacity
     // The reader's word has a cache line of its own: each read would take the writer's away from it.
     char before_tail[64];
     _Atomic uint64_t tail;          // tokens read so far
