@@ -29,7 +29,8 @@ else
 fi
 command=(env -i "PATH=$PATH" "${bare[@]}" "/$place/gptd" --model "/$place/models/demo" --port 0)
 
-"${command[@]}" 2>"$root/log" &
+touch "$root/log" # it is read before the background has opened it
+"${command[@]}" 2>>"$root/log" &
 server=$!
 for _ in $(seq 100); do
     port=$(sed -n 's/.*ready after.*:\([0-9]*\)$/\1/p' "$root/log")

@@ -420,7 +420,7 @@ __device__ __forceinline__ void combine_splits(const decode_args &a, const combi
     for (int column = lane * 4; column < D; column += 128) {
         float sum = 0;
         float4 x = make_float4(0, 0, 0, 0);
-#pragma unroll 4
+#pragma unroll 8
         for (int i = 0; i < row.n_splits; i++) {
             float4 part = *(const float4 *)(splits + i * PARTIAL + column);
             float4 about = *(const float4 *)(splits + i * PARTIAL + D);

@@ -133,17 +133,20 @@ template <int D> __device__ __forceinline__ void advance(const decode_args &a, c
     if (--c.left == 0) settle<D>(a, c);
 }
 
-// Where a warp's share of the list begins and ends, in stripes. Shares are equal, but for rounding. If the rows divide
-// evenly among 7 of 10 warps or more, the others get none: rows that are alike are then not cut, and these warps read as
-// fast as all.
+// Where a warp's share of the list begins and ends, in stripes: equal shares, but for rounding. Where the rows divide
+// among nearly all warps, or nearly all warps among the rows, some warps get none, for rows that are alike are then not
+// cut, or only where a share ends, and the others read as fast as all. A row's pieces go to warps of one block, which adds
+// them up in the end.
 __device__ __forceinline__ void find_ends(const decode_args &a, uint32_t n_units, uint32_t n_rows, uint32_t *begin,
                                           uint32_t *end)
 {
     uint32_t n_shares = gridDim.x * WARPS, warp = threadIdx.x / 32, share = blockIdx.x * WARPS + warp;
-    uint32_t used = n_rows < n_shares ? n_rows : n_rows / ((n_rows + n_shares - 1) / n_shares);
-    if (used * 10 >= n_shares * 7 && n_rows % used == 0) {
+    uint32_t pieces = n_rows * 8 > n_shares ? max(n_shares / n_rows, 1) : 1; // of a row; few rows: latency is what counts
+    uint32_t used = n_rows < n_shares ? n_rows * pieces : n_rows / ((n_rows + n_shares - 1) / n_shares);
+    bool even = pieces > 1 ? used * 10 >= n_shares * 9 : used * 10 >= n_shares * 7 && n_rows % used == 0;
+    if (even) {
         uint32_t each = n_units / used, rest = n_units % used;
-        share = min(warp * gridDim.x + blockIdx.x, used); // over all blocks, if not over all warps
+        share = min(pieces > 1 ? share : warp * gridDim.x + blockIdx.x, used); // whole rows: over all blocks
         *begin = each * share + rest * share / used;
         share = min(share + 1, used);
         *end = each * share + rest * share / used;
