@@ -109,26 +109,35 @@ static enum dtype type_of(int i)
     return i % 2 ? DTYPE_F16 : DTYPE_BF16;
 }
 
+// Rows first .. of p, and of its bits.
+static struct pair rows_of(const struct pair *p, size_t first, size_t n)
+{
+    struct pair rows = *p;
+    rows.g.data = (char *)p->g.data + first * p->g.shape[1] * dtype_size(p->g.dtype);
+    rows.c.data = (float *)p->c.data + first * p->c.shape[1];
+    rows.g.shape[0] = rows.c.shape[0] = n;
+    return rows;
+}
+
+// Parts with and without rows between them: those that meet, with their biases, are one product. Biases of either type.
 START_TEST(linear)
 {
     static const size_t tokens[] = {1, 2, 3, 4, 5, 8, 17, 64, 300, 600}, dims[] = {8, 40, 64, 192, 264, 1000, 2048, 4096};
     const int32_t largest = rounds(6) == 6 ? 7 : 5; // of dims
     for (int round = 0; round < rounds(60); round++) {
         enum dtype dtype = type_of(round);
-        size_t T = tokens[round % 10], K = dims[random_int(0, largest)], n = 0;
+        size_t T = tokens[round % 10], K = dims[random_int(0, largest)], n = 0, n_rows[3], gap = random_int(0, 1) ? 8 : 0;
         struct weight gw = {.n_cols = K}, cw = {.n_cols = K};
-        struct pair parts[3], biases[3];
         gw.n_parts = cw.n_parts = random_int(1, 3);
-        bool bias = random_int(0, 1), accumulate = random_int(0, 1), wide = !accumulate && random_int(0, 1);
-        for (int i = 0; i < gw.n_parts; i++) {
-            size_t rows = dims[random_int(0, largest - 1)];
-            parts[i] = pair_of(dtype, rows, K);
-            biases[i] = pair_of(DTYPE_F32, 1, rows);
-            gw.part[i] = (struct weight_part){.data = parts[i].g.data, .dtype = dtype, .n_rows = rows};
-            cw.part[i] = (struct weight_part){.data = parts[i].c.data, .dtype = DTYPE_F32, .n_rows = rows};
-            if (bias) gw.part[i].bias = biases[i].g, cw.part[i].bias = biases[i].c;
-            if (bias) gw.part[i].bias.shape[0] = cw.part[i].bias.shape[0] = rows;
-            n += rows;
+        bool bias = random_int(0, 2) > 0, accumulate = random_int(0, 1), wide = !accumulate && random_int(0, 1);
+        for (int i = 0; i < gw.n_parts; i++) n += n_rows[i] = dims[random_int(0, largest - 1)];
+        struct pair all = pair_of(dtype, n + 3 * gap, K), biases = pair_of(random_int(0, 1) ? dtype : DTYPE_F32, n + 3 * gap, 1);
+        for (size_t i = 0, at = 0; i < (size_t)gw.n_parts; at += n_rows[i++] + gap) {
+            struct pair part = rows_of(&all, at, n_rows[i]), b = rows_of(&biases, at, n_rows[i]);
+            gw.part[i] = (struct weight_part){.data = part.g.data, .dtype = dtype, .n_rows = n_rows[i]};
+            cw.part[i] = (struct weight_part){.data = part.c.data, .dtype = DTYPE_F32, .n_rows = n_rows[i]};
+            b.g.n_dims = b.c.n_dims = 1;
+            if (bias) gw.part[i].bias = b.g, cw.part[i].bias = b.c;
         }
         struct pair x = pair_of(dtype, T, K), out = pair_of(wide ? DTYPE_F32 : dtype, T, n);
         if (!accumulate) poison(&out);
@@ -138,8 +147,7 @@ START_TEST(linear)
         char what[64];
         snprintf(what, sizeof what, "linear, K %zu%s%s", K, bias ? ", bias" : "", accumulate ? ", added" : "");
         expect_close(&out, wide ? 8 : bias || accumulate ? 1.6 : 1.1, what); // two roundings, or one
-        pair_free(&x), pair_free(&out);
-        for (int i = 0; i < gw.n_parts; i++) pair_free(&parts[i]), pair_free(&biases[i]);
+        pair_free(&x), pair_free(&out), pair_free(&all), pair_free(&biases);
     }
 }
 END_TEST
