@@ -3,7 +3,7 @@
  * anywhere (C, C++, ctypes); the backend's attention op calls nothing else.
  *
  * Needs sm_80 or newer. Everything is enqueued on `stream`, nothing is allocated, memory used is O(1) in the lengths
- * beside the scratch of decode. Offsets are size_t: contexts of 128k tokens and caches beyond 4 GB work.
+ * beside the scratch of decode. Contexts of 128k tokens and caches beyond 4 GB work.
  *
  * The same answer every time: the result of a query row depends on its own query, position, context and the options
  * alone, bit for bit, never on what else is in the batch. Prefill also does not depend on how a prompt was cut into
@@ -35,7 +35,8 @@ struct flash_attention_params {
     float *lse;                 // [T, H] natural logarithm of the sum of exp(score); NULL: not wanted
     const void *q;              // [T, H, D], rows of q_stride elements, heads of q_head_stride
     const void *k, *v;          // paged: [n_blocks, KV, block_size, D]; dense: [tokens, KV, D]; by the strides below
-    size_t out_stride, out_head_stride, q_stride, q_head_stride; // elements; rows start at multiples of 16 bytes
+    // Elements, below 2^31; rows start at multiples of 16 bytes.
+    size_t out_stride, out_head_stride, q_stride, q_head_stride;
     size_t kv_block_stride;     // elements from block to block, below 2^31; dense: not used
     size_t kv_head_stride;      // from head to head
     size_t kv_stride;           // from token to token, below 2^26

@@ -58,7 +58,7 @@ struct device; // a backend's own state: thread pool, streams, scratch
 struct device_options {
     int32_t n_threads;      // CPU: worker threads including the caller; 0: one per usable core
     bool deterministic;     // CUDA: linear and attention, too, sum a row in one order whatever the batch; the CPU always does
-    bool reference_attention; // use the standard attention (materialized scores) instead of flash: for comparison
+    bool reference_attention; // the standard attention (scores in full) instead of flash: for comparison, on the CPU alone
     const char *isa;        // CPU: NULL = the best the machine has; "avx512bf16", "avx512", "avx2", "generic" force one (tests)
     int32_t max_vocab_size; // scratch for sampling is sized at creation: ops never allocate
     int32_t max_context;    // likewise: the longest context any sequence can have, tokens

@@ -59,7 +59,7 @@ static const struct option options_table[] = {
     {"gpu-memory-utilization", OPTION_SHARE, AT(engine.gpu_memory_utilization), "SHARE", "0.9", 0.01, 1,
      "of the memory that is free on the GPU, for everything"},
     {"attention", OPTION_SWITCH, AT(engine.reference_attention), "flash|reference", "flash", 0, 0,
-     "reference: the textbook form, to compare with"},
+     "reference: the textbook form, to compare with, on a CPU"},
     {"deterministic", OPTION_BOOL, AT(engine.deterministic), NULL, "false", 0, 0,
      "GPU: the same answer, bit for bit, whatever else runs; slower"},
     {"threads", OPTION_INT32, AT(engine.n_threads), "N", "0", 0, 1024, "CPU threads of the model; 0: one per core"},

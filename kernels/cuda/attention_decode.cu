@@ -14,7 +14,7 @@
  * the block of the warp that is last to bring its part adds them in the end.
  *
  * FLOPs: 4 D per (q head, key seen). Bytes: K and V of what is seen, once per head group, + 8 (D + 4) per (q head, split)
- * of a row that is in two shares: from 12 % (64 keys a split, contexts up to 1k) to 3 % (256 keys, beyond 4k) at 4 q heads
+ * of a row that is in two shares: from 13 % (64 keys a split, contexts up to 1k) to 3 % (256 keys, beyond 4k) at 4 q heads
  * of a KV head, most of it to L2 alone. Bound by memory: a multiprocessor has 160 KB in flight (head_dim 128). Bound by
  * latency where there is little work: hence few instructions before the first fetch, and no barrier before the end.
  */
@@ -88,8 +88,8 @@ __device__ void fetch_some_keys(const decode_args &a, const uint16_t *from, int3
     for (int index = (int)threadIdx.x % 32; index < 16 * CHUNKS; index += 32) {
         int row = index / CHUNKS, chunk = index % CHUNKS;
         bool seen = row >= begin && row < end && chunk * 8 < a.p.head_dim;
-        uint32_t offset = seen ? (uint32_t)row * (uint32_t)a.p.kv_stride + (uint32_t)chunk * 8 : 0;
-        cp_async_16(to + tile_layout<D>::offset(row, chunk), from + offset, seen ? 16 : 0);
+        const uint16_t *source = from + ((uint32_t)row * (uint32_t)a.p.kv_stride + (uint32_t)chunk * 8);
+        cp_async_16(to + tile_layout<D>::offset(row, chunk), seen ? source : (const uint16_t *)a.p.k, seen ? 16 : 0);
     }
 }
 
@@ -98,12 +98,12 @@ struct decode_feed {
     cursor at;
     bool values;
     page_window window;
-    uint32_t head_offset; // elements to the KV head of `at` in a block
+    size_t head_offset; // elements to the KV head of `at`
 };
 
-__device__ __forceinline__ uint32_t head_offset(const decode_args &a, const cursor &c)
+__device__ __forceinline__ size_t head_offset(const decode_args &a, const cursor &c)
 {
-    return (uint32_t)kv_head_of(a, c.group) * (uint32_t)a.p.kv_head_stride; // less than a block's: 31 bits
+    return (size_t)kv_head_of(a, c.group) * a.p.kv_head_stride;
 }
 
 template <int D> __device__ __forceinline__ void fetch_next(const decode_args &a, decode_feed &f, uint32_t slot)
@@ -349,7 +349,8 @@ __device__ __forceinline__ void store_partial(const decode_args &a, int32_t s, c
     }
 }
 
-// Whether this run brings the last splits of its row; what others stored is then visible.
+// Whether this run brings the last splits of its row; what others stored is then visible: to lane 0, and to whoever meets it
+// at a barrier.
 __device__ __forceinline__ bool is_last_run(const decode_args &a, const cursor &c, const decode_run &run)
 {
     int32_t before = 0;
@@ -580,8 +581,8 @@ decode_need need_of(const struct flash_attention_params *p)
 
 template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_t stream)
 {
-    int sm, n_sms, smem_per_sm;
-    cudaError_t status = device_figures(&sm, &n_sms, &smem_per_sm);
+    int sm, n_sms;
+    cudaError_t status = device_figures(&sm, &n_sms);
     if (status != cudaSuccess) return status;
     a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * WARPS));
     return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::SMEM, sm, stream,
@@ -620,7 +621,7 @@ struct flash_attention_params part_of(const struct flash_attention_params *p, in
 
 size_t decode_scratch_bytes(const struct flash_attention_params *p)
 {
-    const size_t bound = (size_t)320 << 20; // 256 sequences, 32 heads of 128, contexts of 8k and more: 272 MB
+    const size_t bound = (size_t)320 << 20; // 256 sequences, 32 heads of 128, contexts of 8k and more: 277 MB
     decode_need need = need_of(p);
     size_t all = need.bytes * (size_t)p->n_seqs;
     if (all <= bound) return all;

@@ -135,8 +135,8 @@ template <int D> __device__ __forceinline__ void advance(const decode_args &a, c
 
 // Where a warp's share of the list begins and ends, in stripes: equal shares, but for rounding. Where the rows divide
 // among nearly all warps, or nearly all warps among the rows, some warps get none, for rows that are alike are then not
-// cut, or only where a share ends, and the others read as fast as all. A row's pieces go to warps of one block, which adds
-// them up in the end.
+// cut, or only where a share ends, and the others read as fast as all. Where a row has 2 or 4 pieces, warps of one block
+// have them, which adds them up in the end.
 __device__ __forceinline__ void find_ends(const decode_args &a, uint32_t n_units, uint32_t n_rows, uint32_t *begin,
                                           uint32_t *end)
 {

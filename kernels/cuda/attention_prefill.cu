@@ -12,14 +12,15 @@
  * takes 0.6 of the products' time, at 16 rows more than all of it: hence MT = 2 wherever registers allow.
  *
  * The same bits for a row in any batch, chunk or tile shape: every instance takes the keys in the same steps of 64, at
- * multiples of 64, ascending; what a row does not see leaves it as it was (softmax_step); masked and other steps run
- * the same code but for adjust_scores, which is skipped where all rows of the tile see all keys of the step.
+ * multiples of 64, ascending; what a row does not see leaves it as it was (softmax_step), so that a warp whose rows see
+ * nothing of a step may skip it; masked and other steps run the same code but for adjust_scores, which is skipped where
+ * all rows of the tile see all keys of the step.
  */
 #include "kernels/cuda/attention.cuh"
 
 namespace {
 
-enum { RING = 3 };
+enum { RING = 3, KV_TILE = 64 /* keys of a step; tiles start at multiples of it, whatever the batch */ };
 
 struct prefill_args {
     struct flash_attention_params p;
@@ -280,6 +281,104 @@ __device__ __forceinline__ void fetch_queries(const prefill_args &a, const prefi
 
 // ---- one step -------------------------------------------------------------------------------------------------------
 
+// What a lane needs to know of one of its rows.
+struct score_row {
+    int32_t first, last; // keys it sees
+    int32_t position;
+    float slope;         // in units of log2(e)
+};
+
+// Softcap, ALiBi, -infinity where the row does not see the key, for the elements that a lane holds of one row:
+// half 0 is row lane / 4, half 1 is 8 further. first_key: that of the lane's first element.
+template <int NT>
+__device__ __forceinline__ void adjust_scores(float (&s)[NT][4], int half, int32_t first_key,
+                                              const struct score_row &row, const struct scoring &scoring)
+{
+    if (scoring.softcap_in != 0) {
+#pragma unroll
+        for (int i = 0; i < 2 * NT; i++) s[i / 2][2 * half + i % 2] = cap_score(s[i / 2][2 * half + i % 2], scoring);
+    }
+    if (scoring.slopes) {
+#pragma unroll
+        for (int i = 0; i < 2 * NT; i++) {
+            float &x = s[i / 2][2 * half + i % 2];
+            x = bias_score(x, row.slope, first_key + i / 2 * 8 + i % 2 - row.position, scoring);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * NT; i++) {
+        int32_t key = first_key + i / 2 * 8 + i % 2;
+        if (key < row.first || key > row.last) s[i / 2][2 * half + i % 2] = -CUDART_INF_F;
+    }
+}
+
+// One step of the online softmax, for rows of a quad: s becomes exp2(s * multiplier - max), max and sum (a lane's own
+// part) move on, factor is what earlier results are to be multiplied by. A step of which a row sees nothing changes
+// nothing of that row, bit for bit: factor 1, all of s 0. max is kept in units of log2(e).
+template <int NT>
+__device__ __forceinline__ void softmax_step(float (&s)[NT][4], float (&max)[2], float (&sum)[2], float (&factor)[2],
+                                             float multiplier)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float x = s[0][2 * half];
+#pragma unroll
+        for (int i = 1; i < 2 * NT; i++) x = fmaxf(x, s[i / 2][2 * half + i % 2]);
+        float new_max = fmaxf(max[half], __fmul_rn(quad_max(x), multiplier));
+        float shift = finite_max(new_max), part = 0;
+        factor[half] = exp2_approx(__fsub_rn(max[half], shift));
+        max[half] = new_max;
+#pragma unroll
+        for (int i = 0; i < 2 * NT; i++) {
+            float &y = s[i / 2][2 * half + i % 2];
+            y = exp2_approx(__fmaf_rn(y, multiplier, -shift));
+            part = __fadd_rn(part, y);
+        }
+        sum[half] = __fmaf_rn(sum[half], factor[half], part);
+    }
+}
+
+// Rounds the accumulator of [16, NT * 8] to the A operand of a product over its columns.
+template <typename T, int NT>
+__device__ __forceinline__ void pack_rows(uint32_t (&p)[NT / 2][4], const float (&s)[NT][4])
+{
+#pragma unroll
+    for (int i = 0; i < NT / 2; i++) {
+        p[i][0] = pack<T>(s[2 * i][0], s[2 * i][1]);
+        p[i][1] = pack<T>(s[2 * i][2], s[2 * i][3]);
+        p[i][2] = pack<T>(s[2 * i + 1][0], s[2 * i + 1][1]);
+        p[i][3] = pack<T>(s[2 * i + 1][2], s[2 * i + 1][3]);
+    }
+}
+
+template <int D> __device__ __forceinline__ void scale_rows(float (&o)[D / 8][4], const float (&factor)[2])
+{
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[n][i] = __fmul_rn(o[n][i], factor[i / 2]);
+    }
+}
+
+// o [MT * 16, D] += p [MT * 16, NT * 8] x v [NT * 8, D], v in shared memory.
+template <typename T, int D, int MT, int NT>
+__device__ __forceinline__ void add_values(float (&o)[MT][D / 8][4], const uint32_t (&p)[MT][NT / 2][4], uint32_t v)
+{
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++) {
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            uint32_t b[4];
+            ldmatrix_trans(b, tile_layout<D>::further(v, 16 * k, 2 * n));
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma<T>(o[m][2 * n], p[m][k], b[0], b[1]);
+                mma<T>(o[m][2 * n + 1], p[m][k], b[2], b[3]);
+            }
+        }
+    }
+}
+
 // s [MT * 16, 64] = Q x K'.
 template <typename T, int D, int MT>
 __device__ __forceinline__ void multiply_keys(float (&s)[MT][KV_TILE / 8][4], uint32_t q, uint32_t k)
@@ -517,13 +616,14 @@ template <typename T> cudaError_t launch_dim(const prefill_args &a, int sm, int 
 
 cudaError_t launch_prefill(const struct flash_attention_params *p, cudaStream_t stream)
 {
-    int sm, n_sms, smem_per_sm;
-    cudaError_t status = device_figures(&sm, &n_sms, &smem_per_sm);
+    int sm, n_sms;
+    cudaError_t status = device_figures(&sm, &n_sms);
     if (status != cudaSuccess) return status;
     prefill_args a = {};
     a.p = *p;
     a.scoring = scoring_of(p);
     a.group = p->n_heads / p->n_kv_heads;
+    if ((uint64_t)p->n_tokens * (uint64_t)a.group * (uint64_t)a.group >> 32) return cudaErrorInvalidValue; // query_of
     if (a.group > 1) a.group_part = (uint32_t)((((uint64_t)1 << 32) + (uint64_t)a.group - 1) / (uint64_t)a.group);
     if (p->dtype == FLASH_ATTENTION_BF16) return launch_dim<__nv_bfloat16>(a, sm, n_sms, stream);
     return launch_dim<__half>(a, sm, n_sms, stream);

@@ -7,7 +7,10 @@
 
 #include "kernels/cuda/cuda.h"
 
-enum { MAX_GRAPHS = 128 }; // when there are more shapes, the one that was not launched for the longest makes room
+enum {
+    MAX_GRAPHS = 128, // when there are more shapes, the one that was not launched for the longest makes room
+    SKIPPED = 1000,   // steps that run op by op after there was no memory for a single graph
+};
 
 struct graph {
     const void *owner;
@@ -21,6 +24,7 @@ struct graphs {
     const void *owner;    // of what is being recorded
     int32_t n_rows;
     uint64_t n_launches;
+    int32_t n_skipped;    // steps that are still to go unrecorded
 };
 
 static int launch(struct device *d, struct graph *g, struct error *e)
@@ -39,6 +43,7 @@ int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *
         return launch(d, g, e);
     }
     all->owner = owner, all->n_rows = n_rows;
+    if (all->n_skipped > 0) return 0; // the ops run as they come
     // Relaxed: kernels that are met for the first time are loaded while they are recorded.
     if (cuda_check(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeRelaxed), "recording a graph", e))
         return ERR_DEVICE;
@@ -55,23 +60,29 @@ static void forget(struct device *d, struct graph *g)
     g->exec = NULL;
 }
 
-// Without memory for it, the others make room; *launched false: that was not enough.
-static int launch_new(struct device *d, struct graph *place, cudaGraph_t recorded, bool *launched, struct error *e)
+// The one that was not launched for the longest; NULL: there is none.
+static struct graph *oldest(struct graphs *all)
 {
-    struct graphs *all = d->graphs;
-    for (int attempt = 0; attempt < 2; attempt++) {
-        cudaError_t status = cudaGraphInstantiate(&place->exec, recorded, 0);
-        if (status == cudaSuccess) status = cudaGraphUpload(place->exec, d->stream);
-        if (status != cudaErrorMemoryAllocation) {
-            if (cuda_check(status, "recording a graph", e)) return ERR_DEVICE;
-            place->owner = all->owner, place->n_rows = all->n_rows;
-            *launched = true;
-            return launch(d, place, e);
-        }
+    struct graph *found = NULL;
+    for (struct graph *g = all->graph; g < all->graph + MAX_GRAPHS; g++)
+        if (g->exec && (!found || g->last_launch < found->last_launch)) found = g;
+    return found;
+}
+
+// In place, which is free. Without memory for it others make room, one after the other.
+static cudaError_t instantiate(struct device *d, struct graph *place, cudaGraph_t recorded)
+{
+    for (;;) {
+        cudaGraphExec_t exec = NULL;
+        cudaError_t status = cudaGraphInstantiate(&exec, recorded, 0);
+        if (status == cudaSuccess) status = cudaGraphUpload(exec, d->stream);
+        if (status == cudaSuccess) place->exec = exec;
+        if (status != cudaSuccess && exec) cudaGraphExecDestroy(exec);
+        struct graph *other = status == cudaErrorMemoryAllocation ? oldest(d->graphs) : NULL;
+        if (!other) return status;
         cudaGetLastError();
-        for (struct graph *g = all->graph; g < all->graph + MAX_GRAPHS; g++) forget(d, g);
+        forget(d, other);
     }
-    return 0;
 }
 
 int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e)
@@ -79,6 +90,11 @@ int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e)
     struct graphs *all = d->graphs;
     struct graph *place = all->graph;
     cudaGraph_t recorded = NULL;
+    if (!d->recording) {
+        all->n_skipped--;
+        *launched = true;
+        return 0;
+    }
     cudaError_t status = cudaStreamEndCapture(d->stream, &recorded);
     d->recording = *launched = false;
     if (!keep) {
@@ -86,13 +102,19 @@ int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e)
         cudaGetLastError();
         return 0;
     }
-    for (struct graph *g = all->graph; g < all->graph + MAX_GRAPHS && place->exec; g++)
-        if (!g->exec || g->last_launch < place->last_launch) place = g;
-    forget(d, place);
-    int rc = cuda_check(status, "recording a graph", e);
-    if (!rc) rc = launch_new(d, place, recorded, launched, e);
+    while (place < all->graph + MAX_GRAPHS && place->exec) place++;
+    if (place == all->graph + MAX_GRAPHS) forget(d, place = oldest(all));
+    if (status == cudaSuccess) status = instantiate(d, place, recorded);
     if (recorded) cudaGraphDestroy(recorded);
-    return rc;
+    if (status == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        all->n_skipped = SKIPPED;
+        return 0;
+    }
+    if (cuda_check(status, "recording a graph", e)) return ERR_DEVICE;
+    place->owner = all->owner, place->n_rows = all->n_rows;
+    *launched = true;
+    return launch(d, place, e);
 }
 
 int graphs_create(struct device *d, struct error *e)

@@ -18,6 +18,7 @@ enum {
     WORKSPACE_BYTES = 32 << 20,
     COUNTER_BYTES = 256,   // deterministic: all that an algorithm may have of workspace
     FIXED_ROWS = 256,      // deterministic: the number of rows that the algorithm is chosen for
+    BIAS_ALIGNMENT = 16,
     MAX_CANDIDATES = 32,   // of which the first that does is taken
 };
 
@@ -32,7 +33,7 @@ struct gemm_key {
     size_t T, N, K, ldo;   // T: FIXED_ROWS where the algorithm is one for all
     enum dtype x, out;
     uint32_t out_alignment; // bytes
-    bool accumulate, biased; // biased: by the product itself
+    bool accumulate, biased; // biased: by the product itself, from a bias of out's type at a multiple of BIAS_ALIGNMENT
 };
 
 struct algo {
@@ -70,10 +71,13 @@ struct gemm {
 static int describe(struct gemm *g, const struct gemm_key *k, struct error *e)
 {
     cublasOperation_t transposed = CUBLAS_OP_T;
-    cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT; // of out's type
+    cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    const void *aligned = (const void *)BIAS_ALIGNMENT; // what the heuristic is told of the place
     cublasStatus_t s = cublasLtMatmulDescInit(&g->op, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     if (!s) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
     if (!s) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    if (!s && k->biased)
+        s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &aligned, sizeof aligned);
     if (!s) s = cublasLtMatrixLayoutInit(&g->w, cuda_type(k->x), k->K, k->N, (int64_t)k->K);
     if (!s) s = cublasLtMatrixLayoutInit(&g->x, cuda_type(k->x), k->K, k->T, (int64_t)k->K);
     if (!s) s = cublasLtMatrixLayoutInit(&g->out, cuda_type(k->out), k->N, k->T, (int64_t)k->ldo);
@@ -170,7 +174,8 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     uintptr_t multiple = (uintptr_t)out & -(uintptr_t)out; // the power of two that the address is a multiple of
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
                            multiple < 16 ? (uint32_t)multiple : 16, p->accumulate,
-                           m->bias && m->bias_dtype == p->out.dtype}, wanted = key;
+                           m->bias && m->bias_dtype == p->out.dtype && (uintptr_t)m->bias % BIAS_ALIGNMENT == 0},
+                    wanted = key;
     struct gemm g;
     struct algo *algo;
     if (d->options.deterministic) wanted.T = FIXED_ROWS;

@@ -529,7 +529,25 @@ def refusals(library):
     refused(lambda p: setattr(p, "block_size", 48))
     refused(lambda p: setattr(p, "scale", 0.0))
     refused(lambda p: setattr(p, "k", p.k + 2))
+    refused(lambda p: setattr(p, "q_stride", 1 << 31))
+    refused(lambda p: setattr(p, "n_tokens", 1 << 29))
     refused(lambda p: setattr(p, "block_table", None), "decode")
+
+
+def far_heads(library, name, worst):
+    """A cache by heads, one 2^32 elements after the other"""
+    heads = Heads(torch.bfloat16, 128, 8, 2)
+    run = Run(ragged(heads, [(5 if name == "prefill" else 1, n) for n in (100, 1000)]), Options())
+    kept = []
+    for part in ("k", "v"):
+        cache = getattr(run, part)  # [n_blocks, KV, block_size, D]
+        far, n = torch.empty((1 << 32) + cache[:, 0].numel(), dtype=heads.dtype, device=DEVICE), cache[:, 0].numel()
+        for head in range(2):
+            far[head << 32:(head << 32) + n] = cache[:, head].reshape(-1)
+        setattr(run.p, part, far.data_ptr())
+        kept.append(far)
+    run.p.kv_head_stride, run.p.kv_block_stride = 1 << 32, 64 * heads.dim
+    check_close(run, getattr(run, name)(library), worst)
 
 
 def calls(library, worst):
@@ -541,6 +559,8 @@ def calls(library, worst):
     yield "refusals", lambda: refusals(library)
     if DEVICE == "cuda":
         yield "graph", lambda: graph(library)
+        for name in ("prefill", "decode"):
+            yield f"far heads {name}", lambda name=name: far_heads(library, name, worst)
 
 
 GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, not_causal, dense, chunked, batched, calls]
