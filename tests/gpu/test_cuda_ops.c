@@ -559,6 +559,54 @@ START_TEST(steps_are_staged_and_replayed)
 }
 END_TEST
 
+// As the engine does: a step's arrays are staged while the step before runs, in the buffers of the one before that.
+START_TEST(two_steps_in_flight)
+{
+    enum { N = 24, SEQS = 40, KV = 2, DIM = 128, BLOCKS = 512, WIDTH = CONTEXT / BLOCK };
+    struct batch { int32_t table[SEQS * WIDTH], len[SEQS], cu[SEQS + 1]; };
+    static struct batch batches[N], buffers[2];
+    static uint16_t want[N][SEQS * 4 * DIM], got[SEQS * 4 * DIM];
+    struct tensor t = {NULL, DTYPE_BF16, 4, {BLOCKS, KV, BLOCK, DIM}};
+    struct pair k = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM), v = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM);
+    struct pair qkv = pair_of(DTYPE_BF16, SEQS, (4 + 2 * KV) * DIM), outs[N];
+    struct kv_layer cache = {t, t};
+    uint64_t tickets[N];
+    cache.k.data = k.g.data, cache.v.data = v.g.data;
+    for (int step = 0; step < 2 * N; step++) { // one by one, then again, in flight
+        int i = step % N;
+        struct batch *b = step < N ? &batches[i] : &buffers[i % 2];
+        if (step < N) {
+            outs[i] = pair_of(DTYPE_BF16, SEQS, 4 * DIM);
+            for (int32_t s = 0; s < SEQS; s++) {
+                b->cu[s + 1] = s + 1;
+                b->len[s] = random_int(1, CONTEXT);
+                for (int32_t j = 0; j < WIDTH; j++) b->table[s * WIDTH + j] = random_int(0, BLOCKS - 1);
+            }
+            check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+        } else {
+            if (i >= 2) check(gpu->wait(gpu_device, tickets[i - 2], &e));
+            *b = batches[i];
+            const struct stage_array arrays[] = {{b->cu, sizeof b->cu, 4096}, {b->len, sizeof b->len, 512}};
+            const struct stage_table table = {b->table, b->cu, b->len, SEQS, WIDTH, BLOCK, 0};
+            check(gpu->stage(gpu_device, arrays, 2, &table, &e));
+        }
+        struct attention_params p = {.out = outs[i].g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = b->cu,
+            .context_lens = b->len, .block_table = b->table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK,
+            .n_heads = 4, .n_kv_heads = KV, .head_dim = DIM, .scale = 0.0883883f};
+        for (int j = 0; step % N == 0 && step > 0 && j < N; j++) poison(&outs[j]);
+        check(gpu->attention(gpu_device, &p, &e));
+        tickets[i] = gpu->record(gpu_device);
+        if (step < N) check(gpu->copy_out(gpu_device, want[i], outs[i].g.data, sizeof want[i], &e));
+    }
+    for (int i = 0; i < N; i++) {
+        check(gpu->copy_out(gpu_device, got, outs[i].g.data, sizeof got, &e));
+        ck_assert_msg(!memcmp(got, want[i], sizeof got), "step %d", i);
+        pair_free(&outs[i]);
+    }
+    pair_free(&k), pair_free(&v), pair_free(&qkv);
+}
+END_TEST
+
 START_TEST(blocks_are_copied)
 {
     enum { N = 20, BYTES = 2 * 16 * 40 * 2 };
@@ -634,6 +682,7 @@ int main(void)
     tcase_add_test(tc, norm_linear_activation_few);
     tcase_add_test(tc, norm_linear_rope);
     tcase_add_test(tc, steps_are_staged_and_replayed);
+    tcase_add_test(tc, two_steps_in_flight);
     tcase_add_test(tc, blocks_are_copied);
     tcase_add_test(tc, host_arrays_are_copied_when_they_are_given);
     suite_add_tcase(suite, products);
