@@ -257,9 +257,9 @@ struct sample_result {
     int32_t rank;             // of id among raw logits, 1 = most likely (filled when log-probabilities are wanted)
     float logprob;            // of id
     int32_t n_top;
-    struct token_logprob top[MAX_LOGPROBS]; // most likely first, ties by lower id
     bool invalid;             // the row held NaN, +infinity or nothing finite: id is 0, the engine fails the sequence
     bool barred;              // the row was fine, but what the sample_row bans left none of it: id is 0
+    struct token_logprob top[MAX_LOGPROBS]; // most likely first, ties by lower id
 };
 
 struct sample_params {
