@@ -68,7 +68,10 @@ static void fill_table_row(struct step *step, const struct scheduler *s, const s
 {
     struct batch *b = &step->batch;
     struct table_row *held = &step->table_rows[b->n_seqs];
-    int32_t from = held->admission == seq->admission && held->n_blocks > 0 ? held->n_blocks - 1 : 0;
+    bool is_held = held->admission == seq->admission;
+    if (is_held && held->n_blocks == seq->n_blocks && seq->is_alone) // what is alone copies nothing on write
+        return;
+    int32_t from = is_held && held->n_blocks > 0 ? held->n_blocks - 1 : 0;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         int32_t *row = b->block_tables[g] + (size_t)b->n_seqs * (size_t)b->max_blocks;
         memcpy(row + from, sequence_table(s, seq, g) + from, (size_t)(seq->n_blocks - from) * sizeof *row);
