@@ -68,12 +68,12 @@ template <int D> __device__ __forceinline__ void fetch_all_keys(const uint16_t *
         to += tile_layout<D>::offset(lane / CHUNKS, lane % CHUNKS);
 #pragma unroll
         for (int row = 0; row < 16; row += ROWS, from += ROWS * stride)
-            cp_async_16((to ^ (uint32_t)((row & 7) * 16)) + (uint32_t)(row * tile_layout<D>::STRIDE), from);
+            cp_async_16_once((to ^ (uint32_t)((row & 7) * 16)) + (uint32_t)(row * tile_layout<D>::STRIDE), from);
     } else {
 #pragma unroll
         for (int i = 0; i < CHUNKS / 2; i++) {
             int row = (lane + i * 32) / CHUNKS, chunk = (lane + i * 32) % CHUNKS;
-            cp_async_16(to + tile_layout<D>::offset(row, chunk), from + ((uint32_t)row * stride + (uint32_t)chunk * 8));
+            cp_async_16_once(to + tile_layout<D>::offset(row, chunk), from + ((uint32_t)row * stride + (uint32_t)chunk * 8));
         }
     }
 }
@@ -89,7 +89,7 @@ __device__ void fetch_some_keys(const decode_args &a, const uint16_t *from, int3
         int row = index / CHUNKS, chunk = index % CHUNKS;
         bool seen = row >= begin && row < end && chunk * 8 < a.p.head_dim;
         const uint16_t *source = from + ((uint32_t)row * (uint32_t)a.p.kv_stride + (uint32_t)chunk * 8);
-        cp_async_16(to + tile_layout<D>::offset(row, chunk), seen ? source : (const uint16_t *)a.p.k, seen ? 16 : 0);
+        cp_async_16_once(to + tile_layout<D>::offset(row, chunk), seen ? source : (const uint16_t *)a.p.k, seen ? 16 : 0);
     }
 }
 
@@ -344,7 +344,7 @@ __device__ __forceinline__ void store_partial(const decode_args &a, int32_t s, c
         if (head >= run.heads.n) continue;
         float *to = partials_of<D>(a, s, run.heads.first + head) + run.split * decode_shape<D>::PARTIAL;
 #pragma unroll
-        for (int m = 0; m < D / 8; m++) to[m * 8 + lane / 4] = part.o[m / 2][i + m % 2 * 2];
+        for (int m = 0; m < D / 8; m++) store_kept(to + m * 8 + lane / 4, part.o[m / 2][i + m % 2 * 2]);
         if (lane < 4) *(float2 *)(to + D) = make_float2(part.max[i], part.sum[i]);
     }
 }
@@ -384,97 +384,116 @@ __device__ __forceinline__ void finish_split(const decode_args &a, const cursor 
 
 // ---- rows that were in several shares --------------------------------------------------------------------------------
 
-// The splits of one q head's row, where they are in shared memory. By a warp.
-struct combine_row {
-    int32_t s, head, n_splits;
+// Some splits of one q head's row, from `first` on.
+struct combine_item {
+    int32_t s, head, n_splits, first;
 };
 
-template <int D>
-__device__ __forceinline__ void fetch_splits(const decode_args &a, const combine_row &row, uint32_t to)
+template <int D> __device__ __forceinline__ int32_t splits_in(const combine_item &item)
 {
-    const float *from = partials_of<D>(a, row.s, row.head);
-    for (int i = (int)threadIdx.x % 32; i < row.n_splits * (decode_shape<D>::PARTIAL / 4); i += 32)
+    return min(item.n_splits - item.first, decode_shape<D>::AT_ONCE);
+}
+
+template <int D>
+__device__ __forceinline__ void fetch_splits(const decode_args &a, const combine_item &item, uint32_t to)
+{
+    const float *from = partials_of<D>(a, item.s, item.head) + item.first * decode_shape<D>::PARTIAL;
+    for (int i = (int)threadIdx.x % 32; i < splits_in<D>(item) * (decode_shape<D>::PARTIAL / 4); i += 32)
         cp_async_16(to + (uint32_t)i * 16, from + i * 4);
 }
 
-// Adds a row's splits as add_split does, and stores the result.
+// What a warp has of a row: a lane of the columns from round * 128 + lane * 4.
+template <int D> struct combine_state {
+    float max, sum;
+    float4 x[(D + 127) / 128];
+};
+
+// Adds splits as add_split does, from shared memory; the row's last ones: stores the result.
 template <typename T, int D>
-__device__ __forceinline__ void combine_splits(const decode_args &a, const combine_row &row, float *splits)
+__device__ __forceinline__ void combine_splits(const decode_args &a, const combine_item &item, float *splits,
+                                               combine_state<D> &row)
 {
     constexpr int PARTIAL = decode_shape<D>::PARTIAL;
-    const int lane = (int)threadIdx.x % 32;
-    float max = -CUDART_INF_F; // of the splits before
-    for (int first = 0; first < row.n_splits; first += 32) { // the factors of 32 splits, to where two floats are free
-        float *mine = splits + (first + lane) * PARTIAL + D;
-        float part_max = first + lane < row.n_splits ? mine[0] : -CUDART_INF_F, upto = fmaxf(max, part_max);
+    const int lane = (int)threadIdx.x % 32, n = splits_in<D>(item);
+    const bool is_last = item.first + n == item.n_splits;
+    if (item.first == 0) row = {-CUDART_INF_F};
+    float *mine = splits + lane * PARTIAL + D; // the factors go to where two floats are free
+    float part_max = lane < n ? mine[0] : -CUDART_INF_F, upto = fmaxf(row.max, part_max);
 #pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            float other = __shfl_up_sync(0xffffffffu, upto, d);
-            if (lane >= d) upto = fmaxf(upto, other);
-        }
-        float before = __shfl_up_sync(0xffffffffu, upto, 1);
-        float2 factor = part_factors(lane == 0 ? max : before, part_max, upto);
-        if (first + lane < row.n_splits) *(float2 *)(mine + 2) = factor;
-        max = __shfl_sync(0xffffffffu, upto, 31);
+    for (int d = 1; d < 32; d *= 2) {
+        float other = __shfl_up_sync(0xffffffffu, upto, d);
+        if (lane >= d) upto = fmaxf(upto, other);
     }
+    float before = __shfl_up_sync(0xffffffffu, upto, 1);
+    float2 factors = part_factors(lane == 0 ? row.max : before, part_max, upto);
+    if (lane < n) *(float2 *)(mine + 2) = factors;
+    row.max = __shfl_sync(0xffffffffu, upto, 31);
     __syncwarp();
-    for (int column = lane * 4; column < D; column += 128) {
-        float sum = 0;
-        float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int round = 0; round < (D + 127) / 128; round++) {
+        int column = round * 128 + lane * 4;
+        if (column >= D) continue;
+        float4 x = row.x[round];
 #pragma unroll 8
-        for (int i = 0; i < row.n_splits; i++) {
+        for (int i = 0; i < n; i++) {
             float4 part = *(const float4 *)(splits + i * PARTIAL + column);
             float4 about = *(const float4 *)(splits + i * PARTIAL + D);
             float2 factor = make_float2(about.z, about.w);
-            sum = add_scaled(sum, about.y, factor);
+            if (round == 0) row.sum = add_scaled(row.sum, about.y, factor);
             x.x = add_scaled(x.x, part.x, factor);
             x.y = add_scaled(x.y, part.y, factor);
             x.z = add_scaled(x.z, part.z, factor);
             x.w = add_scaled(x.w, part.w, factor);
         }
-        float factor = inverse(sum);
+        row.x[round] = x;
+        if (!is_last) continue;
+        float factor = inverse(row.sum);
         uint2 packed = make_uint2(pack<T>(__fmul_rn(x.x, factor), __fmul_rn(x.y, factor)),
                                   pack<T>(__fmul_rn(x.z, factor), __fmul_rn(x.w, factor)));
-        if (column < a.p.head_dim) *(uint2 *)(result_of<T>(a, row.s, row.head) + column) = packed;
-        if (column == 0) store_lse(a, row.s, row.head, max, sum);
+        if (column < a.p.head_dim) *(uint2 *)(result_of<T>(a, item.s, item.head) + column) = packed;
+        if (column == 0) store_lse(a, item.s, item.head, row.max, row.sum);
     }
 }
 
-// All rows of the block's jobs, in turn by the warps, each in the room of its ring: as many at a time as fit.
+// All rows of the block's jobs, in turn by the warps, each in the room of its ring: as many splits at a time as fit.
 template <typename T, int D>
-__device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_job *jobs, float *room)
+__device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_job *jobs, float *room, int n_room)
 {
-    constexpr int PARTIAL = decode_shape<D>::PARTIAL;
+    constexpr int PARTIAL = decode_shape<D>::PARTIAL, AT_ONCE = decode_shape<D>::AT_ONCE;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    combine_row mine = {};    // lane i: the i-th that is fetched
+    combine_state<D> row = {};
+    combine_item mine = {};   // lane i: the i-th that is fetched
     int n_fetched = 0, n_floats = 0, n_before = 0; // rows of the jobs before
     uint32_t left = __ballot_sync(0xffffffffu, lane < WARPS * WARP_JOBS && jobs[lane % (WARPS * WARP_JOBS)].n_splits > 0);
-    for (bool is_end = false; !is_end; left &= left - 1) {
-        is_end = left == 0;
-        const decode_job job = jobs[is_end ? 0 : __ffs((int)left) - 1];
-        for (int h = is_end ? 0 : (warp - n_before) & (WARPS - 1); is_end || h < job.n_heads; h += WARPS) {
-            if (is_end || n_floats + job.n_splits * PARTIAL > decode_shape<D>::RING / 4) {
-                cp_async_commit();
-                cp_async_wait<0>();
-                __syncwarp(); // every lane's part
-                for (int i = 0, at = 0; i < n_fetched; i++) {
-                    combine_row row = {__shfl_sync(0xffffffffu, mine.s, i), __shfl_sync(0xffffffffu, mine.head, i),
-                                       __shfl_sync(0xffffffffu, mine.n_splits, i)};
-                    combine_splits<T, D>(a, row, room + at);
-                    at += row.n_splits * PARTIAL;
-                }
-                __syncwarp(); // all lanes have done with the room
-                n_fetched = n_floats = 0;
+    auto add_fetched = [&] {
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncwarp(); // every lane's part
+        for (int i = 0, at = 0; i < n_fetched; i++) {
+            combine_item item = {__shfl_sync(0xffffffffu, mine.s, i), __shfl_sync(0xffffffffu, mine.head, i),
+                                 __shfl_sync(0xffffffffu, mine.n_splits, i), __shfl_sync(0xffffffffu, mine.first, i)};
+            combine_splits<T, D>(a, item, room + at, row);
+            at += splits_in<D>(item) * PARTIAL;
+        }
+        __syncwarp(); // all lanes have done with the room
+        n_fetched = n_floats = 0;
+    };
+    for (; left != 0; left &= left - 1) {
+        const decode_job job = jobs[__ffs((int)left) - 1];
+        for (int h = (warp - n_before) & (WARPS - 1); h < job.n_heads; h += WARPS) {
+            for (int32_t first = 0; first < job.n_splits; first += AT_ONCE) {
+                combine_item item = {job.s, job.first_head + h, job.n_splits, first};
+                int floats = splits_in<D>(item) * PARTIAL;
+                if (n_fetched == 32 || n_floats + floats > n_room) add_fetched();
+                fetch_splits<D>(a, item, shared_address(room + n_floats));
+                if (lane == n_fetched) mine = item;
+                n_fetched++;
+                n_floats += floats;
             }
-            if (is_end) break;
-            combine_row row = {job.s, job.first_head + h, job.n_splits};
-            fetch_splits<D>(a, row, shared_address(room + n_floats));
-            if (lane == n_fetched) mine = row;
-            n_fetched++;
-            n_floats += job.n_splits * PARTIAL;
         }
         n_before += job.n_heads;
     }
+    add_fetched();
 }
 
 // Rows without a key: zeros.
@@ -498,9 +517,11 @@ __global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __gr
     using shape = decode_shape<D>;
     constexpr int M = shape::STRIPE / 16;
     extern __shared__ __align__(1024) unsigned char smem[];
-    const uint32_t warp = threadIdx.x / 32, ring = shared_address(smem) + warp * shape::RING;
+    const int n_slots = a.few ? shape::FEW_SLOTS : shape::SLOTS, ring_bytes = n_slots * shape::SLOT;
+    const uint32_t warp = threadIdx.x / 32, ring = shared_address(smem) + warp * ring_bytes;
     const int lane = (int)threadIdx.x % 32;
-    decode_job *jobs = (decode_job *)(smem + WARPS * shape::RING);
+    decode_job *jobs = (decode_job *)(smem + WARPS * ring_bytes);
+    if (a.few) next_kernel_allow();
     if (lane == 0) jobs[warp * WARP_JOBS].n_splits = jobs[warp * WARP_JOBS + 1].n_splits = 0;
     prefetch_tables(a);
     previous_kernel_wait();
@@ -516,14 +537,15 @@ __global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __gr
         load_queries<D>(a, item.s, run, q); // before the first keys: it would wait behind them
     }
     clear<D>(row);
-    int empty = shape::SLOTS; // slots that nothing has been sent to
+    int empty = n_slots; // slots that nothing has been sent to
     bool begins = true, values = false; // a split; what is oldest in the ring
     while (!done(item)) {
         if (!done(feed.at)) fetch_next<D>(a, feed, slot);
         cp_async_commit();
-        slot = slot + shape::SLOT == ring + shape::RING ? ring : slot + shape::SLOT;
+        slot = slot + shape::SLOT == ring + ring_bytes ? ring : slot + shape::SLOT;
         if (--empty > 0) continue;
-        cp_async_wait<shape::SLOTS - 1>();
+        if (a.few) cp_async_wait<shape::FEW_SLOTS - 1>();
+        else cp_async_wait<shape::SLOTS - 1>();
         __syncwarp(); // every lane's part
         if (!values) {
             if (begins) clear<D>(part);
@@ -550,9 +572,8 @@ __global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __gr
     }
     store_empty_rows<T>(a);
     bool has_job = lane == 0 && jobs[warp * WARP_JOBS].n_splits + jobs[warp * WARP_JOBS + 1].n_splits > 0;
-    if (__syncthreads_or(has_job)) combine_jobs<T, D>(a, jobs, (float *)(smem + warp * shape::RING));
-    // Not before: blocks without work end at once, and the few blocks of the next kernel would crowd where they were.
-    next_kernel_allow();
+    if (__syncthreads_or(has_job)) combine_jobs<T, D>(a, jobs, (float *)(smem + warp * ring_bytes), ring_bytes / 4);
+    if (!a.few) next_kernel_allow(); // not before: the next kernel's blocks would crowd where blocks without work were
 }
 
 // ---- scratch, launcher ----------------------------------------------------------------------------------------------
@@ -585,8 +606,8 @@ template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_
     cudaError_t status = device_figures(&sm, &n_sms);
     if (status != cudaSuccess) return status;
     a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * WARPS));
-    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::SMEM, sm, stream,
-                         a);
+    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::smem(a.few), sm,
+                         stream, a);
 }
 
 template <typename T> cudaError_t launch_dim(const decode_args &a, cudaStream_t stream)
@@ -638,6 +659,7 @@ cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t s
     a.n_groups = p->n_kv_heads * a.groups_per_kv;
     a.max_splits = need.max_splits;
     a.block_shift = p->block_size == 16 ? 4 : p->block_size == 32 ? 5 : 6;
+    a.few = p->n_seqs <= FEW_SEQS;
     a.partial = (float *)p->scratch;
     a.tickets = p->tickets;
     size_t at_once = p->scratch_bytes / need.bytes;

@@ -10,7 +10,15 @@
 
 namespace {
 
-enum { WARPS = 4, THREADS = 128, MAX_SLOTS = 8, GROUP_HEADS = 8, MAX_TICKETS = 1 << 16 };
+enum {
+    WARPS = 4,
+    THREADS = 128,
+    MAX_SLOTS = 8,
+    GROUP_HEADS = 8,
+    MAX_TICKETS = 1 << 16,
+    FEW_SEQS = 8, // at most: then the next kernel's blocks come early, and find room for 112 KB (linear_few.cu)
+    ROOM_BESIDE = (227 - 112 - 2) * 1024, // of a multiprocessor of sm_90; each block takes 1 KB more than it asks for
+};
 
 struct decode_args {
     struct flash_attention_params p;
@@ -21,6 +29,7 @@ struct decode_args {
     int32_t max_splits;    // of any row
     int32_t block_shift;   // log2 of the block size
     uint32_t share_step;   // 2^32 / warps of the grid
+    bool few;              // up to FEW_SEQS sequences
     float *partial;        // [S, H, max_splits, D + 4]: result, maximum (in units of log2(e)), sum, nothing
     int32_t *tickets;      // [S, n_groups]
 };
@@ -36,13 +45,16 @@ template <int D> struct decode_shape {
     static constexpr int STRIPE = D > 128 ? 16 : 32;            // keys of a step
     static constexpr int SLOT = STRIPE * tile_layout<D>::STRIDE; // bytes: K or V of a stripe
     static constexpr int FITTING = (MAX_BLOCK_SMEM - 1024) / (WARPS * SLOT);
-    static constexpr int SLOTS = FITTING < MAX_SLOTS ? FITTING : MAX_SLOTS;
-    static constexpr int RING = SLOTS * SLOT; // bytes of a warp's
-    static constexpr int SMEM = WARPS * RING + WARPS * WARP_JOBS * (int)sizeof(decode_job);
+    static constexpr int FITTING_BESIDE = (ROOM_BESIDE - 1024) / (WARPS * SLOT);
+    static constexpr int SLOTS = FITTING < MAX_SLOTS ? FITTING : MAX_SLOTS; // of a warp's ring
+    static constexpr int FEW_SLOTS = FITTING_BESIDE < SLOTS ? FITTING_BESIDE : SLOTS;
+    static constexpr int JOB_BYTES = WARPS * WARP_JOBS * (int)sizeof(decode_job);
     static constexpr int MAX_SPLITS = D > 128 ? 32 : 64; // of a row
     static constexpr int PARTIAL = D + 4;                // floats of a split
-    static_assert(SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
-    static_assert(MAX_SPLITS * PARTIAL * 4 <= RING, "a q head's splits fit where the ring was");
+    static constexpr int AT_ONCE = D > 128 ? 16 : 32;    // splits that are added up at once
+    static_assert(WARPS * SLOTS * SLOT + JOB_BYTES <= MAX_BLOCK_SMEM, "fits sm_80");
+    static_assert(AT_ONCE * PARTIAL * 4 <= FEW_SLOTS * SLOT, "they fit where the ring was");
+    static constexpr int smem(bool few) { return WARPS * (few ? FEW_SLOTS : SLOTS) * SLOT + JOB_BYTES; }
 };
 
 // ---- the list of work -----------------------------------------------------------------------------------------------
@@ -141,7 +153,7 @@ __device__ __forceinline__ void find_ends(const decode_args &a, uint32_t n_units
                                           uint32_t *end)
 {
     uint32_t n_shares = gridDim.x * WARPS, warp = threadIdx.x / 32, share = blockIdx.x * WARPS + warp;
-    uint32_t pieces = n_rows * 8 > n_shares ? max(n_shares / n_rows, 1) : 1; // of a row; few rows: latency is what counts
+    uint32_t pieces = n_rows * 16 > n_shares ? max(n_shares / n_rows, 1) : 1; // of a row; few rows: latency is what counts
     uint32_t used = n_rows < n_shares ? n_rows * pieces : n_rows / ((n_rows + n_shares - 1) / n_shares);
     bool even = pieces > 1 ? used * 10 >= n_shares * 9 : used * 10 >= n_shares * 7 && n_rows % used == 0;
     if (even) {

@@ -189,8 +189,8 @@ __device__ __forceinline__ void fetch_weights(const few_args &a, const few_curso
     bool there = c.tile < n_tiles && c.column < a.K;
 #pragma unroll
     for (int i = 0; i < TILE_ROWS / 4; i++)
-        cp_async_16(stage + place_of(lane / STEP_VECTORS + 4 * i, lane % STEP_VECTORS), c.row[i] + (there ? c.column : 0),
-                    there ? 16 : 0);
+        cp_async_16_once(stage + place_of(lane / STEP_VECTORS + 4 * i, lane % STEP_VECTORS), c.row[i] + (there ? c.column : 0),
+                         there ? 16 : 0);
 }
 
 template <typename T, bool NORMED, int X_ROWS>

@@ -20,6 +20,40 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, int n
                  : "memory");
 }
 
+// What is read once goes from L2 before the rest; what is soon read again, after it.
+__device__ __forceinline__ uint64_t evict_first()
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint64_t evict_last()
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void cp_async_16_once(uint32_t to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "l"(evict_first())
+                 : "memory");
+}
+
+__device__ __forceinline__ void cp_async_16_once(uint32_t to, const void *from, int n_bytes)
+{
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+                 ::"r"(to), "l"(from), "r"(n_bytes), "l"(evict_first())
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_kept(float *to, float x)
+{
+    asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(evict_last()) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, int n_bytes)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(n_bytes) : "memory");

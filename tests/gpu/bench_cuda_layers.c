@@ -1,8 +1,8 @@
-/* bench_cuda_layers.c: the products of Llama-3-8B's layers on the GPU with what is fused around them, and its attention, as a
- * decode step has them: 32 layers of their own weights in one graph. Microseconds and bytes of weights (or keys and values)
+/* bench_cuda_layers.c: the products of a model's layers on the GPU with what is fused around them, and its attention, as a
+ * decode step has them: layers of their own weights in one graph. Microseconds and bytes of weights (or keys and values)
  * per second, for each kind alone and for all in turn. Random weights and activations.
  *
- *   bench_cuda_layers [T ...]
+ *   bench_cuda_layers [8b | 1b] [T ...]        shapes of Llama-3-8B, or of Llama-3.2-1B; sequences
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,16 +11,20 @@
 
 #include "kernels/kernels.h"
 
-enum { LAYERS = 32, HIDDEN = 4096, INNER = 14336, HEADS = 32, KV = 8, DIM = 128, QKV = (HEADS + 2 * KV) * DIM, BLOCK = 64,
-       VOCAB = 128256, MAX_T = 256, CONTEXT = 512, WIDTH = CONTEXT / BLOCK, REPEATS = 20 };
+enum { MAX_LAYERS = 32, HEADS = 32, KV = 8, BLOCK = 64, VOCAB = 128256, MAX_T = 256, CONTEXT = 512, WIDTH = CONTEXT / BLOCK,
+       REPEATS = 20 };
+
+static const struct shape { const char *name; int layers, hidden, inner, dim; } shapes[] = {{"8b", 32, 4096, 14336, 128},
+                                                                                          {"1b", 16, 2048, 8192, 64}};
+static struct shape shape;
 
 static const struct kernels *gpu;
 static struct device *d;
 static struct error e;
 static uint16_t table[DRAW_TABLE_SIZE];
-static struct { struct weight qkv, out, in, down; struct tensor norm; } layer[LAYERS];
+static struct { struct weight qkv, out, in, down; struct tensor norm; } layer[MAX_LAYERS];
 static struct weight head;
-static struct tensor x, normed, qkv, attn, inner, act, cos_sin, logits;
+static struct tensor x, normed, qkv, attn, inner_out, act, cos_sin, logits;
 static struct kv_layer cache;
 static int32_t slots[MAX_T], starts[MAX_T + 1], lens[MAX_T], blocks[MAX_T * WIDTH];
 
@@ -56,18 +60,18 @@ static struct tensor rows_of(struct tensor t, size_t T)
 // What of a layer is in `kinds`: q qkv, a attention, o its out, u gate and up, d down; h: the head, once.
 static void enqueue(const char *kinds, size_t T)
 {
-    for (int i = 0; i < LAYERS; i++) {
+    for (int i = 0; i < shape.layers; i++) {
         struct norm_params n = {.out = rows_of(normed, T), .x = rows_of(x, T), .weight = layer[i].norm, .eps = 1e-5f};
         struct linear_params q = {rows_of(qkv, T), n.out, &layer[i].qkv, false};
         struct linear_params o = {rows_of(x, T), rows_of(attn, T), &layer[i].out, true};
-        struct linear_params u = {rows_of(inner, T), n.out, &layer[i].in, false};
+        struct linear_params u = {rows_of(inner_out, T), n.out, &layer[i].in, false};
         struct linear_params w = {rows_of(x, T), rows_of(act, T), &layer[i].down, true};
-        struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), cache, slots, HEADS, KV, DIM, DIM};
+        struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), cache, slots, HEADS, KV, shape.dim, shape.dim};
         struct activation_params a = {rows_of(act, T), u.out, ACT_SILU, true};
         if (strchr(kinds, 'q')) check(gpu->norm_linear_rope(d, &n, &q, &r, &e));
         struct attention_params s = {.out = rows_of(attn, T), .qkv = q.out, .cache = cache, .cu_seqlens_q = starts,
             .context_lens = lens, .block_table = blocks, .n_seqs = (int32_t)T, .max_blocks = WIDTH, .block_size = BLOCK,
-            .n_heads = HEADS, .n_kv_heads = KV, .head_dim = DIM, .scale = 0.088f};
+            .n_heads = HEADS, .n_kv_heads = KV, .head_dim = shape.dim, .scale = 0.088f};
         if (strchr(kinds, 'a')) check(gpu->attention(d, &s, &e));
         if (strchr(kinds, 'o')) check(gpu->linear(d, &o, &e));
         if (strchr(kinds, 'u')) check(gpu->norm_linear_activation(d, &n, &u, &a, &e));
@@ -112,49 +116,57 @@ static double seconds(const char *kinds, int32_t T)
 
 static void make_arrays(void)
 {
+    const size_t hidden = (size_t)shape.hidden, inner = (size_t)shape.inner, dim = (size_t)shape.dim,
+                 n_qkv = (HEADS + 2 * KV) * dim;
     for (int i = 0; i < DRAW_TABLE_SIZE; i++) { // +-0.02, BF16
         float value = ((float)(i * 40503u % 65536) / 65536 - 0.5f) * 0.04f;
         dtype_convert(&table[i], DTYPE_BF16, &value, DTYPE_F32, 1);
     }
-    for (int i = 0; i < LAYERS; i++) {
-        layer[i].qkv = weight(QKV, HIDDEN), layer[i].out = weight(HIDDEN, HIDDEN);
-        layer[i].in = weight(2 * INNER, HIDDEN), layer[i].down = weight(HIDDEN, INNER);
-        layer[i].norm = matrix(DTYPE_BF16, 1, HIDDEN), layer[i].norm.n_dims = 1, layer[i].norm.shape[0] = HIDDEN;
+    for (int i = 0; i < shape.layers; i++) {
+        layer[i].qkv = weight(n_qkv, hidden), layer[i].out = weight(hidden, hidden);
+        layer[i].in = weight(2 * inner, hidden), layer[i].down = weight(hidden, inner);
+        layer[i].norm = matrix(DTYPE_BF16, 1, hidden), layer[i].norm.n_dims = 1, layer[i].norm.shape[0] = hidden;
     }
-    head = weight(VOCAB, HIDDEN);
-    x = matrix(DTYPE_BF16, MAX_T, HIDDEN), normed = matrix(DTYPE_BF16, MAX_T, HIDDEN);
-    qkv = matrix(DTYPE_BF16, MAX_T, QKV), attn = matrix(DTYPE_BF16, MAX_T, HIDDEN);
-    inner = matrix(DTYPE_BF16, MAX_T, 2 * INNER), act = matrix(DTYPE_BF16, MAX_T, INNER);
-    cos_sin = matrix(DTYPE_F32, MAX_T, DIM), logits = matrix(DTYPE_F32, MAX_T, VOCAB);
+    head = weight(VOCAB, hidden);
+    x = matrix(DTYPE_BF16, MAX_T, hidden), normed = matrix(DTYPE_BF16, MAX_T, hidden);
+    qkv = matrix(DTYPE_BF16, MAX_T, n_qkv), attn = matrix(DTYPE_BF16, MAX_T, hidden);
+    inner_out = matrix(DTYPE_BF16, MAX_T, 2 * inner), act = matrix(DTYPE_BF16, MAX_T, inner);
+    cos_sin = matrix(DTYPE_F32, MAX_T, dim), logits = matrix(DTYPE_F32, MAX_T, VOCAB);
     const size_t n_blocks = MAX_T * WIDTH;
-    cache.k = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * DIM), cache.v = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * DIM);
+    cache.k = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim), cache.v = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim);
     cache.k.n_dims = cache.v.n_dims = 4;
-    const size_t shape[4] = {n_blocks, KV, BLOCK, DIM};
-    memcpy(cache.k.shape, shape, sizeof shape), memcpy(cache.v.shape, shape, sizeof shape);
+    const size_t dims[4] = {n_blocks, KV, BLOCK, dim};
+    memcpy(cache.k.shape, dims, sizeof dims), memcpy(cache.v.shape, dims, sizeof dims);
     for (int i = 0; i < MAX_T; i++) slots[i] = ((i + 1) * WIDTH - 1) * BLOCK, lens[i] = CONTEXT, starts[i + 1] = i + 1;
     for (int i = 0; i < MAX_T * WIDTH; i++) blocks[i] = i;
 }
 
 int main(int argc, char **argv)
 {
-    struct device_options o = {.max_vocab_size = VOCAB, .max_context = 1024, .max_dim = 2 * INNER, .max_tokens = MAX_T,
-                               .max_seqs = MAX_T, .n_heads = HEADS, .n_kv_heads = KV, .head_dim = DIM, .block_size = BLOCK};
+    int first = 1;
+    shape = shapes[0];
+    for (size_t i = 0; argc > 1 && i < sizeof shapes / sizeof *shapes; i++)
+        if (!strcmp(argv[1], shapes[i].name)) shape = shapes[i], first = 2;
+    struct device_options o = {.max_vocab_size = VOCAB, .max_context = 1024, .max_dim = 2 * shape.inner, .max_tokens = MAX_T,
+                               .max_seqs = MAX_T, .n_heads = HEADS, .n_kv_heads = KV, .head_dim = shape.dim,
+                               .block_size = BLOCK};
     if (kernels_open(&gpu, "cuda", &e) || gpu->device_create(&d, &o, &e)) check(1);
-    printf("%s\n", gpu->device_description(d));
+    printf("%s; %s\n", gpu->device_description(d), shape.name);
     make_arrays();
-    static const struct { const char *kinds, *name; double rows_times_cols; } cases[] = {
-        {"q", "norm, qkv, rope", (double)QKV * HIDDEN * LAYERS}, {"o", "out", (double)HIDDEN * HIDDEN * LAYERS},
-        {"u", "norm, gate+up, act", 2.0 * INNER * HIDDEN * LAYERS}, {"d", "down", (double)HIDDEN * INNER * LAYERS},
-        {"h", "head", (double)VOCAB * HIDDEN},
-        {"a", "attention, 512", 2.0 * LAYERS * KV * DIM * CONTEXT},
-        {"qaoudh", "all", (double)LAYERS * HIDDEN * (QKV + HIDDEN + 3.0 * INNER) + (double)VOCAB * HIDDEN},
+    const double hidden = shape.hidden, qkv_rows = (HEADS + 2 * KV) * shape.dim, inner = shape.inner, layers = shape.layers;
+    const struct { const char *kinds, *name; double n_weights; } cases[] = {
+        {"q", "norm, qkv, rope", qkv_rows * hidden * layers}, {"o", "out", hidden * hidden * layers},
+        {"u", "norm, gate+up, act", 2 * inner * hidden * layers}, {"d", "down", hidden * inner * layers},
+        {"h", "head", VOCAB * hidden},
+        {"a", "attention, 512", 2 * layers * KV * shape.dim * CONTEXT},
+        {"qaoudh", "all", layers * hidden * (qkv_rows + hidden + 3 * inner) + VOCAB * hidden},
     };
-    for (int i = 1; i < argc || i == 1; i++) {
+    for (int i = first; i < argc || i == first; i++) {
         int32_t T = i < argc ? atoi(argv[i]) : 1;
         printf("T %3d:", T);
         for (size_t j = 0; j < sizeof cases / sizeof *cases; j++) {
             double t = seconds(cases[j].kinds, T);
-            double bytes = 2 * cases[j].rows_times_cols * (*cases[j].kinds == 'a' ? T : 1);
+            double bytes = 2 * cases[j].n_weights * (*cases[j].kinds == 'a' ? T : 1);
             printf("  %s %.0f us (%.0f GB/s)", cases[j].name, 1e6 * t, 1e-9 * bytes / t);
         }
         printf("\n");
