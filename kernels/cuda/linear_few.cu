@@ -118,8 +118,18 @@ __device__ __forceinline__ void end_rope(const few_args &a, int32_t tile, int32_
     cache[at * a.head_dim + column] = from_float<T>(value);
 }
 
+// What is to be added to element i of a tile's row for a token, read long before its sum is there.
+template <typename Out, enum ending ENDING>
+__device__ __forceinline__ float addend_of(const few_args &a, int32_t tile, int32_t token, int32_t i)
+{
+    int32_t row = row_of<ENDING>(a, tile, i);
+    if (ENDING != STORE || !a.accumulate || token >= a.T || row >= a.N) return 0;
+    return to_float(((const Out *)a.out)[token * a.ldo + row]);
+}
+
 template <typename T, typename Out, enum ending ENDING>
-__device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int32_t token, int32_t i, float value)
+__device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int32_t token, int32_t i, float value,
+                                            float addend)
 {
     int32_t row = row_of<ENDING>(a, tile, i);
     if (row < a.N) value += bias_of(a, row);
@@ -131,8 +141,7 @@ __device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int
         if (token < a.T && i < TILE_ROWS / 2 && column < a.N / 2)
             ((Out *)a.out)[token * a.ldo + column] = from_float<Out>(activate(value, a.kind) * up);
     } else if (token < a.T && row < a.N) {
-        Out *out = (Out *)a.out + token * a.ldo + row;
-        *out = from_float<Out>(a.accumulate ? value + to_float(*out) : value);
+        ((Out *)a.out)[token * a.ldo + row] = from_float<Out>(value + addend);
     }
 }
 
@@ -236,7 +245,7 @@ __device__ __forceinline__ void add_step(uint32_t stage, float (&sum)[2][2][4], 
 
 template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
 __device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, tile_sums<X_ROWS> &sums, int turn,
-                                            const float (&sum)[2][2][4], float squares)
+                                            const float (&sum)[2][2][4], float squares, float addend)
 {
     int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32, mine = lane / 4;
     if (NORMED) squares = quad_sum(squares);
@@ -256,7 +265,7 @@ __device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, til
         if (NORMED) all += sums.squares[turn][j][token];
     }
     if (NORMED) value *= 1.0f / sqrtf(all / (float)a.K + a.eps);
-    end_element<T, Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, i, value);
+    end_element<T, Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, i, value, addend);
 }
 
 template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
@@ -287,19 +296,22 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
     int stage = 0, turn = 0;
     for (int32_t tile = (int32_t)blockIdx.x; tile < n_tiles; tile += (int32_t)gridDim.x, turn ^= 1) {
         float sum[2][2][4] = {}, squares = 0;
+        float addend = addend_of<Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, (int32_t)threadIdx.x % TILE_ROWS);
         for (int32_t column = (int32_t)threadIdx.x / 32 * STEP, end = a.K + column; column < end; column += WARPS * STEP) {
             uint32_t at = ring + (uint32_t)(stage * shape::STAGE_BYTES);
             cp_async_wait<shape::STAGES - 1>();
             __syncwarp(); // every lane's part
             add_step<T, NORMED, X_ROWS>(at, sum, squares);
             __syncwarp(); // all lanes have read the stage
-            fetch_weights(a, ahead, n_tiles, at);
-            fetch_x<T, NORMED, X_ROWS>(a, ahead, n_tiles, at);
+            if (ahead.tile < n_tiles) {
+                fetch_weights(a, ahead, n_tiles, at);
+                fetch_x<T, NORMED, X_ROWS>(a, ahead, n_tiles, at);
+                advance<T, ENDING>(a, ahead);
+            }
             cp_async_commit();
-            advance<T, ENDING>(a, ahead);
             stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
         }
-        finish_tile<T, Out, ENDING, NORMED, X_ROWS>(a, tile, sums, turn, sum, squares);
+        finish_tile<T, Out, ENDING, NORMED, X_ROWS>(a, tile, sums, turn, sum, squares, addend);
     }
 }
 
@@ -332,11 +344,11 @@ cudaError_t launch_rows(const struct device *d, const few_args &a)
 {
     auto kernel = linear_few_kernel<T, Out, ENDING, NORMED, X_ROWS>;
     const int smem = few_shape<X_ROWS>::SMEM;
-    int32_t rows = ENDING == GATED ? (a.N / 2 + TILE_ROWS / 2 - 1) / (TILE_ROWS / 2) : (a.N + TILE_ROWS - 1) / TILE_ROWS;
     cudaError_t status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (status == cudaSuccess) status = prefer_shared_memory((const void *)kernel);
     if (status != cudaSuccess) return status;
-    return launch_early(d, kernel, dim3((unsigned)(rows < d->n_sms ? rows : d->n_sms)), THREADS, smem, a);
+    // Blocks without a tile wait, too: where there are none, two of the next kernel's would come to one multiprocessor.
+    return launch_early(d, kernel, dim3((unsigned)d->n_sms), THREADS, smem, a);
 }
 
 template <typename T, typename Out, enum ending ENDING, bool NORMED>
