@@ -50,9 +50,14 @@ static void fill_tokens(struct batch *b, const struct plan_row *row)
     }
 }
 
-static void fill_slots(struct batch *b, const struct plan_row *row, const int32_t *table, int32_t g)
+// last_block: of the sequence's table, which is not looked at for a token in it.
+static void fill_slots(struct batch *b, const struct plan_row *row, const int32_t *table, int32_t last_block, int32_t g)
 {
     int32_t at = row->start / b->block_size, offset = row->start % b->block_size;
+    if (row->n_tokens == 1 && at == row->sequence->n_blocks - 1) {
+        b->slot_mapping[g][b->n_tokens] = last_block * b->block_size + offset;
+        return;
+    }
     for (int32_t i = 0; i < row->n_tokens; i++) {
         b->slot_mapping[g][b->n_tokens + i] = table[at] * b->block_size + offset;
         if (++offset == b->block_size) {
@@ -64,19 +69,22 @@ static void fill_slots(struct batch *b, const struct plan_row *row, const int32_
 
 // Entries freed behind the window since the last copy are left as they were: nobody reads them. The last block may have
 // been copied on write, so it is taken again.
-static void fill_table_row(struct step *step, const struct scheduler *s, const struct sequence *seq)
+static const struct table_row *fill_table_row(struct step *step, const struct scheduler *s, const struct sequence *seq)
 {
     struct batch *b = &step->batch;
     struct table_row *held = &step->table_rows[b->n_seqs];
     bool is_held = held->admission == seq->admission;
     if (is_held && held->n_blocks == seq->n_blocks && seq->is_alone) // what is alone copies nothing on write
-        return;
+        return held;
     int32_t from = is_held && held->n_blocks > 0 ? held->n_blocks - 1 : 0;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         int32_t *row = b->block_tables[g] + (size_t)b->n_seqs * (size_t)b->max_blocks;
         memcpy(row + from, sequence_table(s, seq, g) + from, (size_t)(seq->n_blocks - from) * sizeof *row);
+        held->last_block[g] = row[seq->n_blocks - 1];
     }
-    *held = (struct table_row){seq->admission, seq->n_blocks};
+    held->admission = seq->admission;
+    held->n_blocks = seq->n_blocks;
+    return held;
 }
 
 void batch_fill(struct step *step, const struct scheduler *s)
@@ -88,9 +96,9 @@ void batch_fill(struct step *step, const struct scheduler *s)
     for (int32_t i = 0; i < plan->n_rows; i++) {
         const struct plan_row *row = &plan->rows[i];
         fill_tokens(b, row);
+        const struct table_row *held = fill_table_row(step, s, row->sequence);
         for (int32_t g = 0; g < s->config.limits.n_groups; g++)
-            fill_slots(b, row, sequence_table(s, row->sequence, g), g);
-        fill_table_row(step, s, row->sequence);
+            fill_slots(b, row, sequence_table(s, row->sequence, g), held->last_block[g], g);
         b->context_lens[b->n_seqs] = row->start + row->n_tokens;
         b->n_tokens += row->n_tokens;
         b->cu_seqlens_q[++b->n_seqs] = b->n_tokens;

@@ -9,7 +9,11 @@
 
 #include "engine/scheduler.h"
 
-struct table_row { uint64_t admission; int32_t n_blocks; }; // what a row of the batch's block tables holds
+// What a row of the batch's block tables holds.
+struct table_row {
+    uint64_t admission;
+    int32_t n_blocks, last_block[MAX_KV_GROUPS];
+};
 
 struct step {
     struct plan plan;

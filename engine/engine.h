@@ -149,7 +149,8 @@ struct engine_stats {
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
-    double host_seconds, step_seconds;  // of all steps: time outside the backend and the model; whole time
+    // Of all steps: time outside the backend and the model; in calls of ops, which on a GPU only enqueue; whole time.
+    double host_seconds, launch_seconds, step_seconds;
     double device_seconds, weights_seconds; // of the start: backend, plan and device; loading the weights
     bool busy;                          // has work
     const char *failure;                // why the device failed, borrowed; NULL: it did not

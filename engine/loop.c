@@ -63,7 +63,7 @@ static int launch(struct engine *engine, struct step *step, struct error *e)
     engine->n_launched++;
     double begin = now_seconds();
     int rc = launch_ops(engine, step, e);
-    engine->backend_seconds += now_seconds() - begin;
+    engine->launch_seconds += now_seconds() - begin;
     return rc != 0 ? error_prefix(e, "step of %d tokens, %d sequences, %d rows of logits", step->batch.n_tokens,
                                   step->batch.n_seqs, step->batch.n_logits_rows) : 0;
 }
@@ -76,7 +76,7 @@ static int collect(struct engine *engine, struct error *e)
     double begin = now_seconds();
     int rc = engine->kernels->wait(engine->device, step->ticket, e);
     double end = now_seconds();
-    engine->backend_seconds += end - begin;
+    engine->wait_seconds += end - begin;
     if (rc != 0)
         return rc;
     scheduler_commit(&engine->scheduler, &step->plan, step->results, end);
@@ -128,7 +128,7 @@ static void fail(struct engine *engine, struct error *why)
 // One turn; sets *idle if there was nothing to launch or to collect.
 static int turn(struct engine *engine, bool *idle, struct error *e)
 {
-    double begin = now_seconds(), backend = engine->backend_seconds;
+    double begin = now_seconds(), backend = engine->launch_seconds + engine->wait_seconds;
     struct step *step = &engine->steps[engine->n_launched % (uint64_t)engine->depth];
     // Counted before requests are taken: a signal that is counted is of a request taken here or before.
     uint64_t n_signals = atomic_load(&engine->inbox->n_signals);
@@ -146,7 +146,7 @@ static int turn(struct engine *engine, bool *idle, struct error *e)
     if (!*idle) {
         double seconds = now_seconds() - begin;
         engine->step_seconds += seconds;
-        engine->host_seconds += seconds - (engine->backend_seconds - backend);
+        engine->host_seconds += seconds - (engine->launch_seconds + engine->wait_seconds - backend);
     }
     engine_publish_stats(engine);
     return rc;
@@ -191,6 +191,7 @@ void engine_publish_stats(struct engine *engine)
     SHARE(prompt_tokens, s->prompt_tokens);
     SHARE(generation_tokens, s->generation_tokens);
     SHARE(host_seconds, engine->host_seconds);
+    SHARE(launch_seconds, engine->launch_seconds);
     SHARE(step_seconds, engine->step_seconds);
     SHARE(last_step, now_seconds());
     SHARE(busy, scheduler_busy(s) || engine->n_collected < engine->n_launched);
@@ -212,6 +213,7 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .prompt_tokens = SHARED(prompt_tokens),
         .generation_tokens = SHARED(generation_tokens),
         .host_seconds = SHARED(host_seconds),
+        .launch_seconds = SHARED(launch_seconds),
         .step_seconds = SHARED(step_seconds),
         .device_seconds = SHARED(device_seconds),
         .weights_seconds = SHARED(weights_seconds),

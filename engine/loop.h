@@ -17,7 +17,7 @@ enum { MAX_DEPTH = 2 }; // steps in flight
 struct shared_stats {
     _Atomic int32_t n_running, n_free_blocks;
     _Atomic uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
-    _Atomic double host_seconds, step_seconds, last_step, device_seconds, weights_seconds;
+    _Atomic double host_seconds, launch_seconds, step_seconds, last_step, device_seconds, weights_seconds;
     atomic_bool busy, failed; // failed: `failure` is written
 };
 
@@ -45,7 +45,7 @@ struct engine {
     struct history history;
     struct kv_cache kv;
     void *kv_memory;                  // all of it
-    double backend_seconds, step_seconds, host_seconds;
+    double launch_seconds, wait_seconds, step_seconds, host_seconds;
 };
 
 void *engine_loop(void *engine);

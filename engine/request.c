@@ -199,8 +199,9 @@ static int sequence_init(struct sequence *s, struct request *r, int32_t index, i
     int32_t n_tokens = r->n_prompt + p->max_tokens;
     s->request = r;
     s->index = index;
-    s->stop_ids = r->stop_ids;
     s->n_stop_ids = r->n_stop_ids;
+    for (int32_t i = 0; i < r->n_stop_ids && i < NEAR_STOP_IDS; i++)
+        s->stop_ids[i] = r->stop_ids[i];
     s->n_prompt = r->n_prompt;
     s->n_most = n_tokens;
     s->is_alone = r->n == 1;
@@ -211,9 +212,9 @@ static int sequence_init(struct sequence *s, struct request *r, int32_t index, i
     s->generated = malloc((size_t)(p->max_tokens + 1) * sizeof *s->generated);
     s->hashes = malloc((size_t)(n_tokens / block_size - s->n_hashed + 1) * sizeof *s->hashes);
     int32_t capacity = p->max_tokens < 1 ? 1 : p->max_tokens < TOKEN_RING_MAX ? p->max_tokens : TOKEN_RING_MAX;
-    if (token_ring_init(&s->ring, capacity, p->logprobs > 0 ? p->logprobs : 0) != 0)
+    if (s->generated == NULL || s->hashes == NULL)
         return ERR_NOMEM;
-    return s->generated == NULL || s->hashes == NULL ? ERR_NOMEM : 0;
+    return token_ring_init(&s->ring, s->generated, capacity, p->logprobs);
 }
 
 // Whether the first token can be anything at all. What bad words of several tokens do later is the sampler's to find.
@@ -255,7 +256,9 @@ static int allocate(struct request *r, const struct request_limits *limits)
     size_t n_prompt = (size_t)r->n_prompt;
     r->n = p->n;
     r->cached_tokens = -1;
-    r->sequences = calloc((size_t)r->n, sizeof *r->sequences);
+    r->sequences = aligned_alloc(CACHE_LINE, (size_t)r->n * sizeof *r->sequences);
+    if (r->sequences != NULL)
+        memset(r->sequences, 0, (size_t)r->n * sizeof *r->sequences);
     r->stop_ids = malloc((size_t)(p->n_stop_token_ids + MAX_EOS_IDS) * sizeof *r->stop_ids);
     r->prompt_hashes = malloc((n_prompt / (size_t)limits->block_size + 1) * sizeof *r->prompt_hashes);
     if (r->sequences == NULL || r->stop_ids == NULL || r->prompt_hashes == NULL)

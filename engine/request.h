@@ -2,10 +2,13 @@
  *
  * A request has two holders, the server and (from submission to the end of its last sequence) the engine; whoever lets
  * go last frees it. A sequence is one choice. Its fields fall in two: what the reader shares with the engine thread,
- * all atomic or written before `finish` is, and what only the engine thread touches.
+ * all atomic or written before `finish` is (or before the ring's head, as its ids are), and what only the engine thread
+ * touches.
  */
 #ifndef GPTD_ENGINE_REQUEST_H
 #define GPTD_ENGINE_REQUEST_H
+
+#include <stddef.h>
 
 #include "engine/block_manager.h"
 #include "engine/token_ring.h"
@@ -21,42 +24,45 @@ enum sequence_state {
     SEQUENCE_ENDED,
 };
 
+enum { CACHE_LINE = 64, NEAR_STOP_IDS = 2 };
+
 struct sequence {
+    // The engine thread's: what each step changes, which has become cold by then, on a line of the cache of its own.
+    _Alignas(CACHE_LINE) int32_t n_generated;
+    int32_t n_pending;            // tokens sampled on the device, not yet collected
+    int32_t n_computed;           // tokens whose KV is computed by what has been launched
+    int32_t n_references;         // by plans that have not been committed
+    int32_t slot;
+    int32_t n_blocks;             // entries of its block table rows, the same in every group
+    int32_t n_hashed;             // leading full blocks whose hash is known, the prompt's included
+    int32_t n_registered;         // leading full blocks offered to the prefix cache since admission
+    uint64_t admission;           // number of this stay in its slot: changes whenever a table row is begun anew
+    int32_t first_block[MAX_KV_GROUPS]; // entries before it were freed behind the window
+    enum sequence_state state;
+    bool is_alone;                // no other choices
+    bool has_logprobs;            // its tokens come with them
+
+    // What each step reads, up to where the reader looks: the next line. Copies of what the request has, whose own memory is
+    // left alone.
+    _Alignas(CACHE_LINE) struct request *request;
+    int32_t *generated;           // [max_tokens]
+    int32_t n_prompt, n_most;     // n_most: with all that it may generate
+    int32_t n_stop_ids;
+    int32_t stop_ids[NEAR_STOP_IDS]; // the first ones; all are the request's
+    struct token_ring ring;       // shared with the reader, as all that follows
+    _Atomic int32_t finish;       // enum finish_reason
+    int32_t stop_token_id;        // -1: none
+    atomic_bool stop;             // choice_stop was called
+    atomic_bool parked;           // the reader is to wake the engine once the ring has room
+
     // The engine thread's: now and then.
     struct sequence *prev, *next; // in the waiting or the parked list
     double parked_since;          // when its reader last took a token while it was parked, seconds,
     int32_t parked_used;          // and how many were in the ring
     int32_t index;                // choice
     struct block_hash *hashes;    // [full blocks beyond the prompt's]
-
-    // In each step, when all this has become cold: few lines of the cache, one after the other, up to the ring's first.
-    // Some are copies of what the request has, whose own memory is left alone.
-    int32_t n_hashed;             // leading full blocks whose hash is known, the prompt's included
-    int32_t n_registered;         // leading full blocks offered to the prefix cache since admission
-    struct request *request;
-    const int32_t *stop_ids;      // [n_stop_ids]
-    int32_t *generated;           // [max_tokens]
-    int32_t n_stop_ids;
-    int32_t n_prompt, n_most;     // n_most: with all that it may generate
-    bool is_alone;                // no other choices
-    bool has_logprobs;            // its tokens come with them
-    enum sequence_state state;
-    int32_t n_generated;
-    int32_t n_pending;            // tokens sampled on the device, not yet collected
-    int32_t n_computed;           // tokens whose KV is computed by what has been launched
-    int32_t n_references;         // by plans that have not been committed
-    int32_t slot;
-    int32_t n_blocks;             // entries of its block table rows, the same in every group
-    uint64_t admission;           // number of this stay in its slot: changes whenever a table row is begun anew
-    int32_t first_block[MAX_KV_GROUPS]; // entries before it were freed behind the window
-
-    // Shared with the reader.
-    struct token_ring ring;
-    _Atomic int32_t finish;       // enum finish_reason
-    int32_t stop_token_id;        // -1: none
-    atomic_bool stop;             // choice_stop was called
-    atomic_bool parked;           // the reader is to wake the engine once the ring has room
 };
+_Static_assert(offsetof(struct sequence, ring.ids) <= 2 * CACHE_LINE, "two lines of a sequence are what a step needs");
 
 struct request {
     atomic_int references;

@@ -7,23 +7,12 @@
 #include "engine/sequence_blocks.h"
 
 // Loops over what runs walk scattered memory, which is cold after each step: they ask for it some turns ahead.
-enum { PREFETCH_AHEAD = 4, CACHE_LINE = 64 };
+enum { PREFETCH_AHEAD = 8 };
 
 static void sequence_prefetch(const struct sequence *seq)
 {
-    const char *end = seq->ring.before_tail;
-    for (const char *at = (const char *)&seq->n_hashed; at < end; at += CACHE_LINE)
-        __builtin_prefetch(at);
-    __builtin_prefetch(end - 1);
-}
-
-// Where a token goes, and what it is compared with.
-static void output_prefetch(const struct plan_output *output)
-{
-    const struct sequence *seq = output->sequence;
-    __builtin_prefetch(seq->stop_ids);
-    __builtin_prefetch(seq->generated + seq->n_generated, 1);
-    __builtin_prefetch(seq->ring.tokens + seq->ring.place, 1);
+    __builtin_prefetch(seq, 1);
+    __builtin_prefetch(&seq->request);
 }
 
 void scheduler_layout(struct scheduler *s, struct arena *arena, const struct scheduler_config *config)
@@ -273,6 +262,8 @@ static void park(struct scheduler *s, struct sequence *seq, double now)
 static void park_slow(struct scheduler *s, double now)
 {
     for (int32_t i = s->n_running; i-- > 0;) {
+        if (i >= PREFETCH_AHEAD)
+            sequence_prefetch(s->running[i - PREFETCH_AHEAD]);
         if (ring_is_full(s->running[i]))
             park(s, s->running[i], now);
     }
@@ -380,7 +371,7 @@ static void plan_decode(struct scheduler *s, struct plan *plan, struct budget *b
 static int32_t n_logprob_rows(const struct sequence *seq, int32_t start, int32_t n)
 {
     const struct request *r = seq->request;
-    if (seq->index != 0 || start + 1 >= seq->n_prompt || r->prompt_logprobs == NULL)
+    if (start + 1 >= seq->n_prompt || seq->index != 0 || r->prompt_logprobs == NULL)
         return 0;
     int32_t first = start + 1 > r->n_prompt_logprobs ? start + 1 : r->n_prompt_logprobs;
     int32_t end = start + n + 1 < r->n_prompt ? start + n + 1 : r->n_prompt;
@@ -538,8 +529,6 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
     park_slow(s, now);
     look_at_parked(s, now);
     for (int32_t i = 0; i < s->n_running; i++) {
-        if (i + PREFETCH_AHEAD < s->n_running)
-            sequence_prefetch(s->running[i + PREFETCH_AHEAD]);
         if (is_decode(s->running[i]) && wants_more(s->running[i]))
             plan_decode(s, plan, &budget, s->running[i]);
     }
@@ -565,7 +554,7 @@ static void store_prompt_logprob(struct request *r, int32_t entry, const struct 
 static enum finish_reason finish_after(struct sequence *seq, int32_t id)
 {
     for (int32_t i = 0; i < seq->n_stop_ids; i++) {
-        if (id == seq->stop_ids[i]) {
+        if (id == (i < NEAR_STOP_IDS ? seq->stop_ids[i] : seq->request->stop_ids[i])) {
             seq->stop_token_id = id;
             return FINISH_STOP;
         }
@@ -579,7 +568,7 @@ static void take_token(struct scheduler *s, struct sequence *seq, const struct s
     if (seq->n_generated == 0 && atomic_load_explicit(&seq->request->first_token, memory_order_relaxed) == 0)
         atomic_store_explicit(&seq->request->first_token, now, memory_order_relaxed);
     seq->generated[seq->n_generated++] = result->id;
-    token_ring_write(&seq->ring, result->id, logprobs ? result->logprob : 0, result->top, logprobs ? result->n_top : 0);
+    token_ring_write(&seq->ring, logprobs ? result->logprob : 0, result->top, logprobs ? result->n_top : 0);
     s->published = true;
     s->generation_tokens++;
     if (seq->state == SEQUENCE_RUNNING)
@@ -619,8 +608,10 @@ void scheduler_commit(struct scheduler *s, const struct plan *plan, const struct
             sequence_prefetch(plan->outputs[i + 2 * PREFETCH_AHEAD].sequence);
             __builtin_prefetch(&results[i + 2 * PREFETCH_AHEAD]);
         }
-        if (i + PREFETCH_AHEAD < plan->n_outputs)
-            output_prefetch(&plan->outputs[i + PREFETCH_AHEAD]);
+        if (i + PREFETCH_AHEAD < plan->n_outputs) {
+            const struct sequence *seq = plan->outputs[i + PREFETCH_AHEAD].sequence;
+            __builtin_prefetch(seq->generated + seq->n_generated, 1);
+        }
         commit_output(s, &plan->outputs[i], &results[i], now);
     }
     for (int32_t i = 0; i < plan->n_rows; i++) {

@@ -4,21 +4,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-int token_ring_init(struct token_ring *ring, int32_t capacity, int32_t max_top)
+int token_ring_init(struct token_ring *ring, const int32_t *ids, int32_t capacity, int32_t max_top)
 {
+    ring->ids = ids;
     ring->capacity = capacity;
     ring->max_top = max_top;
-    ring->tokens = malloc((size_t)capacity * sizeof *ring->tokens);
+    if (max_top >= 0)
+        ring->logprobs = malloc((size_t)capacity * sizeof *ring->logprobs);
     if (max_top > 0)
         ring->top = malloc(2 * (size_t)capacity * (size_t)max_top * sizeof *ring->top);
-    return ring->tokens == NULL || (max_top > 0 && ring->top == NULL) ? ERR_NOMEM : 0;
+    return (max_top >= 0 && ring->logprobs == NULL) || (max_top > 0 && ring->top == NULL) ? ERR_NOMEM : 0;
 }
 
 void token_ring_deinit(struct token_ring *ring)
 {
-    free(ring->tokens);
+    free(ring->logprobs);
     free(ring->top);
-    ring->tokens = NULL;
+    ring->logprobs = NULL;
     ring->top = NULL;
 }
 
@@ -41,14 +43,13 @@ static struct token_logprob *top_of(const struct token_ring *ring, uint64_t at)
     return ring->top + at % (2 * (uint64_t)ring->capacity) * (uint64_t)ring->max_top;
 }
 
-void token_ring_write(struct token_ring *ring, int32_t id, float logprob, const struct token_logprob *top,
-                      int32_t n_top)
+void token_ring_write(struct token_ring *ring, float logprob, const struct token_logprob *top, int32_t n_top)
 {
     uint64_t head = atomic_load_explicit(&ring->head, memory_order_relaxed);
-    assert(token_ring_fits(ring, 1) && n_top <= ring->max_top);
-    ring->tokens[ring->place] = (struct ring_token){id, logprob, n_top};
-    ring->place = ring->place + 1 == ring->capacity ? 0 : ring->place + 1;
-    if (n_top > 0)
+    assert(token_ring_fits(ring, 1) && (ring->max_top < 0 || n_top <= ring->max_top));
+    if (ring->max_top >= 0)
+        ring->logprobs[head % (uint64_t)ring->capacity] = (struct ring_logprob){logprob, n_top};
+    if (ring->max_top > 0 && n_top > 0)
         memcpy(top_of(ring, head), top, (size_t)n_top * sizeof *top);
     atomic_store_explicit(&ring->head, head + 1, memory_order_release);
 }
@@ -59,8 +60,12 @@ int32_t token_ring_read(struct token_ring *ring, struct token_out *out, int32_t 
     int32_t n = token_ring_used(ring);
     n = n < max ? n : max;
     for (int32_t i = 0; i < n; i++) {
-        const struct ring_token *t = &ring->tokens[(tail + (uint64_t)i) % (uint64_t)ring->capacity];
-        out[i] = (struct token_out){t->id, t->logprob, t->n_top, NULL};
+        out[i] = (struct token_out){.id = ring->ids[tail + (uint64_t)i]};
+        if (ring->max_top < 0)
+            continue;
+        const struct ring_logprob *t = &ring->logprobs[(tail + (uint64_t)i) % (uint64_t)ring->capacity];
+        out[i].logprob = t->logprob;
+        out[i].n_top = t->n_top;
         if (t->n_top > 0)
             out[i].top = top_of(ring, tail + (uint64_t)i);
     }

@@ -252,6 +252,8 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_engine_step_seconds_total", "counter", "Time in steps of the engine.", s->step_seconds},
         {"gptd_engine_host_seconds_total", "counter", "Of it, time outside the device's ops and the wait for them.",
          s->host_seconds},
+        {"gptd_engine_launch_seconds_total", "counter", "Of it, time in calls of the device's ops: enqueueing, on a GPU.",
+         s->launch_seconds},
     };
     for (size_t i = 0; i < sizeof(series) / sizeof(series[0]); i++) {
         render_head(out, series[i].name, series[i].type, series[i].help);

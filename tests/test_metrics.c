@@ -24,6 +24,7 @@ static char *render(void)
                                  .n_preemptions = 4,
                                  .step_seconds = 2.5,
                                  .host_seconds = 0.125,
+                                 .launch_seconds = 0.25,
                                  .prefix_queries = 640,
                                  .prefix_hits = 128,
                                  .prompt_tokens = 1000,
@@ -59,6 +60,7 @@ START_TEST(engine_values)
     ck_assert_double_eq(value_of(text, "gptd_num_preemptions_total{" MODEL "}"), 4);
     ck_assert_double_eq(value_of(text, "gptd_engine_step_seconds_total{" MODEL "}"), 2.5);
     ck_assert_double_eq(value_of(text, "gptd_engine_host_seconds_total{" MODEL "}"), 0.125);
+    ck_assert_double_eq(value_of(text, "gptd_engine_launch_seconds_total{" MODEL "}"), 0.25);
     free(text);
 }
 END_TEST

@@ -28,6 +28,7 @@ struct device {
     cudaStream_t stream;
     cudaEvent_t *tickets;      // ring of recorded events
     uint64_t n_recorded;
+    uint64_t n_passed;         // recorded points that are known to be over
     struct staging *staging;
     struct graphs *graphs;
     bool recording;            // a graph: what is enqueued is not done yet, and will be done many times

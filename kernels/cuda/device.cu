@@ -141,7 +141,9 @@ static uint64_t cuda_record(struct device *d)
 
 static int cuda_wait(struct device *d, uint64_t ticket, struct error *e)
 {
-    return cuda_check(cudaEventSynchronize(d->tickets[ticket % N_TICKETS]), "waiting for the device", e);
+    if (cuda_check(cudaEventSynchronize(d->tickets[ticket % N_TICKETS]), "waiting for the device", e)) return ERR_DEVICE;
+    if (d->n_passed <= ticket) d->n_passed = ticket + 1;
+    return 0;
 }
 
 // ---- device ---------------------------------------------------------------------------------------------------------

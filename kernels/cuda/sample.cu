@@ -117,7 +117,7 @@ __device__ __forceinline__ void decide(const struct sampling &s, const struct de
 template <bool GENERAL>
 __global__ void __launch_bounds__(THREADS) highest_kernel(const __grid_constant__ struct sampling s)
 {
-    const struct device_row &row = s.rows[blockIdx.y];
+    const struct device_row &row = row_of(s);
     struct part *part = part_of(s, (int32_t)blockIdx.x);
     float x[IDS_PER_THREAD];
     load_ids(x, raw_of(s, row), s.vocab_size);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const __grid_constant__ s
 {
     struct row_state *state = &s.states[blockIdx.y];
     if (!state->open) return;
-    const struct device_row &row = s.rows[blockIdx.y];
+    const struct device_row &row = row_of(s);
     float x[IDS_PER_THREAD], highest = state->highest;
     load_ids(x, GENERAL ? source_of(s, row) : raw_of(s, row), s.vocab_size);
 #pragma unroll
@@ -259,7 +259,7 @@ __device__ __forceinline__ void list_ids(const float (&tempered)[IDS_PER_THREAD]
 __global__ void __launch_bounds__(THREADS) select_kernel(const __grid_constant__ struct sampling s)
 {
     struct row_state *state = &s.states[blockIdx.y];
-    const struct device_row &row = s.rows[blockIdx.y];
+    const struct device_row &row = row_of(s);
     if (!row.filtered || !state->open) return;
     wide *list = s.lists + (size_t)row.slot * MAX_LISTED;
     const float *source = source_of(s, row);
@@ -295,7 +295,7 @@ __device__ __forceinline__ void report(const struct sampling &s, const struct de
 __global__ void __launch_bounds__(THREADS) report_kernel(const __grid_constant__ struct sampling s)
 {
     const struct row_state *state = &s.states[blockIdx.y];
-    const struct device_row &row = s.rows[blockIdx.y];
+    const struct device_row &row = row_of(s);
     if (row.n_logprobs < 0 || !state->valid) return;
     float x[IDS_PER_THREAD], value = raw_of(s, row)[state->id];
     load_ids(x, raw_of(s, row), s.vocab_size);
@@ -573,10 +573,15 @@ static int sample_rows(struct device *d, struct sampling *s, const struct sample
         pack.rows[i].result = &results[i];
     }
     size_t row_bytes = (size_t)n_rows * sizeof *pack.rows;
-    const char *there = (const char *)device_array(d, pack.rows, row_bytes + pack.n_pool * sizeof(int32_t), e);
-    if (!there) return e ? e->code : ERR_DEVICE;
-    s->rows = (const struct device_row *)there;
-    s->pool = (const int32_t *)(there + row_bytes);
+    if (n_rows <= NEAR_ROWS && pack.n_pool == 0) {
+        memcpy(s->near, pack.rows, row_bytes);
+        s->rows = NULL;
+    } else {
+        const char *there = (const char *)device_array(d, pack.rows, row_bytes + pack.n_pool * sizeof(int32_t), e);
+        if (!there) return e ? e->code : ERR_DEVICE;
+        s->rows = (const struct device_row *)there;
+        s->pool = (const int32_t *)(there + row_bytes);
+    }
     launch(d, *s, pack.rows, n_rows);
     return launch_check("sample", e);
 }

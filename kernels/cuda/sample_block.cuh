@@ -67,13 +67,16 @@ struct histogram {
     uint32_t count[N_BUCKETS];
 };
 
+enum { NEAR_ROWS = 16 };
+
 // Argument of every kernel. Grid: (n_parts, n_rows).
 struct sampling {
     const float *logits;         // [n_logits_rows, V]
     int32_t vocab_size, n_parts;
     int32_t *history;            // [n_slots, max_len]
     int32_t max_len;
-    const struct device_row *rows;
+    const struct device_row *rows; // NULL: near
+    struct device_row near[NEAR_ROWS]; // few rows come with the launch: no copy is waited for
     const int32_t *pool;
     uint32_t *arrived;           // [n_rows] blocks of the row that have finished; 0 between kernels
     struct row_state *states;    // [n_rows]
@@ -171,6 +174,11 @@ __device__ __forceinline__ bool is_last_of_row(const struct sampling &s)
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ const struct device_row &row_of(const struct sampling &s)
+{
+    return s.rows ? s.rows[blockIdx.y] : s.near[blockIdx.y];
+}
 
 __device__ __forceinline__ struct part *part_of(const struct sampling &s, int32_t part)
 {

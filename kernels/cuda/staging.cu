@@ -38,7 +38,7 @@ struct staging {
     size_t used;           // of the loose bytes of the slot that is being filled
     int32_t slot, n_staged, table_width;
     struct staged staged[MAX_STAGED];
-    cudaEvent_t copied[N_SLOTS];
+    uint64_t free_after[N_SLOTS]; // recorded points that must be over before a slot is written to
 };
 
 static size_t round_up(size_t n)
@@ -85,14 +85,19 @@ __global__ void __launch_bounds__(THREADS) load_step_kernel(const __grid_constan
 
 // ---- slots ----------------------------------------------------------------------------------------------------------
 
-// A slot is used again when what was copied out of it has arrived.
+// What has been enqueued reads the slot: until the next recorded point.
+static void hold_slot(struct device *d)
+{
+    d->staging->free_after[d->staging->slot] = d->n_recorded + 1;
+}
+
+// The oldest one. It is free but for who enqueues without waiting, or more than a slot takes.
 static cudaError_t next_slot(struct device *d)
 {
     struct staging *s = d->staging;
-    cudaError_t status = cudaEventRecord(s->copied[s->slot], d->stream);
     s->slot = (s->slot + 1) % N_SLOTS;
     s->used = 0;
-    return status == cudaSuccess ? cudaEventSynchronize(s->copied[s->slot]) : status;
+    return s->free_after[s->slot] > d->n_passed ? cudaStreamSynchronize(d->stream) : cudaSuccess;
 }
 
 static char *slot_of(const struct staging *s)
@@ -169,6 +174,7 @@ int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, co
         return ERR_INVALID;
     if (n_threads == 0) return 0;
     dim3 grid((unsigned)((n_threads + THREADS - 1) / THREADS));
+    hold_slot(d);
     return cuda_check(launch_early(d, load_step_kernel, grid, THREADS, 0, a), "staging", e);
 }
 
@@ -199,6 +205,7 @@ const void *device_array(struct device *d, const void *host, size_t bytes, struc
     char *pinned = slot_of(s) + s->slot_bytes - LOOSE_BYTES + s->used, *device = s->arrays + s->arrays_bytes + s->used;
     s->used += round_up(bytes);
     memcpy(pinned, host, bytes);
+    hold_slot(d);
     cudaError_t status = cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, d->stream);
     return cuda_check(status, "staging", e) ? NULL : device;
 }
@@ -232,8 +239,6 @@ int staging_create(struct device *d, struct error *e)
     s->slot_bytes = small + round_up(s->table_entries * sizeof(struct table_update)) + LOOSE_BYTES;
     s->shadow = (int32_t *)malloc(s->table_entries * sizeof *s->shadow);
     if (!s->shadow) return error_set(e, ERR_NOMEM, "staging: out of memory");
-    for (int i = 0; i < N_SLOTS; i++)
-        if (cuda_check(cudaEventCreateWithFlags(&s->copied[i], cudaEventDisableTiming), "staging", e)) return ERR_DEVICE;
     size_t pinned = N_SLOTS * s->slot_bytes;
     if (cudaHostAlloc((void **)&s->pinned, pinned, cudaHostAllocMapped) != cudaSuccess) {
         cudaGetLastError();
@@ -248,8 +253,6 @@ void staging_destroy(struct device *d)
 {
     struct staging *s = d->staging;
     if (!s) return;
-    for (int i = 0; i < N_SLOTS; i++)
-        if (s->copied[i]) cudaEventDestroy(s->copied[i]);
     if (s->pinned) cudaFreeHost(s->pinned);
     cudaFree(s->arrays);
     free(s->shadow);

@@ -115,9 +115,10 @@ def other_lines(tables):
                    f"{number(r['idle us per step'])} us; p50 {number(r['gap us p50'])}, p90 {number(r['gap us p90'])} us")
     if not tables.get("idle"):
         yield Line("GPU busy share, idle gap between steps", "")
-    host = [(r.get("streams", 1), r["host us"]) for r in tables.get("batch1", [])[:1] + tables.get("streams", [])]
-    yield Line("host work a step, us", "", " ".join(number(us) for _, us in host) or "not measured",
-               "streams " + " ".join(str(n) for n, _ in host) if host else "")
+    rows = [r for r in tables.get("batch1", [])[:1] + tables.get("streams", []) if r["host us"] is not None]
+    streams = "streams " + " ".join(str(r.get("streams", 1)) for r in rows)
+    for column, what in (("host us", "host work a decode step"), ("launch us", "enqueueing a decode step")):
+        yield Line(f"{what}, us", "", " ".join(number(r[column]) for r in rows) or "not measured", streams if rows else "")
     for r in tables.get("start", []):
         yield Line(f"exec to ready: {r['what']}", "", f"{r['exec to ready, s']:.2f} s")
     for r in tables.get("sizes", []):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from gpu import cost, trace
@@ -97,32 +98,62 @@ def metrics(server):
     return values
 
 
-def engine_times(before, after):
-    """{"host us", "step us"}: of a step, by the counters of the engine's loop"""
-    steps = after.get("gptd_engine_steps_total", 0) - before.get("gptd_engine_steps_total", 0)
-    figures = {}
-    for name in ("host", "step"):
-        counter = f"gptd_engine_{name}_seconds_total"
-        figures[f"{name} us"] = 1e6 * (after[counter] - before[counter]) / steps if steps and counter in after else None
-    return figures
+def host_times(samples, streams):
+    """{"host us", "launch us"} of a step: between samples of the metrics with all streams decoding and nothing else, by the
+    counters of the engine's loop; None where there are none."""
+    steps, spent = 0, {"host": 0.0, "launch": 0.0}
+    for before, after in zip(samples, samples[1:]):
+        decoding = all(s.get("gptd_num_requests_running") == streams for s in (before, after))
+        if not decoding or before["gptd_prompt_tokens_total"] != after["gptd_prompt_tokens_total"]:
+            continue
+        steps += after["gptd_engine_steps_total"] - before["gptd_engine_steps_total"]
+        for name in spent:
+            counter = f"gptd_engine_{name}_seconds_total"
+            spent[name] += after[counter] - before[counter]
+    return {f"{name} us": 1e6 * spent[name] / steps if steps else None for name in spent}
+
+
+class Samples:
+    """The server's metrics, again and again, beside a load."""
+    SECONDS = 0.1
+
+    def __init__(self, server):
+        self.server, self.taken, self.over = server, [], threading.Event()
+        self.thread = threading.Thread(target=self.take)
+
+    def take(self):
+        while not self.over.wait(self.SECONDS):
+            try:
+                self.taken.append(metrics(self.server))
+            except OSError:
+                pass  # the load's own failure says more
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
 
 
 def load(bench, server, model, streams, requests, n_input, n_output, warmup=1):
-    """One run of bench_serve.py: its JSON of the run, with the engine's times."""
+    """One run of bench_serve.py: its JSON of the run, with the engine's times while all streams decode."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "run.json")
         command = [sys.executable, os.path.join(ROOT, "scripts", "bench_serve.py"), "--url", f"http://127.0.0.1:{server.port}",
                    "--vocab", str(model.vocab_size), "--concurrency", str(streams), "--requests", str(requests),
                    "--input-len", str(n_input), "--output-len", str(n_output), "--warmup", str(warmup), "--json", path]
-        before = metrics(server)
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=bench.left())
+        with Samples(server) as samples:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  timeout=bench.left())
         if not os.path.exists(path):
             raise RuntimeError(f"bench_serve.py: {done.stdout.strip()[-300:]}")
         with open(path) as f:
             run = json.load(f)["runs"][0]
     if run["failed"]:
         raise RuntimeError(f"{run['failed']} of {run['n_requests']} requests failed: {json.dumps(run['failures'])[:300]}")
-    return {**run, **engine_times(before, metrics(server))}
+    return {**run, **host_times(samples.taken, streams)}
 
 
 class Watch:
@@ -168,7 +199,8 @@ def batch1_of(bench, server, model):
     share = cost.bandwidth_share(bench.ceilings(), model, 1, n_input + n_output / 2, tpot)
     bench.add("batch1", model=model.name(), **{
         "in": n_input, "out": n_output, "decode tokens/s": 1 / tpot, "whole tokens/s": run["output_tokens_per_second"],
-        "TTFT ms": run["ttft_ms"]["p50"], "TPOT ms": tpot * 1e3, "share of bandwidth": share, "host us": run["host us"]})
+        "TTFT ms": run["ttft_ms"]["p50"], "TPOT ms": tpot * 1e3, "share of bandwidth": share,
+        "host us": run["host us"], "launch us": run["launch us"]})
 
 
 def batch1(bench):
@@ -203,7 +235,7 @@ def streams_of(bench, server, n, waves):
         "steady share": cost.ratio(roofline, step), "share of bandwidth": cost.bandwidth_share(c, model, n, context, step),
         "whole s": run["wall_seconds"], "whole roofline s": whole, "whole share": cost.ratio(whole, run["wall_seconds"]),
         "whole tokens/s": run["output_tokens_per_second"], "TTFT ms p50": run["ttft_ms"]["p50"],
-        "host us": run["host us"], "generator cores": run["generator"]["share_of_a_core"],
+        "host us": run["host us"], "launch us": run["launch us"], "generator cores": run["generator"]["share_of_a_core"],
         "its busiest": run["generator"]["busiest_process_share"], **watch.means})
 
 
