@@ -172,9 +172,10 @@ static void logits_of(struct pass *p, const struct weights *w)
         .out = matrix(ws->rows, ws->dtype, n, dim), .x = matrix(ws->x, ws->dtype, p->batch->n_tokens, dim),
         .rows = p->batch->logits_rows, .n = n,
     };
-    const struct norm_params norm = norm_of(p, ws->rows, ws->rows, n, &w->final_norm);
+    const bool in_place = p->batch->is_decode; // all rows, in order
+    const struct norm_params norm = norm_of(p, ws->rows, in_place ? ws->x : ws->rows, n, &w->final_norm);
     const struct linear_params logits = linear_of(p, ws->logits, DTYPE_F32, false, ws->rows, n, &w->lm_head);
-    RUN(p, gather_rows, &gather_rows);
+    if (!in_place) RUN(p, gather_rows, &gather_rows);
     RUN(p, norm, &norm);
     RUN(p, linear, &logits);
 }

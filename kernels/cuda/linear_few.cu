@@ -5,10 +5,11 @@
  * takes tiles of 16 rows of w in turns; its 8 warps take 64 columns of a tile in turns, each through a ring of its own in
  * shared memory (cp.async), which runs on over the ends of tiles: 64 to 96 KB of w are on their way all the time. A block
  * needs less than half of a multiprocessor's shared memory, so that the next kernel's blocks fill their rings with weights
- * while this one ends. Products are mma.sync with x as A [8 (of 16) tokens, 16 k] and w as B [16 k, 8 rows]: any T costs the
- * same. A lane's 16 bytes of w and of x are the same 8 columns: a sum over k has no order, and loads are whole vectors.
- * RMS norm: x times the norm's weight is rounded where the norm's own kernel rounds, the factor of the row, which needs the
- * sum of squares over all of it, is multiplied in at the end: BF16 alone, in F16 x could overflow.
+ * while this one ends. Products are mma.sync with w as A [16 rows, 16 k] and x as B [16 k, 8 tokens]: any T costs the same. When
+ * the kernel before is over, what a ring holds is there: until it has been worked through nothing is fetched, so that the
+ * instructions of a step count.
+ * RMS norm: x times the norm's weight is rounded where the norm's own kernel rounds, the factor of the row, from squares that
+ * are summed up while the first of x is on its way, is multiplied in at the end: BF16 alone, in F16 x could overflow.
  * Rows of a tile: 16 in order; gated: 8 of gate and the same 8 of up; rotated heads: 8 and their 8 partners.
  * Sum of an element: a warp's columns ascending, then the warps in order: the same bits for any T.
  */
@@ -65,11 +66,14 @@ template <typename T> __device__ __forceinline__ const T *address_of(const few_a
 {
     row = min(row, a.N - 1);
     const T *w = (const T *)a.w[0];
-    int32_t begin = 0;
+    if (a.end[0] < a.N) { // more than one part
+        int32_t begin = 0;
 #pragma unroll
-    for (int i = 1; i < MAX_WEIGHT_PARTS; i++)
-        if (row >= a.end[i - 1]) w = (const T *)a.w[i], begin = a.end[i - 1];
-    return w + (size_t)(row - begin) * a.K;
+        for (int i = 1; i < MAX_WEIGHT_PARTS; i++)
+            if (row >= a.end[i - 1]) w = (const T *)a.w[i], begin = a.end[i - 1];
+        row -= begin;
+    }
+    return w + (uint64_t)(uint32_t)row * (uint32_t)a.K;
 }
 
 __device__ __forceinline__ float bias_of(const few_args &a, int32_t row)
@@ -81,17 +85,12 @@ __device__ __forceinline__ float bias_of(const few_args &a, int32_t row)
     return a.bias[part] ? load_as_float(a.bias[part], a.bias_dtype[part], row - begin) : 0.0f;
 }
 
-// x times the norm's weight, rounded; the squares of x go to `squares`.
-template <typename T> __device__ __forceinline__ uint4 weigh(uint4 x, uint4 norm, float &squares)
+// Two elements of x times the norm's weight, rounded.
+__device__ __forceinline__ uint32_t weigh(uint32_t x, uint32_t norm)
 {
-    union { uint4 bits; T element[VECTOR]; } a, b;
+    union { uint32_t bits; __nv_bfloat162 pair; } a, b;
     a.bits = x, b.bits = norm;
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-        float value = to_float(a.element[i]);
-        squares = fmaf(value, value, squares);
-        a.element[i] = from_float<T>(value * to_float(b.element[i]));
-    }
+    a.pair = __hmul2(a.pair, b.pair);
     return a.bits;
 }
 
@@ -147,9 +146,9 @@ __device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// What the warps have of a tile; two, so that the next tile's sums can be written while these are read.
+// What the warps have of a tile; two, so that the next tile's sums can be written while these are read. Squares: of parts of x.
 template <int X_ROWS> struct tile_sums {
-    float sum[2][WARPS][X_ROWS][TILE_ROWS], squares[2][WARPS][X_ROWS];
+    float sum[2][WARPS][X_ROWS][TILE_ROWS], squares[X_ROWS][WARPS / X_ROWS];
 };
 
 // A stage: rows of the tile, X_ROWS of x, one of the norm's weight.
@@ -163,7 +162,7 @@ template <int X_ROWS> struct few_shape {
 
 // A warp's place in its list of steps: the tiles of the block, 64 columns of WARPS * 64 a step.
 template <typename T> struct few_cursor {
-    const T *row[TILE_ROWS / 4]; // rows of w that the lane fetches of
+    const T *row[TILE_ROWS / 4]; // rows of w that the lane fetches of, from `column` on
     int32_t tile, column;        // the lane's first column
 };
 
@@ -173,22 +172,24 @@ __device__ __forceinline__ void to_tile(const few_args &a, few_cursor<T> &c, int
     int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
     c.tile = tile, c.column = warp * STEP + lane % STEP_VECTORS * VECTOR;
 #pragma unroll
-    for (int i = 0; i < TILE_ROWS / 4; i++) c.row[i] = address_of<T>(a, row_of<ENDING>(a, tile, lane / STEP_VECTORS + 4 * i));
+    for (int i = 0; i < TILE_ROWS / 4; i++)
+        c.row[i] = address_of<T>(a, row_of<ENDING>(a, tile, lane / STEP_VECTORS + 4 * i)) + c.column;
 }
 
 template <typename T, enum ending ENDING>
 __device__ __forceinline__ void advance(const few_args &a, few_cursor<T> &c)
 {
     c.column += WARPS * STEP;
+#pragma unroll
+    for (int i = 0; i < TILE_ROWS / 4; i++) c.row[i] += WARPS * STEP;
     if (c.column - (int32_t)threadIdx.x % STEP_VECTORS * VECTOR - (int32_t)threadIdx.x / 32 * STEP >= a.K)
         to_tile<T, ENDING>(a, c, c.tile + (int32_t)gridDim.x);
 }
 
-// Vector `vector` of row `row` of a stage: odd rows are turned by half a row, so that a quarter of a warp, which reads 4
-// vectors of each of two rows, meets every bank once.
+// Vector `vector` of row `row` of a stage: turned, so that ldmatrix, which reads a vector of eight rows, meets every bank once.
 __device__ __forceinline__ uint32_t place_of(int32_t row, int32_t vector)
 {
-    return (uint32_t)(row * ROW_BYTES + (vector ^ (row & 1) * 4) * 16);
+    return (uint32_t)(row * ROW_BYTES + (vector ^ (row & 7)) * 16);
 }
 
 template <typename T>
@@ -198,72 +199,111 @@ __device__ __forceinline__ void fetch_weights(const few_args &a, const few_curso
     bool there = c.tile < n_tiles && c.column < a.K;
 #pragma unroll
     for (int i = 0; i < TILE_ROWS / 4; i++)
-        cp_async_16_once(stage + place_of(lane / STEP_VECTORS + 4 * i, lane % STEP_VECTORS), c.row[i] + (there ? c.column : 0),
-                         there ? 16 : 0);
+        cp_async_16_once(stage + place_of(lane / STEP_VECTORS + 4 * i, lane % STEP_VECTORS), c.row[i], there ? 16 : 0);
+}
+
+// Rows of x that the lane fetches of, the norm's weight the last; NULL: none.
+template <typename T, bool NORMED, int X_ROWS> struct x_rows {
+    static constexpr int N = (X_ROWS + NORMED + 3) / 4;
+    const T *row[N];
+};
+
+template <typename T, bool NORMED, int X_ROWS>
+__device__ __forceinline__ x_rows<T, NORMED, X_ROWS> rows_of_x(const few_args &a)
+{
+    x_rows<T, NORMED, X_ROWS> x;
+#pragma unroll
+    for (int i = 0; i < x_rows<T, NORMED, X_ROWS>::N; i++) {
+        int32_t row = (int32_t)threadIdx.x % 32 / STEP_VECTORS + 4 * i;
+        x.row[i] = row < a.T ? (const T *)a.x + (size_t)row * a.K : NORMED && row == X_ROWS ? (const T *)a.norm : NULL;
+    }
+    return x;
 }
 
 template <typename T, bool NORMED, int X_ROWS>
-__device__ __forceinline__ void fetch_x(const few_args &a, const few_cursor<T> &c, int32_t n_tiles, uint32_t stage)
+__device__ __forceinline__ void fetch_x(const few_args &a, const few_cursor<T> &c, const x_rows<T, NORMED, X_ROWS> &x,
+                                        int32_t n_tiles, uint32_t stage)
 {
     int32_t lane = (int32_t)threadIdx.x % 32;
+    bool there = c.tile < n_tiles && c.column < a.K;
 #pragma unroll
-    for (int i = 0; i < (X_ROWS + NORMED + 3) / 4; i++) {
+    for (int i = 0; i < x_rows<T, NORMED, X_ROWS>::N; i++) {
         int32_t row = lane / STEP_VECTORS + 4 * i;
-        bool is_norm = NORMED && row == X_ROWS, there = (row < a.T || is_norm) && c.tile < n_tiles && c.column < a.K;
-        const T *from = is_norm ? (const T *)a.norm : (const T *)a.x + (size_t)(row < a.T ? row : 0) * a.K;
+        const T *from = x.row[i] ? x.row[i] : (const T *)a.x;
         if (row < X_ROWS + NORMED)
-            cp_async_16(stage + place_of(TILE_ROWS + row, lane % STEP_VECTORS), from + (there ? c.column : 0), there ? 16 : 0);
+            cp_async_16(stage + place_of(TILE_ROWS + row, lane % STEP_VECTORS), from + (there ? c.column : 0),
+                        there && x.row[i] ? 16 : 0);
     }
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t at)
+// Where in a stage a lane's rows for ldmatrix begin: further vectors are at what a vector's bits are turned in.
+struct lane_places {
+    uint32_t w, x, norm;
+};
+
+template <int X_ROWS> __device__ __forceinline__ lane_places places_of(int32_t lane)
 {
-    uint4 r;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(at) : "memory");
-    return r;
+    return {place_of(lane % 8 + (lane / 8 & 1) * 8, lane / 16), place_of(TILE_ROWS + min(lane % 8, X_ROWS - 1), lane / 8),
+            place_of(TILE_ROWS + X_ROWS, lane / 8)};
 }
 
-// Adds a step's products to sum: one chain of products for each half of a step's columns.
+// Adds a step's products to sum, in two chains; tokens from X_ROWS on are the last one again.
 template <typename T, bool NORMED, int X_ROWS>
-__device__ __forceinline__ void add_step(uint32_t stage, float (&sum)[2][2][4], float &squares)
+__device__ __forceinline__ void add_step(uint32_t stage, const lane_places &places, float (&sum)[2][4])
 {
-    int32_t lane = (int32_t)threadIdx.x % 32, mine = lane / 4;
+    uint32_t x[2][4], norm[4], w[4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int32_t vector = half * 4 + lane % 4;
-        uint4 x = mine < X_ROWS ? load_shared(stage + place_of(TILE_ROWS + mine, vector)) : make_uint4(0, 0, 0, 0);
-        if (NORMED) x = weigh<T>(x, load_shared(stage + place_of(TILE_ROWS + X_ROWS, vector)), squares);
-        const uint32_t low[4] = {x.x, 0, x.y, 0}, high[4] = {x.z, 0, x.w, 0};
+        ldmatrix(x[half], (stage + places.x) ^ (uint32_t)(half * 64));
+        if (!NORMED) continue;
+        ldmatrix(norm, (stage + places.norm) ^ (uint32_t)(half * 64));
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint4 w = load_shared(stage + place_of(mine + 8 * i, vector));
-            mma<T>(sum[half][i], low, w.x, w.y);
-            mma<T>(sum[half][i], high, w.z, w.w);
-        }
+        for (int i = 0; i < 4; i++) x[half][i] = weigh(x[half][i], norm[i]);
     }
+#pragma unroll
+    for (int k = 0; k < STEP / 16; k++) {
+        ldmatrix(w, (stage + places.w) ^ (uint32_t)(k * 32));
+        mma<T>(sum[k % 2], w, x[k / 2][k % 2 * 2], x[k / 2][k % 2 * 2 + 1]);
+    }
+}
+
+// Sums up squares of x: a token's by WARPS / X_ROWS warps.
+template <typename T, int X_ROWS> __device__ __forceinline__ void add_squares(const few_args &a, tile_sums<X_ROWS> &sums)
+{
+    constexpr int PER_TOKEN = WARPS / X_ROWS, STRIDE = PER_TOKEN * 32 * VECTOR;
+    int32_t warp = (int32_t)threadIdx.x / 32, token = warp / PER_TOKEN;
+    const T *x = (const T *)a.x + (size_t)min(token, a.T - 1) * a.K;
+    float squares = 0;
+#pragma unroll 8
+    for (int32_t at = ((int32_t)threadIdx.x - token * PER_TOKEN * 32) * VECTOR; at < a.K; at += STRIDE) {
+        union { uint4 bits; T element[VECTOR]; } vector;
+        vector.bits = *(const uint4 *)(x + at);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) squares = fmaf(to_float(vector.element[i]), to_float(vector.element[i]), squares);
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
+    if (threadIdx.x % 32 == 0) sums.squares[token][warp % PER_TOKEN] = squares;
 }
 
 template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
 __device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, tile_sums<X_ROWS> &sums, int turn,
-                                            const float (&sum)[2][2][4], float squares, float addend)
+                                            const float (&sum)[2][4], float addend)
 {
-    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32, mine = lane / 4;
-    if (NORMED) squares = quad_sum(squares);
-    if (mine < X_ROWS) {
+    int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            sums.sum[turn][warp][mine][i / 2 * 8 + lane % 4 * 2 + i % 2] = sum[0][i / 2][i % 2] + sum[1][i / 2][i % 2];
-        if (NORMED && lane % 4 == 0) sums.squares[turn][warp][mine] = squares;
+    for (int i = 0; i < 4; i++) {
+        int32_t mine = lane % 4 * 2 + i % 2;
+        if (mine < X_ROWS) sums.sum[turn][warp][mine][i / 2 * 8 + lane / 4] = sum[0][i] + sum[1][i];
     }
     __syncthreads();
     if (warp * 2 >= a.T) return; // 32 threads have the elements of two tokens
     int32_t token = min((int32_t)threadIdx.x / TILE_ROWS, X_ROWS - 1), i = (int32_t)threadIdx.x % TILE_ROWS;
     float value = 0, all = 0;
 #pragma unroll
-    for (int j = 0; j < WARPS; j++) {
-        value += sums.sum[turn][j][token][i];
-        if (NORMED) all += sums.squares[turn][j][token];
-    }
+    for (int j = 0; j < WARPS; j++) value += sums.sum[turn][j][token][i];
+#pragma unroll
+    for (int j = 0; NORMED && j < WARPS / X_ROWS; j++) all += sums.squares[token][j];
     if (NORMED) value *= 1.0f / sqrtf(all / (float)a.K + a.eps);
     end_element<T, Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, i, value, addend);
 }
@@ -277,6 +317,8 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
     uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * shape::STAGE_BYTES;
     int32_t n_tiles = ENDING == GATED ? (a.N / 2 + TILE_ROWS / 2 - 1) / (TILE_ROWS / 2) : (a.N + TILE_ROWS - 1) / TILE_ROWS;
     few_cursor<T> ahead, x_ahead;
+    const x_rows<T, NORMED, X_ROWS> x = rows_of_x<T, NORMED, X_ROWS>(a);
+    const lane_places places = places_of<X_ROWS>((int32_t)threadIdx.x % 32);
     next_kernel_allow();
     to_tile<T, ENDING>(a, ahead, (int32_t)blockIdx.x);
     x_ahead = ahead;
@@ -289,29 +331,30 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
     previous_kernel_wait(); // weights are on their way
 #pragma unroll
     for (int i = 0; i < shape::STAGES; i++) {
-        fetch_x<T, NORMED, X_ROWS>(a, x_ahead, n_tiles, ring + i * shape::STAGE_BYTES);
+        fetch_x(a, x_ahead, x, n_tiles, ring + i * shape::STAGE_BYTES);
         advance<T, ENDING>(a, x_ahead);
         cp_async_commit();
     }
+    if (NORMED) add_squares<T>(a, sums);
     int stage = 0, turn = 0;
     for (int32_t tile = (int32_t)blockIdx.x; tile < n_tiles; tile += (int32_t)gridDim.x, turn ^= 1) {
-        float sum[2][2][4] = {}, squares = 0;
+        float sum[2][4] = {};
         float addend = addend_of<Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, (int32_t)threadIdx.x % TILE_ROWS);
         for (int32_t column = (int32_t)threadIdx.x / 32 * STEP, end = a.K + column; column < end; column += WARPS * STEP) {
             uint32_t at = ring + (uint32_t)(stage * shape::STAGE_BYTES);
             cp_async_wait<shape::STAGES - 1>();
             __syncwarp(); // every lane's part
-            add_step<T, NORMED, X_ROWS>(at, sum, squares);
+            add_step<T, NORMED, X_ROWS>(at, places, sum);
             __syncwarp(); // all lanes have read the stage
             if (ahead.tile < n_tiles) {
                 fetch_weights(a, ahead, n_tiles, at);
-                fetch_x<T, NORMED, X_ROWS>(a, ahead, n_tiles, at);
+                fetch_x(a, ahead, x, n_tiles, at);
                 advance<T, ENDING>(a, ahead);
             }
             cp_async_commit();
             stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
         }
-        finish_tile<T, Out, ENDING, NORMED, X_ROWS>(a, tile, sums, turn, sum, squares, addend);
+        finish_tile<T, Out, ENDING, NORMED, X_ROWS>(a, tile, sums, turn, sum, addend);
     }
 }
 
