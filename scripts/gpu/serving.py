@@ -194,13 +194,14 @@ def watch_means(text, names):
 
 def batch1_of(bench, server, model):
     n_input, n_output = lengths(model, 128, 256)
-    run = load(bench, server, model, 1, 2 if bench.arguments.quick else 4, n_input, n_output)
+    with Watch() as watch:
+        run = load(bench, server, model, 1, 2 if bench.arguments.quick else 4, n_input, n_output)
     tpot = run["tpot_ms"]["p50"] * 1e-3
     share = cost.bandwidth_share(bench.ceilings(), model, 1, n_input + n_output / 2, tpot)
     bench.add("batch1", model=model.name(), **{
         "in": n_input, "out": n_output, "decode tokens/s": 1 / tpot, "whole tokens/s": run["output_tokens_per_second"],
         "TTFT ms": run["ttft_ms"]["p50"], "TPOT ms": tpot * 1e3, "share of bandwidth": share,
-        "host us": run["host us"], "launch us": run["launch us"]})
+        "host us": run["host us"], "launch us": run["launch us"], **watch.means})
 
 
 def batch1(bench):

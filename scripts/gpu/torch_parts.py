@@ -88,6 +88,19 @@ def bandwidth(quick, n_bytes=4 << 30):
     for shape in shapes[:4] if quick else shapes:
         attempt("bandwidth", f"Triton {shape}", with_triton, *shape)
 
+    def for_seconds(seconds, shape):
+        from gpu.read_kernel import launcher
+        launch, n, begin = launcher(x, out, *shape), 0, time.monotonic()
+        while time.monotonic() - begin < seconds:
+            for _ in range(50):
+                launch()
+            torch.cuda.synchronize()
+            n += 50
+        rate = n * n_bytes / (time.monotonic() - begin) / 1e9
+        row("bandwidth", by="Triton, {} x {}, {} warps, for {} s".format(*shape, seconds), **{"GB/s": rate})
+    # What a server meets, whose clocks have come down by then.
+    attempt("bandwidth", "a longer run", for_seconds, 2, shapes[0])
+
     def with_sum():
         wide = x.view(torch.int64)
         row("bandwidth", by="torch.sum of int64", **{"GB/s": n_bytes / median_ms(lambda: wide.sum()) / 1e6})
