@@ -13,8 +13,6 @@ void step_layout(struct step *step, struct arena *arena, const struct scheduler 
     ARENA_ARRAY(arena, step->sample_rows, c->max_logits_rows);
     ARENA_ARRAY(arena, step->sampled, c->max_logits_rows);
     ARENA_ARRAY(arena, step->table_rows, c->max_num_seqs);
-    ARENA_ARRAY(arena, step->copy_from, c->max_num_seqs);
-    ARENA_ARRAY(arena, step->copy_to, c->max_num_seqs);
     ARENA_ARRAY(arena, b->tokens, n_tokens);
     ARENA_ARRAY(arena, b->positions, n_tokens);
     ARENA_ARRAY(arena, b->history_rows, n_tokens);
@@ -194,17 +192,4 @@ void batch_fill_sample_rows(struct step *step)
         if (row->n_banned_ids > 0 && row->position - row->n_prompt >= output->sequence->request->params.min_tokens)
             row->n_banned_ids = 0;
     }
-}
-
-int32_t batch_fill_copies(struct step *step, int32_t g)
-{
-    int32_t n = 0;
-    for (int32_t i = 0; i < step->plan.n_rows; i++) {
-        const struct plan_row *row = &step->plan.rows[i];
-        if (row->copy_to[g] < 0)
-            continue;
-        step->copy_from[n] = row->copy_from[g];
-        step->copy_to[n++] = row->copy_to[g];
-    }
-    return n;
 }

@@ -22,7 +22,6 @@ struct step {
     uint64_t *sampled;               // [max_logits_rows] admission of the sequence whose parameters a row has; 0: none
     struct sample_result *results;   // [max_logits_rows], from alloc_host
     struct table_row *table_rows;    // [max_num_seqs]
-    int32_t *copy_from, *copy_to;    // [max_num_seqs] of the group at hand
     uint64_t ticket;
 };
 
@@ -34,6 +33,5 @@ void batch_fill(struct step *step, const struct scheduler *s);         // all bu
 int32_t batch_padded_rows(int32_t n);
 void batch_pad(struct batch *b, int32_t n_rows);
 void batch_fill_sample_rows(struct step *step);
-int32_t batch_fill_copies(struct step *step, int32_t g);               // copy_from, copy_to of group g; how many
 
 #endif

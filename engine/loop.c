@@ -20,13 +20,13 @@ static int write_histories(struct engine *engine, const struct plan *plan, struc
     return 0;
 }
 
-static int copy_blocks(struct engine *engine, struct step *step, struct error *e)
+static int copy_blocks(struct engine *engine, const struct plan *plan, struct error *e)
 {
     for (int32_t g = 0; g < engine->info->n_kv_groups; g++) {
-        int32_t n = batch_fill_copies(step, g);
-        for (int32_t i = 0; n > 0 && i < engine->info->kv_groups[g].n_layers; i++) {
-            int rc = engine->kernels->copy_blocks(engine->device, engine->kv.layers[g][i], step->copy_from,
-                                                  step->copy_to, n, e);
+        const struct block_copies *copies = &plan->copies[g];
+        for (int32_t i = 0; copies->n > 0 && i < engine->info->kv_groups[g].n_layers; i++) {
+            int rc = engine->kernels->copy_blocks(engine->device, engine->kv.layers[g][i], copies->from, copies->to,
+                                                  copies->n, e);
             if (rc != 0)
                 return rc;
         }
@@ -39,7 +39,7 @@ static int launch_ops(struct engine *engine, struct step *step, struct error *e)
     struct tensor logits;
     int rc = write_histories(engine, &step->plan, e);
     if (rc == 0)
-        rc = copy_blocks(engine, step, e);
+        rc = copy_blocks(engine, &step->plan, e);
     if (rc == 0)
         rc = model_forward(engine->model, &step->batch, &engine->kv, &logits, e);
     // Here, between forward and sample, is where a step with constrained rows will wait for the commit of the step

@@ -41,6 +41,11 @@ void plan_layout(struct plan *plan, struct arena *arena, const struct scheduler_
     ARENA_ARRAY(arena, plan->rows, config->max_num_seqs);
     ARENA_ARRAY(arena, plan->outputs, config->max_logits_rows);
     ARENA_ARRAY(arena, plan->entered, config->max_num_seqs);
+    for (int32_t g = 0; g < config->limits.n_groups; g++) {
+        ARENA_ARRAY(arena, plan->copies[g].sequence, config->max_num_seqs);
+        ARENA_ARRAY(arena, plan->copies[g].from, config->max_num_seqs);
+        ARENA_ARRAY(arena, plan->copies[g].to, config->max_num_seqs);
+    }
 }
 
 // ---- lists and order ------------------------------------------------------------------------------------------------
@@ -294,8 +299,23 @@ static void look_at_parked(struct scheduler *s, double now)
 // What is left of a step; fork_slots: slots that choices of requests whose prompt ends in this step are to have.
 struct budget { int32_t tokens, logprob_rows, fork_slots; };
 
+static void unplan_copies(struct block_copies *copies, const struct sequence *seq)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < copies->n; i++) {
+        if (copies->sequence[i] == seq)
+            continue;
+        copies->sequence[n] = copies->sequence[i];
+        copies->from[n] = copies->from[i];
+        copies->to[n++] = copies->to[i];
+    }
+    copies->n = n;
+}
+
 static void unplan(struct plan *plan, struct budget *budget, const struct sequence *seq)
 {
+    for (int32_t g = 0; g < MAX_KV_GROUPS; g++)
+        unplan_copies(&plan->copies[g], seq);
     for (int32_t i = 0; i < plan->n_rows; i++) {
         if (plan->rows[i].sequence != seq)
             continue;
@@ -343,23 +363,13 @@ static void add_row(struct plan *plan, struct budget *budget, const struct plan_
     budget->tokens -= row->n_tokens;
 }
 
-static struct plan_row row_begin(struct sequence *seq)
-{
-    struct plan_row row = {.sequence = seq, .start = seq->n_computed};
-    for (int32_t g = 0; g < MAX_KV_GROUPS; g++)
-        row.copy_from[g] = row.copy_to[g] = -1;
-    return row;
-}
-
 static void plan_decode(struct scheduler *s, struct plan *plan, struct budget *budget, struct sequence *seq)
 {
-    struct plan_row row = row_begin(seq);
-    row.n_tokens = 1;
-    row.sample = true;
+    const struct plan_row row = {.sequence = seq, .start = seq->n_computed, .n_tokens = 1, .sample = true};
     sequence_free_behind_window(s, seq);
     if (!grow_or_preempt(s, plan, budget, seq, row.start + 1))
         return;
-    while (!sequence_own_block(s, seq, &row)) {
+    while (!sequence_own_block(s, seq, plan->copies)) {
         if (s->running[s->n_running - 1] == seq)
             return;
         preempt_youngest(s, plan, budget);
@@ -381,7 +391,7 @@ static int32_t n_logprob_rows(const struct sequence *seq, int32_t start, int32_t
 static void plan_prefill(struct scheduler *s, struct plan *plan, struct budget *budget, struct sequence *seq)
 {
     const struct request *r = seq->request;
-    struct plan_row row = row_begin(seq);
+    struct plan_row row = {.sequence = seq, .start = seq->n_computed};
     int32_t length = sequence_length(seq), n = length - row.start;
     n = n < budget->tokens ? n : budget->tokens;
     for (int32_t excess; (excess = n_logprob_rows(seq, row.start, n) - budget->logprob_rows) > 0;)
@@ -508,7 +518,7 @@ static void finish_row(struct scheduler *s, struct plan *plan, const struct plan
         add_output(plan, seq, plan->n_tokens + entry - 1 - row->start, entry, entry);
     }
     seq->n_computed += row->n_tokens;
-    seq->n_references++;
+    seq->n_references += !row->sample; // else its output is one
     sequence_register_blocks(s, seq);
     if (row->sample) {
         add_output(plan, seq, last, row->start + row->n_tokens, 0);
@@ -525,6 +535,8 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
         .logprob_rows = s->config.max_logits_rows - s->config.max_num_seqs,
     };
     plan->n_rows = plan->n_tokens = plan->n_outputs = plan->n_entered = 0;
+    for (int32_t g = 0; g < MAX_KV_GROUPS; g++)
+        plan->copies[g].n = 0;
     end_flagged(s, n_signals, now);
     park_slow(s, now);
     look_at_parked(s, now);
@@ -617,7 +629,9 @@ void scheduler_commit(struct scheduler *s, const struct plan *plan, const struct
     for (int32_t i = 0; i < plan->n_rows; i++) {
         const struct plan_row *row = &plan->rows[i];
         struct sequence *seq = row->sequence;
-        bool prompt_only = !row->sample && seq->n_most == seq->n_prompt && row->start + row->n_tokens == seq->n_prompt;
+        if (row->sample)
+            continue;
+        bool prompt_only = seq->n_most == seq->n_prompt && row->start + row->n_tokens == seq->n_prompt;
         if (prompt_only && seq->state != SEQUENCE_ENDED)
             end_request(s, seq->request, FINISH_LENGTH, now);
         unreference(seq);
@@ -628,8 +642,10 @@ void plan_drop(const struct plan *plan)
 {
     for (int32_t i = 0; i < plan->n_outputs; i++)
         unreference(plan->outputs[i].sequence);
-    for (int32_t i = 0; i < plan->n_rows; i++)
-        unreference(plan->rows[i].sequence);
+    for (int32_t i = 0; i < plan->n_rows; i++) {
+        if (!plan->rows[i].sample)
+            unreference(plan->rows[i].sequence);
+    }
 }
 
 // ---- state ----------------------------------------------------------------------------------------------------------

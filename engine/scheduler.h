@@ -30,7 +30,13 @@ struct plan_row {
     struct sequence *sequence;
     int32_t start, n_tokens;
     bool sample;                    // the row reaches the sequence's end: its last token's logits give the next
-    int32_t copy_from[MAX_KV_GROUPS], copy_to[MAX_KV_GROUPS]; // copy on write before the step; -1: none
+};
+
+// Blocks of a group to be copied before the step: copy on write.
+struct block_copies {
+    struct sequence **sequence;     // [max_num_seqs]
+    int32_t *from, *to;             // [max_num_seqs]
+    int32_t n;
 };
 
 // One row of logits and what it is for.
@@ -45,6 +51,7 @@ struct plan {
     struct plan_row *rows;          // [max_num_seqs] decodes first
     struct plan_output *outputs;    // [max_logits_rows] by ascending token
     struct sequence **entered;      // [max_num_seqs] got their slot in this step: their history is to be written
+    struct block_copies copies[MAX_KV_GROUPS];
     int32_t n_rows, n_tokens, n_outputs, n_entered;
 };
 

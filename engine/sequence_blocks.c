@@ -90,11 +90,11 @@ static bool is_shared(const struct scheduler *s, const struct sequence *seq, int
     return at < seq->n_blocks && s->blocks[g].blocks[sequence_table(s, seq, g)[at]].refs > 1;
 }
 
-bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct plan_row *row)
+bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct block_copies *copies)
 {
-    int32_t at = row->start / s->config.limits.block_size;
     if (seq->is_alone) // only choices of one request share a block that is not full
         return true;
+    int32_t at = seq->n_computed / s->config.limits.block_size;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         if (is_shared(s, seq, g, at) && s->blocks[g].n_free == 0)
             return false;
@@ -103,10 +103,12 @@ bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct plan_r
         if (!is_shared(s, seq, g, at))
             continue;
         int32_t *entry = &sequence_table(s, seq, g)[at];
-        row->copy_from[g] = *entry;
-        row->copy_to[g] = block_manager_alloc(&s->blocks[g]);
+        int32_t i = copies[g].n++, own = block_manager_alloc(&s->blocks[g]);
+        copies[g].sequence[i] = seq;
+        copies[g].from[i] = *entry;
+        copies[g].to[i] = own;
         block_manager_unref(&s->blocks[g], *entry);
-        *entry = row->copy_to[g];
+        *entry = own;
     }
     return true;
 }

@@ -17,9 +17,9 @@ void sequence_take_prefix(struct scheduler *s, struct sequence *seq, const struc
 // Makes the table cover positions < end, one block in every group at a time; false when some group has none left (what
 // was got stays).
 bool sequence_grow(struct scheduler *s, struct sequence *seq, int32_t end);
-// Makes the block of the row's first position the sequence's own; false, and nothing done, when a group has
-// none left.
-bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct plan_row *row);
+// Makes the block of the next position to compute the sequence's own, by copies [n_groups]; false, and nothing done, when a
+// group has none left.
+bool sequence_own_block(struct scheduler *s, struct sequence *seq, struct block_copies *copies);
 void sequence_share_blocks(struct scheduler *s, const struct sequence *from, struct sequence *to);
 void sequence_free_behind_window(struct scheduler *s, struct sequence *seq);
 void sequence_free_blocks(struct scheduler *s, struct sequence *seq, bool forget);

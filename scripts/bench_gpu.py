@@ -43,6 +43,7 @@ SECTIONS = {
     "batch1": Section(60, 40, serving.batch1),
     "itl": Section(60, 30, serving.itl),
     "streams": Section(180, 70, serving.streams),
+    "deterministic": Section(60, 40, serving.deterministic),
     "small": Section(40, 25, serving.small),
     "ttft": Section(100, 40, serving.ttft),
     "idle": Section(70, 40, serving.idle),

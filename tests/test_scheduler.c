@@ -156,12 +156,17 @@ static void launch_row(struct trace *t, const struct plan_row *row)
     }
 }
 
-static void copy_on_write(struct trace *t, const struct plan_row *row)
+static void copy_on_write(struct trace *t, const struct plan *plan)
 {
     for (int32_t g = 0; g < t->config.limits.n_groups; g++) {
-        if (row->copy_to[g] >= 0)
-            memcpy(&t->kv[g][row->copy_to[g] * BLOCK_SIZE], &t->kv[g][row->copy_from[g] * BLOCK_SIZE],
+        const struct block_copies *copies = &plan->copies[g];
+        for (int32_t i = 0; i < copies->n; i++) {
+            bool planned = false;
+            for (int32_t k = 0; k < plan->n_rows; k++) planned = planned || plan->rows[k].sequence == copies->sequence[i];
+            ck_assert(planned);
+            memcpy(&t->kv[g][copies->to[i] * BLOCK_SIZE], &t->kv[g][copies->from[i] * BLOCK_SIZE],
                    BLOCK_SIZE * sizeof t->kv[g][0]);
+        }
     }
 }
 
@@ -219,8 +224,7 @@ static bool step(struct trace *t)
     check_plan(t, plan);
     if (plan->n_rows == 0)
         return false;
-    for (int32_t i = 0; i < plan->n_rows; i++)
-        copy_on_write(t, &plan->rows[i]);
+    copy_on_write(t, plan);
     for (int32_t i = 0; i < plan->n_rows; i++)
         launch_row(t, &plan->rows[i]);
     for (int32_t i = 0; i < plan->n_outputs; i++)

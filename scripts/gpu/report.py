@@ -119,6 +119,9 @@ def other_lines(tables):
     streams = "streams " + " ".join(str(r.get("streams", 1)) for r in rows)
     for column, what in (("host us", "host work a decode step"), ("launch us", "enqueueing a decode step")):
         yield Line(f"{what}, us", "", " ".join(number(r[column]) for r in rows) or "not measured", streams if rows else "")
+    for r in tables.get("deterministic", []):
+        yield Line(f"--deterministic, {r['streams']} streams, decoding", "", f"{number(r['tokens/s'])} tokens/s",
+                   f"{percent(r['share'])} of {number(r['without'])} without" if r["share"] is not None else "")
     for r in tables.get("start", []):
         yield Line(f"exec to ready: {r['what']}", "", f"{r['exec to ready, s']:.2f} s")
     for r in tables.get("sizes", []):
@@ -173,6 +176,7 @@ EXPLAINED = {
     "streams": "Over HTTP. Roofline step: max(weights / bandwidth, FLOPs / GEMM rate at that T) + KV / bandwidth; whole: the "
                "prompts' GEMMs at the rate for a chunk, their attention at FA2's rate, then full decode steps.",
     "ttft": "One request at a time, random ids. Floor: GEMMs at cuBLAS's rate for a chunk, attention at FA2's for the length.",
+    "deterministic": "With --deterministic; without: batch1's or streams' in this run.",
     "idle": "From a trace of the end of a run. A graph counts as busy as a whole.",
 }
 

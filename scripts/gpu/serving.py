@@ -73,14 +73,14 @@ class Served:
             raise RuntimeError("gptd did not end within 20 s of SIGTERM") from None
 
 
-def dummy_server(bench, model, context, n_seqs, env=None):
+def dummy_server(bench, model, context, n_seqs, *flags, env=None):
     return bench.served.start(
         model.path, "--load-format", "dummy", "--max-model-len", str(min(context, model.max_positions)),
-        "--max-num-seqs", str(n_seqs), "--max-num-batched-tokens", str(max(bench.arguments.chunk, n_seqs)), env=env)
+        "--max-num-seqs", str(n_seqs), "--max-num-batched-tokens", str(max(bench.arguments.chunk, n_seqs)), *flags, env=env)
 
 
-def main_server(bench, env=None):
-    return dummy_server(bench, bench.model, 8192, max(256, *bench.arguments.streams), env)
+def main_server(bench, *flags, env=None):
+    return dummy_server(bench, bench.model, 8192, max(256, *bench.arguments.streams), *flags, env=env)
 
 
 def lengths(model, n_input, n_output):
@@ -246,6 +246,20 @@ def streams(bench):
         bench.attempt(f"{n} streams", streams_of, bench, server, n, 1 if bench.arguments.quick else 2)
 
 
+def deterministic(bench):
+    """What answers that are the same whatever else is served cost: beside the streams of this run, or its batch 1."""
+    server = main_server(bench, "--deterministic")
+    tables = {1: ("batch1", "decode tokens/s"), **{n: ("streams", "steady tokens/s") for n in bench.arguments.streams[:1]}}
+    for n, (table, column) in tables.items():
+        n_input, n_output = lengths(bench.model, 128 if table == "batch1" else 1024, 256)
+        run = load(bench, server, bench.model, n, n, n_input, n_output, warmup=min(n, 8))
+        steady = run["steady_decode"] and run["steady_decode"]["tokens_per_second"]
+        rate = 1e3 / run["tpot_ms"]["p50"] if table == "batch1" else steady
+        free = next((r[column] for r in bench.tables.get(table, []) if r.get("streams", 1) == n), None)
+        bench.add("deterministic", streams=n, **{"in": n_input, "out": n_output, "tokens/s": rate, "without": free,
+                                                 "share": cost.ratio(rate, free)})
+
+
 def ttft_of(bench, server, length):
     model = bench.model
     length = min(length, model.max_positions - LAST_ID)
@@ -274,7 +288,7 @@ def idle(bench):
     cases = [(1, lengths(bench.model, 128, 256)), (min(64, *bench.arguments.streams), lengths(bench.model, 128, 128))]
     with tempfile.TemporaryDirectory() as directory:
         path, runs = os.path.join(directory, "trace"), []
-        server = main_server(bench, {"CUDA_INJECTION64_PATH": library, "GPU_TRACE": path})
+        server = main_server(bench, env={"CUDA_INJECTION64_PATH": library, "GPU_TRACE": path})
         for n, (n_input, n_output) in cases:
             time.sleep(1.5)  # parts the loads in the trace
             runs.append(load(bench, server, bench.model, n, n, n_input, n_output, warmup=0))

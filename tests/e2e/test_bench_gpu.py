@@ -126,7 +126,7 @@ class Run(unittest.TestCase):
             done = subprocess.run(
                 [sys.executable, os.path.join(harness.ROOT, "scripts", "bench_gpu.py"), "--bundle", os.path.dirname(harness.SERVER),
                  "--backend", "cpu", "--models", harness.MODEL, harness.MODEL, "--demo", harness.MODEL, "--quick", "--out", out,
-                 "--streams", "2", "--only", "decode", "batch1", "streams", "start", "--limit", "120"],
+                 "--streams", "2", "--only", "decode", "batch1", "streams", "deterministic", "start", "--limit", "120"],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
             results = {name.rsplit(".")[-1]: os.path.join(out, name) for name in os.listdir(out)}
             with open(results["json"]) as f:
@@ -141,6 +141,8 @@ class Run(unittest.TestCase):
         self.assertEqual((tables["streams"][0]["streams"], tables["streams"][0]["in"]), (2, 1024))
         self.assertGreater(tables["streams"][0]["whole tokens/s"], 0)
         self.assertGreater(tables["streams"][0]["steady tokens/s"] or 1, 0)  # none if the two never decoded together
+        self.assertEqual([row["streams"] for row in tables["deterministic"]], [1, 2])
+        self.assertGreater(tables["deterministic"][0]["share"], 0)
         self.assertEqual([row["what"] for row in tables["start"]], [f"demo, {n}" for n in ("first", "second")] * 2)
         self.assertIn("## not measured", text)
 
