@@ -47,6 +47,7 @@ SECTIONS = {
     "small": Section(40, 25, serving.small),
     "ttft": Section(100, 40, serving.ttft),
     "idle": Section(70, 40, serving.idle),
+    "kernels": Section(40, 0, serving.kernels),
     "start": Section(60, 40, serving.start),
     "sizes": Section(5, 5, serving.sizes),
     "transformers": Section(60, 0, in_torch("transformers")),

@@ -178,6 +178,7 @@ EXPLAINED = {
     "ttft": "One request at a time, random ids. Floor: GEMMs at cuBLAS's rate for a chunk, attention at FA2's for the length.",
     "deterministic": "With --deterministic; without: batch1's or streams' in this run.",
     "idle": "From a trace of the end of a run. A graph counts as busy as a whole.",
+    "kernels": "One stream, every kernel traced. A moment counts for the kernel that ends next.",
 }
 
 

@@ -280,18 +280,17 @@ def ttft(bench):
             bench.attempt(f"{length} tokens", ttft_of, bench, server, length)
 
 
-def idle(bench):
-    """Gaps between decode steps, from a server that is traced: one stream, then 64."""
+def traced(bench, start, cases, **env):
+    """[(streams, run, records)] of loads of a server that is traced; cases: (streams, (input, output)). start: of it."""
     library = os.path.abspath(os.path.join(bench.arguments.bundle, "libgptd_trace.so"))
     if not os.path.exists(library):
         raise RuntimeError(f"{library} is not there (make gpu-bundle)")
-    cases = [(1, lengths(bench.model, 128, 256)), (min(64, *bench.arguments.streams), lengths(bench.model, 128, 128))]
     with tempfile.TemporaryDirectory() as directory:
         path, runs = os.path.join(directory, "trace"), []
-        server = main_server(bench, env={"CUDA_INJECTION64_PATH": library, "GPU_TRACE": path})
+        server, model = start({"CUDA_INJECTION64_PATH": library, "GPU_TRACE": path, **env})
         for n, (n_input, n_output) in cases:
             time.sleep(1.5)  # parts the loads in the trace
-            runs.append(load(bench, server, bench.model, n, n, n_input, n_output, warmup=0))
+            runs.append(load(bench, server, model, n, n, n_input, n_output, warmup=0))
         bench.served.stop()
         if not os.path.exists(path):
             raise RuntimeError("the driver did not load libgptd_trace.so, or CUPTI gave nothing (its message is above)")
@@ -299,9 +298,29 @@ def idle(bench):
             parts = trace.loads(trace.parse(f))[-len(cases):]
     if len(parts) < len(cases):
         raise RuntimeError("the trace has too little in it")
-    for (n, (_, n_output)), run, part in zip(cases, runs, parts):
-        window = 0.6 * (n_output - 1) * run["tpot_ms"]["p50"] * 1e-3  # the end of the run, when all decode
-        bench.add("idle", streams=n, **{"traced TPOT ms": run["tpot_ms"]["p50"], **trace.idle(part, window)})
+    return [(n, run, part) for (n, _), run, part in zip(cases, runs, parts)]
+
+
+def window_of(run):
+    """Seconds at the end of a run in which all of it decodes."""
+    return 0.6 * (run["output_tokens"] / run["n_requests"] - 1) * run["tpot_ms"]["p50"] * 1e-3
+
+
+def idle(bench):
+    """Gaps between decode steps: one stream, then 64."""
+    cases = [(1, lengths(bench.model, 128, 256)), (min(64, *bench.arguments.streams), lengths(bench.model, 128, 128))]
+    for n, run, part in traced(bench, lambda env: (main_server(bench, env=env), bench.model), cases):
+        bench.add("idle", streams=n, **{"traced TPOT ms": run["tpot_ms"]["p50"], **trace.idle(part, window_of(run))})
+
+
+def kernels(bench):
+    """Where a decode step of one stream goes, with every kernel traced, which costs some."""
+    for model in (bench.model, bench.small):
+        def started(env, model=model):
+            return dummy_server(bench, model, 8192, 16, env=env), model
+        for _, run, part in traced(bench, started, [(1, lengths(model, 128, 256))], GPU_TRACE_NODES="1"):
+            for row in trace.kernels(part, window_of(run)):
+                bench.add("kernels", model=model.name(), **{"traced TPOT ms": run["tpot_ms"]["p50"], **row})
 
 
 def start(bench):

@@ -2,6 +2,9 @@
 
 A graph is one interval, from its first kernel to its last, so gaps inside graphs count as busy.
 """
+import collections
+import re
+
 PAUSE = 0.5e9  # ns of nothing that part one load from the next
 
 
@@ -56,3 +59,26 @@ def idle(records, window):
     return {"busy share": 1 - nothing / max(1, busy_until - begin), "steps": steps,
             "idle us per step": nothing / 1e3 / steps if steps else None,
             "gap us p50": percentile(gaps, 50), "gap us p90": percentile(gaps, 90), "records": len(records)}
+
+
+def short_name(name):
+    """Of one of our kernels, without where it lies, with its template's arguments; of others as they are."""
+    ours = re.search(r"\d([a-z][a-z_]*_kernel)(I\S*?E)?(?:E+v|$)", name)
+    return " ".join(filter(None, ours.groups())) if ours else name[:60]
+
+
+def kernels(records, window):
+    """Of the last `window` seconds: [{kernel, a step, us a step}], where a moment counts for the kernel that ends next:
+    kernels begin, and wait, before those that they follow have ended."""
+    last = max((end for _, end, _, _ in records), default=0)
+    records = [r for r in records if r[0] >= last - window * 1e9]
+    steps = sum(1 for _, _, _, name in records if "embed" in name)
+    if not steps:
+        raise ValueError("the trace holds no step")
+    spent, counts, until = collections.Counter(), collections.Counter(), records[0][0]
+    for _, end, kind, name in sorted(records, key=lambda r: r[1]):
+        key = short_name(name) if kind == "k" else {"c": "copy", "s": "memset", "g": "graph"}.get(kind, kind)
+        spent[key] += max(0, end - until)
+        counts[key] += 1
+        until = max(until, end)
+    return [{"kernel": key, "a step": counts[key] / steps, "us a step": ns / 1e3 / steps} for key, ns in spent.most_common()]

@@ -84,6 +84,18 @@ class Readers(unittest.TestCase):
         self.assertEqual((found["steps"], found["gap us p50"]), (3, 0.1))
         self.assertRaises(ValueError, trace.idle, trace.parse(["nothing"]), 1.0)
 
+    def test_trace_of_kernels(self):
+        few = "_ZN46_GLOBAL__N__4a94b29f_13_linear_few_cu_54e0203b17linear_few_kernelI13__nv_bfloat16S1_Li1EEEvNS_8few_argsE"
+        lines = ["k 1000 2000 16embedding_kernelI6__halfEv14embedding_args", f"k 1500 6000 {few}", "k 1600 6500 nvjet_hsh_64x8",
+                 "k 7000 8000 16embedding_kernelI6__halfEv14embedding_args", f"k 7500 11000 {few}", "c 11000 11200 1"]
+        rows = {row["kernel"]: row for row in trace.kernels(trace.parse(lines), 1.0)}
+        name = trace.short_name(few)
+        self.assertEqual(name, "linear_few_kernel I13__nv_bfloat16S1_Li1E")
+        self.assertAlmostEqual(rows[name]["us a step"], 3.5)
+        self.assertAlmostEqual(rows["nvjet_hsh_64x8"]["a step"], 0.5)
+        self.assertAlmostEqual(sum(row["us a step"] for row in rows.values()), 5.1)
+        self.assertRaises(ValueError, trace.kernels, trace.parse(["k 1 2 other"]), 1.0)
+
     def test_watch(self):
         text = "0, 345, 70.0\n100, 1980, 600.0\n90, 1900, [N/A]\n50, 1960, 500.0\n1"
         self.assertEqual(serving.watch_means(text, ["a", "b", "c"]), {"a": 75.0, "b": 1970.0, "c": 550.0})

@@ -1,6 +1,6 @@
 /* bench_cuda_layers.c: the products of a model's layers on the GPU with what is fused around them, and its attention, as a
- * decode step has them: layers of their own weights in one graph. Microseconds and bytes of weights (or keys and values)
- * per second, for each kind alone and for all in turn. Random weights and activations.
+ * decode step has them: layers of their own weights, keys and values in one graph. Microseconds and bytes of weights (or keys
+ * and values) per second, for each kind alone and for all in turn. Random weights and activations.
  *
  *   bench_cuda_layers [8b | 1b] [T ...]        shapes of Llama-3-8B, or of Llama-3.2-1B; sequences
  */
@@ -22,10 +22,9 @@ static const struct kernels *gpu;
 static struct device *d;
 static struct error e;
 static uint16_t table[DRAW_TABLE_SIZE];
-static struct { struct weight qkv, out, in, down; struct tensor norm; } layer[MAX_LAYERS];
+static struct { struct weight qkv, out, in, down; struct tensor norm; struct kv_layer cache; } layer[MAX_LAYERS];
 static struct weight head;
 static struct tensor x, normed, qkv, attn, inner_out, act, cos_sin, logits;
-static struct kv_layer cache;
 static int32_t slots[MAX_T], starts[MAX_T + 1], lens[MAX_T], blocks[MAX_T * WIDTH];
 
 static void check(int rc)
@@ -66,10 +65,10 @@ static void enqueue(const char *kinds, size_t T)
         struct linear_params o = {rows_of(x, T), rows_of(attn, T), &layer[i].out, true};
         struct linear_params u = {rows_of(inner_out, T), n.out, &layer[i].in, false};
         struct linear_params w = {rows_of(x, T), rows_of(act, T), &layer[i].down, true};
-        struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), cache, slots, HEADS, KV, shape.dim, shape.dim};
+        struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), layer[i].cache, slots, HEADS, KV, shape.dim, shape.dim};
         struct activation_params a = {rows_of(act, T), u.out, ACT_SILU, true};
         if (strchr(kinds, 'q')) check(gpu->norm_linear_rope(d, &n, &q, &r, &e));
-        struct attention_params s = {.out = rows_of(attn, T), .qkv = q.out, .cache = cache, .cu_seqlens_q = starts,
+        struct attention_params s = {.out = rows_of(attn, T), .qkv = q.out, .cache = layer[i].cache, .cu_seqlens_q = starts,
             .context_lens = lens, .block_table = blocks, .n_seqs = (int32_t)T, .max_blocks = WIDTH, .block_size = BLOCK,
             .n_heads = HEADS, .n_kv_heads = KV, .head_dim = shape.dim, .scale = 0.088f};
         if (strchr(kinds, 'a')) check(gpu->attention(d, &s, &e));
@@ -133,10 +132,12 @@ static void make_arrays(void)
     inner_out = matrix(DTYPE_BF16, MAX_T, 2 * inner), act = matrix(DTYPE_BF16, MAX_T, inner);
     cos_sin = matrix(DTYPE_F32, MAX_T, dim), logits = matrix(DTYPE_F32, MAX_T, VOCAB);
     const size_t n_blocks = MAX_T * WIDTH;
-    cache.k = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim), cache.v = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim);
-    cache.k.n_dims = cache.v.n_dims = 4;
-    const size_t dims[4] = {n_blocks, KV, BLOCK, dim};
-    memcpy(cache.k.shape, dims, sizeof dims), memcpy(cache.v.shape, dims, sizeof dims);
+    for (int i = 0; i < shape.layers; i++) {
+        struct tensor kv = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim);
+        kv.n_dims = 4, kv.shape[0] = n_blocks, kv.shape[1] = KV, kv.shape[2] = BLOCK, kv.shape[3] = dim;
+        layer[i].cache.k = layer[i].cache.v = kv;
+        layer[i].cache.v.data = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim).data;
+    }
     for (int i = 0; i < MAX_T; i++) slots[i] = ((i + 1) * WIDTH - 1) * BLOCK, lens[i] = CONTEXT, starts[i + 1] = i + 1;
     for (int i = 0; i < MAX_T * WIDTH; i++) blocks[i] = i;
 }

@@ -30,7 +30,7 @@ static void write_record(const CUpti_Activity *record)
     }
     case CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL: {
         const CUpti_ActivityKernel10 *r = (const void *)record;
-        fprintf(file, "k %" PRIu64 " %" PRIu64 " %.80s\n", r->start, r->end, r->name ? r->name : "-");
+        fprintf(file, "k %" PRIu64 " %" PRIu64 " %.160s\n", r->start, r->end, r->name ? r->name : "-");
         break;
     }
     case CUPTI_ACTIVITY_KIND_MEMCPY: {
