@@ -69,7 +69,8 @@ struct flash_attention_params {
 int gptd_flash_attention_prefill(const struct flash_attention_params *p, struct CUstream_st *stream);
 
 // One query per sequence, paged; with cu_seqlens_q given, sequences that have another number of queries are left alone.
-// A launch depends on no length but max_context: captured in a graph it serves every context up to that.
+// A launch depends on no length but max_context: captured in a graph it serves every context up to that. On Hopper the next
+// kernel of the stream, if it is launched so that it may (programmatic dependent launch), begins before this one ends.
 int gptd_flash_attention_decode(const struct flash_attention_params *p, struct CUstream_st *stream);
 
 // What decode wants as scratch for p's n_seqs, n_heads, n_kv_heads, head_dim and max_context; bounded (320 MB, or one

@@ -120,15 +120,16 @@ static inline struct scoring scoring_of(const struct flash_attention_params *p)
 }
 
 // A kernel that begins with previous_kernel_wait, launched while the one before it ends; where the code that runs
-// was made for sm_80 it has no such wait, and is launched after that end.
+// was made for sm_80 it has no such wait, and is launched after that end. most_smem: of any launch of it, which may come from
+// several threads at once.
 template <typename Args>
-static cudaError_t launch_kernel(void (*kernel)(Args), unsigned n_blocks, int n_threads, size_t smem, int sm,
-                                 cudaStream_t stream, const Args &args)
+static cudaError_t launch_kernel(void (*kernel)(Args), unsigned n_blocks, int n_threads, size_t smem, size_t most_smem,
+                                 int sm, cudaStream_t stream, const Args &args)
 {
     cudaFuncAttributes code;
     cudaError_t status = cudaFuncGetAttributes(&code, (const void *)kernel);
     if (status != cudaSuccess) return status;
-    status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most_smem);
     if (status == cudaSuccess) status = prefer_shared_memory((const void *)kernel);
     if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute = {};

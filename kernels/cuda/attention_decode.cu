@@ -606,8 +606,9 @@ template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_
     cudaError_t status = device_figures(&sm, &n_sms);
     if (status != cudaSuccess) return status;
     a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * WARPS));
-    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::smem(a.few), sm,
-                         stream, a);
+    a.few = a.p.n_seqs <= FEW_SEQS && sm >= 90;
+    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::smem(a.few),
+                         decode_shape<D>::smem(false), sm, stream, a);
 }
 
 template <typename T> cudaError_t launch_dim(const decode_args &a, cudaStream_t stream)
@@ -659,7 +660,6 @@ cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t s
     a.n_groups = p->n_kv_heads * a.groups_per_kv;
     a.max_splits = need.max_splits;
     a.block_shift = p->block_size == 16 ? 4 : p->block_size == 32 ? 5 : 6;
-    a.few = p->n_seqs <= FEW_SEQS;
     a.partial = (float *)p->scratch;
     a.tickets = p->tickets;
     size_t at_once = p->scratch_bytes / need.bytes;

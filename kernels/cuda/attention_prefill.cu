@@ -583,7 +583,7 @@ cudaError_t launch_shape(prefill_args a, size_t n_tiles, int sm, int n_sms, cuda
     if (section_tiles < 2) section_tiles = 2;
     a.section_part = (uint32_t)((((uint64_t)1 << 32) + section_tiles - 1) / section_tiles);
     return launch_kernel(attention_prefill_kernel<T, D, MT, WARPS, BLOCKS>, (unsigned)n_blocks, shape::THREADS,
-                         shape::SMEM, sm, stream, a);
+                         shape::SMEM, shape::SMEM, sm, stream, a);
 }
 
 // At most so many tiles: every sequence may end with a part of one.

@@ -148,7 +148,7 @@ __device__ __forceinline__ void end_element(const few_args &a, int32_t tile, int
 
 // What the warps have of a tile; two, so that the next tile's sums can be written while these are read. Squares: of parts of x.
 template <int X_ROWS> struct tile_sums {
-    float sum[2][WARPS][X_ROWS][TILE_ROWS], squares[X_ROWS][WARPS / X_ROWS];
+    float sum[2][WARPS][X_ROWS][TILE_ROWS], squares[X_ROWS][WARPS];
 };
 
 // A stage: rows of the tile, X_ROWS of x, one of the norm's weight.
@@ -267,23 +267,32 @@ __device__ __forceinline__ void add_step(uint32_t stage, const lane_places &plac
     }
 }
 
-// Sums up squares of x: a token's by WARPS / X_ROWS warps.
+// Sums up squares of x, a token's in WARPS sums of the same columns for any T; WARPS / X_ROWS warps have a token.
 template <typename T, int X_ROWS> __device__ __forceinline__ void add_squares(const few_args &a, tile_sums<X_ROWS> &sums)
 {
-    constexpr int PER_TOKEN = WARPS / X_ROWS, STRIDE = PER_TOKEN * 32 * VECTOR;
-    int32_t warp = (int32_t)threadIdx.x / 32, token = warp / PER_TOKEN;
+    constexpr int PER_TOKEN = WARPS / X_ROWS, N_SUMS = WARPS / PER_TOKEN, COLUMNS = 32 * VECTOR;
+    const int32_t lane = (int32_t)threadIdx.x % 32, warp = (int32_t)threadIdx.x / 32;
+    const int32_t token = warp / PER_TOKEN, part = warp % PER_TOKEN;
     const T *x = (const T *)a.x + (size_t)min(token, a.T - 1) * a.K;
-    float squares = 0;
-#pragma unroll 8
-    for (int32_t at = ((int32_t)threadIdx.x - token * PER_TOKEN * 32) * VECTOR; at < a.K; at += STRIDE) {
-        union { uint4 bits; T element[VECTOR]; } vector;
-        vector.bits = *(const uint4 *)(x + at);
+    float squares[N_SUMS] = {};
+#pragma unroll(8 / N_SUMS)
+    for (int32_t begin = part * COLUMNS + lane * VECTOR; begin < a.K; begin += WARPS * COLUMNS) {
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) squares = fmaf(to_float(vector.element[i]), to_float(vector.element[i]), squares);
+        for (int i = 0; i < N_SUMS; i++) {
+            union { uint4 bits; T element[VECTOR]; } vector;
+            int32_t at = begin + i * PER_TOKEN * COLUMNS;
+            vector.bits = at < a.K ? *(const uint4 *)(x + at) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++)
+                squares[i] = fmaf(to_float(vector.element[j]), to_float(vector.element[j]), squares[i]);
+        }
     }
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
-    if (threadIdx.x % 32 == 0) sums.squares[token][warp % PER_TOKEN] = squares;
+    for (int i = 0; i < N_SUMS; i++) {
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) squares[i] += __shfl_xor_sync(~0u, squares[i], d);
+        if (lane == 0) sums.squares[token][part + i * PER_TOKEN] = squares[i];
+    }
 }
 
 template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
@@ -301,9 +310,10 @@ __device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, til
     int32_t token = min((int32_t)threadIdx.x / TILE_ROWS, X_ROWS - 1), i = (int32_t)threadIdx.x % TILE_ROWS;
     float value = 0, all = 0;
 #pragma unroll
-    for (int j = 0; j < WARPS; j++) value += sums.sum[turn][j][token][i];
-#pragma unroll
-    for (int j = 0; NORMED && j < WARPS / X_ROWS; j++) all += sums.squares[token][j];
+    for (int j = 0; j < WARPS; j++) {
+        value += sums.sum[turn][j][token][i];
+        if (NORMED) all += sums.squares[token][j];
+    }
     if (NORMED) value *= 1.0f / sqrtf(all / (float)a.K + a.eps);
     end_element<T, Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, i, value, addend);
 }

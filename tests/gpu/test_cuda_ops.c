@@ -392,6 +392,22 @@ static void norms_end(struct norms *n)
     pair_free(&n->x), pair_free(&n->out), pair_free(&n->weight), pair_free(&n->bias);
 }
 
+// Row 0 again, alone: few rows have the same bits however many they are.
+static void expect_row_alone(const struct pair *out, struct norm_params n, struct linear_params p, struct activation_params a)
+{
+    size_t m = out->g.shape[1], bytes = m * dtype_size(out->g.dtype);
+    struct pair alone = pair_of(out->g.dtype, 1, m);
+    char *bits = malloc(2 * bytes);
+    poison(&alone);
+    n.x.shape[0] = n.out.shape[0] = p.x.shape[0] = p.out.shape[0] = a.x.shape[0] = 1, a.out = alone.g;
+    check(gpu->norm_linear_activation(gpu_device, &n, &p, &a, &e));
+    check(gpu->copy_out(gpu_device, bits, out->g.data, bytes, &e));
+    check(gpu->copy_out(gpu_device, bits + bytes, alone.g.data, bytes, &e));
+    ck_assert_msg(!memcmp(bits, bits + bytes, bytes), "norm, linear, activation: row 0 of %zu is not what it is alone, K %zu",
+                  out->g.shape[0], n.x.shape[1]);
+    free(bits), pair_free(&alone);
+}
+
 static void expect_norm_linear_activation(int n_rounds, int first_T, int n_T)
 {
     static const size_t dims[] = {64, 200, 520, 1024, 4096}, inner[] = {4, 36, 500, 1376};
@@ -411,6 +427,7 @@ static void expect_norm_linear_activation(int n_rounds, int first_T, int n_T)
         check(cpu->norm(cpu_device, &n.c, &e)), check(cpu->linear(cpu_device, &c, &e));
         check(cpu->activation(cpu_device, &ca, &e));
         expect_close(&out, 4, "norm, linear, activation"); // roundings of norm, product, result; the product's two factors
+        if (T <= 8) expect_row_alone(&out, n.g, g, ga);
         weights_end(&w), norms_end(&n), pair_free(&in), pair_free(&out);
     }
 }
