@@ -11,7 +11,7 @@
 #include <time.h>
 
 #include "engine/inbox.h"
-#include "engine/scheduler.h"
+#include "engine/batch.h"
 #include "engine/sequence_blocks.h"
 
 enum { N_REQUESTS = 40, N_BLOCKS = 40, BLOCK_SIZE = 16, MAX_LEN = 256, MAX_N = 3, VOCAB = 50, STOP_ID = 7 };
@@ -30,7 +30,7 @@ struct trace {
     struct scheduler s;
     struct scheduler_config config;
     struct inbox *inbox;
-    struct plan plans[2];
+    struct step steps[2];
     struct sample_result *results[2];
     uint64_t n_planned, n_committed;
     uint64_t kv[MAX_KV_GROUPS][N_BLOCKS * BLOCK_SIZE];
@@ -70,14 +70,16 @@ static void trace_init(struct trace *t, int32_t variant)
     for (int32_t pass = 0; pass < 2; pass++) {
         arena.used = 0;
         scheduler_layout(&t->s, &arena, &t->config);
-        plan_layout(&t->plans[0], &arena, &t->config);
-        plan_layout(&t->plans[1], &arena, &t->config);
+        step_layout(&t->steps[0], &arena, &t->s);
+        step_layout(&t->steps[1], &arena, &t->s);
         ARENA_ARRAY(&arena, t->results[0], t->config.max_logits_rows);
         ARENA_ARRAY(&arena, t->results[1], t->config.max_logits_rows);
         if (pass == 0)
             t->memory = arena.base = calloc(1, arena.used);
     }
     scheduler_init(&t->s);
+    step_init(&t->steps[0], &t->s, (struct history){0});
+    step_init(&t->steps[1], &t->s, (struct history){0});
     t->inbox = inbox_create(1000, 1000000, 1);
 }
 
@@ -164,6 +166,8 @@ static void copy_on_write(struct trace *t, const struct plan *plan)
             bool planned = false;
             for (int32_t k = 0; k < plan->n_rows; k++) planned = planned || plan->rows[k].sequence == copies->sequence[i];
             ck_assert(planned);
+            for (int32_t k = 0; k < copies->n; k++) // all at once on a device
+                ck_assert(copies->to[i] != copies->from[k] && (i == k || copies->to[i] != copies->to[k]));
             memcpy(&t->kv[g][copies->to[i] * BLOCK_SIZE], &t->kv[g][copies->from[i] * BLOCK_SIZE],
                    BLOCK_SIZE * sizeof t->kv[g][0]);
         }
@@ -216,14 +220,37 @@ static void check(struct trace *t)
     ck_assert_msg(scheduler_check(&t->s, t->refs, &why), "%s", why);
 }
 
+// What the device is told: tables as far as rows see, and slots.
+static void check_batch(const struct trace *t, const struct step *step)
+{
+    const struct batch *b = &step->batch;
+    ck_assert(b->n_seqs == step->plan.n_rows && b->n_tokens == step->plan.n_tokens);
+    for (int32_t i = 0; i < step->plan.n_rows; i++) {
+        const struct plan_row *row = &step->plan.rows[i];
+        for (int32_t g = 0; g < t->config.limits.n_groups; g++) {
+            const int32_t *table = sequence_table(&t->s, row->sequence, g);
+            const int32_t *told = b->block_tables[g] + (size_t)i * (size_t)b->max_blocks;
+            int32_t window = t->config.limits.windows[g], end = row->start + row->n_tokens;
+            for (int32_t p = window > 0 && row->start >= window ? row->start - window + 1 : 0; p < end; p++) {
+                ck_assert(told[p / BLOCK_SIZE] == table[p / BLOCK_SIZE] && table[p / BLOCK_SIZE] >= 0);
+                if (p >= row->start)
+                    ck_assert_int_eq(b->slot_mapping[g][b->cu_seqlens_q[i] + p - row->start],
+                                     table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE);
+            }
+        }
+    }
+}
+
 static bool step(struct trace *t)
 {
-    struct plan *plan = &t->plans[t->n_planned % 2];
+    struct plan *plan = &t->steps[t->n_planned % 2].plan;
     scheduler_plan(&t->s, plan, t->inbox->n_signals, t->now);
     check(t);
     check_plan(t, plan);
     if (plan->n_rows == 0)
         return false;
+    batch_fill(&t->steps[t->n_planned % 2], &t->s);
+    check_batch(t, &t->steps[t->n_planned % 2]);
     copy_on_write(t, plan);
     for (int32_t i = 0; i < plan->n_rows; i++)
         launch_row(t, &plan->rows[i]);
@@ -235,7 +262,7 @@ static bool step(struct trace *t)
 
 static void commit(struct trace *t)
 {
-    scheduler_commit(&t->s, &t->plans[t->n_committed % 2], t->results[t->n_committed % 2], t->now);
+    scheduler_commit(&t->s, &t->steps[t->n_committed % 2].plan, t->results[t->n_committed % 2], t->now);
     t->n_committed++;
     check(t);
 }

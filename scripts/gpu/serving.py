@@ -3,6 +3,7 @@
 Each takes the bench (its arguments, ceilings, tables and the time left) and adds rows to its tables as it goes.
 """
 import glob
+import http.client
 import importlib.util
 import json
 import os
@@ -119,13 +120,13 @@ class Samples:
 
     def __init__(self, server):
         self.server, self.taken, self.over = server, [], threading.Event()
-        self.thread = threading.Thread(target=self.take)
+        self.thread = threading.Thread(target=self.take, daemon=True)
 
     def take(self):
         while not self.over.wait(self.SECONDS):
             try:
                 self.taken.append(metrics(self.server))
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 pass  # the load's own failure says more
 
     def __enter__(self):
@@ -134,7 +135,7 @@ class Samples:
 
     def __exit__(self, *_):
         self.over.set()
-        self.thread.join()
+        self.thread.join(2)  # no longer for a server that hangs
 
 
 def load(bench, server, model, streams, requests, n_input, n_output, warmup=1):
@@ -249,8 +250,8 @@ def streams(bench):
 def deterministic(bench):
     """What answers that are the same whatever else is served cost: beside the streams of this run, or its batch 1."""
     server = main_server(bench, "--deterministic")
-    tables = {1: ("batch1", "decode tokens/s"), **{n: ("streams", "steady tokens/s") for n in bench.arguments.streams[:1]}}
-    for n, (table, column) in tables.items():
+    cases = [(1, "batch1", "decode tokens/s"), *((n, "streams", "steady tokens/s") for n in bench.arguments.streams[:1])]
+    for n, table, column in cases:
         n_input, n_output = lengths(bench.model, 128 if table == "batch1" else 1024, 256)
         run = load(bench, server, bench.model, n, n, n_input, n_output, warmup=min(n, 8))
         steady = run["steady_decode"] and run["steady_decode"]["tokens_per_second"]
@@ -315,12 +316,14 @@ def idle(bench):
 
 def kernels(bench):
     """Where a decode step of one stream goes, with every kernel traced, which costs some."""
-    for model in (bench.model, bench.small):
-        def started(env, model=model):
+    def of_model(model):
+        def started(env):
             return dummy_server(bench, model, 8192, 16, env=env), model
         for _, run, part in traced(bench, started, [(1, lengths(model, 128, 256))], GPU_TRACE_NODES="1"):
             for row in trace.kernels(part, window_of(run)):
                 bench.add("kernels", model=model.name(), **{"traced TPOT ms": run["tpot_ms"]["p50"], **row})
+    for model in (bench.model, bench.small):
+        bench.attempt(model.name(), of_model, model)
 
 
 def start(bench):
