@@ -24,6 +24,7 @@ void step_layout(struct step *step, struct arena *arena, const struct scheduler 
         ARENA_ARRAY(arena, b->slot_mapping[g], n_tokens);
         ARENA_ARRAY(arena, b->block_tables[g], (size_t)c->max_num_seqs * (size_t)s->max_blocks);
     }
+    ARENA_ARRAY(arena, b->table_stamps, c->max_num_seqs);
 }
 
 void step_init(struct step *step, const struct scheduler *s, struct history history)
@@ -65,12 +66,19 @@ static void fill_slots(struct batch *b, const struct plan_row *row, const int32_
     }
 }
 
+// Admissions are numbered from 1. A choice's last block may be another one by the next step, copied on write.
+static uint64_t stamp_of(const struct sequence *seq)
+{
+    return seq->is_alone ? seq->admission << 24 | (uint64_t)seq->n_blocks : 0;
+}
+
 // Entries freed behind the window since the last copy are left as they were: nobody reads them. The last block may have
 // been copied on write, so it is taken again.
 static const struct table_row *fill_table_row(struct step *step, const struct scheduler *s, const struct sequence *seq)
 {
     struct batch *b = &step->batch;
     struct table_row *held = &step->table_rows[b->n_seqs];
+    b->table_stamps[b->n_seqs] = stamp_of(seq);
     bool is_held = held->admission == seq->admission;
     if (is_held && held->n_blocks == seq->n_blocks && seq->is_alone) // what is alone copies nothing on write
         return held;

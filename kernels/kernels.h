@@ -81,6 +81,9 @@ struct stage_table {
     const int32_t *host, *cu_seqlens_q, *context_lens; // as in attention_params
     int32_t n_seqs, width, block_size;
     int32_t window;         // 0: unlimited
+    // [n_seqs]: a row that has the stamp which its place had in an earlier step has the same entries, as far as both were
+    // seen. 0: nothing is said of it. NULL: of none.
+    const uint64_t *stamps;
 };
 
 // Random weights, the same on every backend: element i is table[w], w the 16-bit word i % 4, lowest first, of

@@ -199,7 +199,7 @@ static void stage(struct pass *p)
         {b->logits_rows, n_rows * size, max_rows * size},
     };
     const struct stage_table table = {b->block_tables[group], b->cu_seqlens_q, b->context_lens, b->n_seqs, b->max_blocks,
-                                      b->block_size, p->config->window};
+                                      b->block_size, p->config->window, b->table_stamps};
     finish(p, "stage", p->kernels->stage(p->device, arrays, sizeof arrays / sizeof *arrays, &table, p->error));
 }
 

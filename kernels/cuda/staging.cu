@@ -2,8 +2,8 @@
  *
  * A step's arrays lie at fixed places on the device, so that a recorded graph reads those of any step. The host writes
  * them to a slot of pinned memory; one kernel reads the slot over the bus, while the step before still runs, and stores
- * when that is over. Of block tables, which may have megabytes, only entries that changed since the last step travel:
- * the host keeps a copy of what the device holds.
+ * when that is over. Of block tables, which may have megabytes, only entries that changed since the last step travel
+ * (table_shadow.h).
  *
  * What nobody staged (prompts, sampling parameters) is copied by the ops that are given it, through the rest of the slot.
  */
@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/table_shadow.h"
 
 enum {
     THREADS = 256,
@@ -31,12 +32,12 @@ struct staged {
 struct staging {
     char *pinned;          // [N_SLOTS, slot_bytes]
     char *arrays;          // device, [arrays_bytes + LOOSE_BYTES]
-    int32_t *shadow;       // host, [table_entries]: the table as the device has it
+    struct table_shadow shadow; // of the table
     size_t arrays_bytes;   // of the arrays of a step, the table last
     size_t table_entries;  // room of the table
     size_t slot_bytes;     // arrays but the table, then table updates, then LOOSE_BYTES
     size_t used;           // of the loose bytes of the slot that is being filled
-    int32_t slot, n_staged, table_width;
+    int32_t slot, n_staged;
     struct staged staged[MAX_STAGED];
     uint64_t free_after[N_SLOTS]; // recorded points that must be over before a slot is written to
 };
@@ -47,8 +48,6 @@ static size_t round_up(size_t n)
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
-
-struct table_update { int32_t at, block; };
 
 struct load_args {
     const char *pinned;
@@ -105,28 +104,6 @@ static char *slot_of(const struct staging *s)
     return s->pinned + (size_t)s->slot * s->slot_bytes;
 }
 
-// Writes what the device's table lacks of the step's. Returns how many.
-static uint32_t find_updates(struct staging *s, const struct stage_table *t, struct table_update *updates)
-{
-    uint32_t n = 0;
-    if (t->width != s->table_width) memset(s->shadow, 0x80, s->table_entries * sizeof *s->shadow); // nothing is known
-    s->table_width = t->width;
-    for (int32_t i = 0; i < t->n_seqs; i++) {
-        int32_t context = t->context_lens[i], first = 0, end = (context + t->block_size - 1) / t->block_size;
-        int32_t position = context - (t->cu_seqlens_q[i + 1] - t->cu_seqlens_q[i]);
-        if (t->window > 0 && position >= t->window) first = (position - t->window + 1) / t->block_size;
-        size_t row = (size_t)i * (size_t)t->width;
-        if (end <= first || !memcmp(t->host + row + first, s->shadow + row + first, (size_t)(end - first) * sizeof(int32_t)))
-            continue;
-        for (size_t at = row + (size_t)first; at < row + (size_t)end; at++) {
-            if (s->shadow[at] == t->host[at]) continue;
-            s->shadow[at] = t->host[at];
-            updates[n++] = (struct table_update){(int32_t)at, t->host[at]};
-        }
-    }
-    return n;
-}
-
 static int place_arrays(struct staging *s, const struct stage_array *arrays, int32_t n, struct load_args *a, size_t *end,
                         struct error *e)
 {
@@ -155,7 +132,7 @@ static int place_table(struct staging *s, const struct stage_table *table, struc
     size_t at = s->arrays_bytes - round_up(room);
     struct table_update *updates = (struct table_update *)(slot_of(s) + at);
     a->updates = updates, a->table = (int32_t *)(s->arrays + at);
-    a->n_updates = find_updates(s, table, updates);
+    a->n_updates = table_shadow_update(&s->shadow, table, updates);
     s->staged[s->n_staged++] = (struct staged){table->host, a->table, bytes, false};
     *end += a->n_updates;
     return 0;
@@ -237,8 +214,7 @@ int staging_create(struct device *d, struct error *e)
     s->table_entries = seqs * (max_blocks + 2); // the engine's rows may be longer by a little
     s->arrays_bytes = small + round_up(s->table_entries * sizeof(int32_t));
     s->slot_bytes = small + round_up(s->table_entries * sizeof(struct table_update)) + LOOSE_BYTES;
-    s->shadow = (int32_t *)malloc(s->table_entries * sizeof *s->shadow);
-    if (!s->shadow) return error_set(e, ERR_NOMEM, "staging: out of memory");
+    if (table_shadow_init(&s->shadow, seqs, s->table_entries)) return error_set(e, ERR_NOMEM, "staging: out of memory");
     size_t pinned = N_SLOTS * s->slot_bytes;
     if (cudaHostAlloc((void **)&s->pinned, pinned, cudaHostAllocMapped) != cudaSuccess) {
         cudaGetLastError();
@@ -255,7 +231,7 @@ void staging_destroy(struct device *d)
     if (!s) return;
     if (s->pinned) cudaFreeHost(s->pinned);
     cudaFree(s->arrays);
-    free(s->shadow);
+    table_shadow_deinit(&s->shadow);
     free(s);
     d->staging = NULL;
 }

@@ -93,7 +93,7 @@ static double seconds(const char *kinds, int32_t T)
     const size_t size = sizeof(int32_t), n = (size_t)T;
     const struct stage_array staged[] = {{slots, n * size, sizeof slots}, {starts, (n + 1) * size, sizeof starts},
                                          {lens, n * size, sizeof lens}};
-    const struct stage_table table = {blocks, starts, lens, T, WIDTH, BLOCK, 0};
+    const struct stage_table table = {blocks, starts, lens, T, WIDTH, BLOCK, 0, NULL};
     double times[REPEATS];
     for (int i = -2; i < REPEATS; i++) {
         bool replayed, launched;

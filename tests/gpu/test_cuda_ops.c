@@ -555,7 +555,7 @@ START_TEST(steps_are_staged_and_replayed)
         check(gpu->attention(gpu_device, &p, &e));
         check(gpu->copy_out(gpu_device, want, out.g.data, sizeof want, &e));
         const struct stage_array arrays[] = {{cu[step % 2], sizeof cu[0], 4096}, {len, sizeof lens[0], 512}};
-        const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window};
+        const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window, NULL};
         bool replayed, launched = true;
         poison(&out);
         check(gpu->stage(gpu_device, arrays, 2, &staged, &e));
@@ -606,7 +606,7 @@ START_TEST(two_steps_in_flight)
             if (i >= 2) check(gpu->wait(gpu_device, tickets[i - 2], &e));
             *b = batches[i];
             const struct stage_array arrays[] = {{b->cu, sizeof b->cu, 4096}, {b->len, sizeof b->len, 512}};
-            const struct stage_table table = {b->table, b->cu, b->len, SEQS, WIDTH, BLOCK, 0};
+            const struct stage_table table = {b->table, b->cu, b->len, SEQS, WIDTH, BLOCK, 0, NULL};
             check(gpu->stage(gpu_device, arrays, 2, &table, &e));
         }
         struct attention_params p = {.out = outs[i].g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = b->cu,
