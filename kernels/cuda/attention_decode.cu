@@ -17,6 +17,9 @@
  * of a row that is in two shares: from 13 % (64 keys a split, contexts up to 1k) to 3 % (256 keys, beyond 4k) at 4 q heads
  * of a KV head, most of it to L2 alone. Bound by memory: a multiprocessor has 160 KB in flight (head_dim 128). Bound by
  * latency where there is little work: hence few instructions before the first fetch, and no barrier before the end.
+ * Of up to 8 sequences the rings are smaller, so that the next kernel's blocks, which hold weights, come beside this one's.
+ * Keys and values leave L2 first and partial results last: else these go to memory and back (8 % at 16 sequences of 8k).
+ * Tried, no better: smaller rings so that multiprocessors share memory more evenly, a row's pieces on several of them.
  */
 #include "kernels/cuda/attention_decode.cuh"
 
