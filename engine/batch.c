@@ -66,7 +66,7 @@ static void fill_slots(struct batch *b, const struct plan_row *row, const int32_
     }
 }
 
-// Admissions are numbered from 1. A choice's last block may be another one by the next step, copied on write.
+// Of a row's entries: 0 if they may be others by the next step, as those of a choice, whose last block may be copied on write.
 static uint64_t stamp_of(const struct sequence *seq)
 {
     return seq->is_alone ? seq->admission << 24 | (uint64_t)seq->n_blocks : 0;
@@ -78,11 +78,11 @@ static const struct table_row *fill_table_row(struct step *step, const struct sc
 {
     struct batch *b = &step->batch;
     struct table_row *held = &step->table_rows[b->n_seqs];
-    b->table_stamps[b->n_seqs] = stamp_of(seq);
-    bool is_held = held->admission == seq->admission;
-    if (is_held && held->n_blocks == seq->n_blocks && seq->is_alone) // what is alone copies nothing on write
+    uint64_t stamp = stamp_of(seq);
+    if (stamp != 0 && stamp == b->table_stamps[b->n_seqs])
         return held;
-    int32_t from = is_held && held->n_blocks > 0 ? held->n_blocks - 1 : 0;
+    b->table_stamps[b->n_seqs] = stamp;
+    int32_t from = held->admission == seq->admission && held->n_blocks > 0 ? held->n_blocks - 1 : 0;
     for (int32_t g = 0; g < s->config.limits.n_groups; g++) {
         int32_t *row = b->block_tables[g] + (size_t)b->n_seqs * (size_t)b->max_blocks;
         memcpy(row + from, sequence_table(s, seq, g) + from, (size_t)(seq->n_blocks - from) * sizeof *row);

@@ -76,7 +76,7 @@ struct batch {
     int32_t *cu_seqlens_q;        // [n_seqs + 1]
     int32_t *context_lens;        // [n_seqs], new tokens included
     int32_t *block_tables[MAX_KV_GROUPS]; // [n_seqs, max_blocks]
-    uint64_t *table_stamps;       // [n_seqs] as in stage_table, of the rows of all groups; NULL: none
+    uint64_t *table_stamps;       // [n_seqs] as in stage_table (kernels/kernels.h), of the rows of all groups; NULL: none
     int32_t *logits_rows;         // [n_logits_rows]: tokens whose logits are wanted, ascending; one may repeat (n > 1)
     int32_t *adapter_ids;         // [n_tokens]; -1: none (LoRA comes later)
     struct history history;
