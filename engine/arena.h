@@ -8,6 +8,8 @@
 
 #include <stddef.h>
 
+enum { CACHE_LINE = 64 }; // bytes
+
 struct arena {
     char *base;  // NULL: measure only
     size_t used; // bytes
@@ -17,7 +19,7 @@ struct arena {
 static inline void *arena_take(struct arena *arena, size_t n, size_t size)
 {
     size_t at = arena->used;
-    arena->used += (n * size + 63) / 64 * 64;
+    arena->used += (n * size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     return arena->base != NULL ? arena->base + at : NULL;
 }
 

@@ -181,7 +181,7 @@ static int allocate_tables(struct engine *engine, struct error *e)
 {
     struct arena arena = {0};
     tables_layout(&engine->scheduler, engine->steps, engine->depth, &arena, &engine->config);
-    engine->tables = aligned_alloc(64, arena.used);
+    engine->tables = aligned_alloc(CACHE_LINE, arena.used);
     if (engine->tables == NULL)
         return error_set(e, ERR_NOMEM, "no memory for %zu bytes of tables", arena.used);
     memset(engine->tables, 0, arena.used);

@@ -205,7 +205,6 @@ static int sequence_init(struct sequence *s, struct request *r, int32_t index, i
     s->n_prompt = r->n_prompt;
     s->n_most = n_tokens;
     s->is_alone = r->n == 1;
-    s->has_logprobs = p->logprobs >= 0;
     s->stop_token_id = -1;
     s->slot = -1;
     s->n_hashed = r->n_prompt / block_size;

@@ -24,7 +24,7 @@ enum sequence_state {
     SEQUENCE_ENDED,
 };
 
-enum { CACHE_LINE = 64, NEAR_STOP_IDS = 2 };
+enum { NEAR_STOP_IDS = 2 };
 
 struct sequence {
     // The engine thread's: what each step changes, which has become cold by then, on a line of the cache of its own.
@@ -40,7 +40,6 @@ struct sequence {
     int32_t first_block[MAX_KV_GROUPS]; // entries before it were freed behind the window
     enum sequence_state state;
     bool is_alone;                // no other choices
-    bool has_logprobs;            // its tokens come with them
 
     // What each step reads, up to where the reader looks: the next line. Copies of what the request has, whose own memory is
     // left alone.

@@ -576,11 +576,10 @@ static enum finish_reason finish_after(struct sequence *seq, int32_t id)
 
 static void take_token(struct scheduler *s, struct sequence *seq, const struct sample_result *result, double now)
 {
-    bool logprobs = seq->has_logprobs;
     if (seq->n_generated == 0 && atomic_load_explicit(&seq->request->first_token, memory_order_relaxed) == 0)
         atomic_store_explicit(&seq->request->first_token, now, memory_order_relaxed);
     seq->generated[seq->n_generated++] = result->id;
-    token_ring_write(&seq->ring, logprobs ? result->logprob : 0, result->top, logprobs ? result->n_top : 0);
+    token_ring_write(&seq->ring, result->logprob, result->top, result->n_top);
     s->published = true;
     s->generation_tokens++;
     if (seq->state == SEQUENCE_RUNNING)

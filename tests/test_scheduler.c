@@ -10,8 +10,8 @@
 #include <string.h>
 #include <time.h>
 
-#include "engine/inbox.h"
 #include "engine/batch.h"
+#include "engine/inbox.h"
 #include "engine/sequence_blocks.h"
 
 enum { N_REQUESTS = 40, N_BLOCKS = 40, BLOCK_SIZE = 16, MAX_LEN = 256, MAX_N = 3, VOCAB = 50, STOP_ID = 7 };
