@@ -19,7 +19,7 @@
  * latency where there is little work: hence few instructions before the first fetch, and no barrier before the end.
  * Of up to 8 sequences the rings are smaller, so that the next kernel's blocks, which hold weights, come beside this one's.
  * Keys and values leave L2 first and partial results last: else these go to memory and back (8 % at 16 sequences of 8k).
- * Tried, no better: smaller rings so that multiprocessors share memory more evenly, a row's pieces on several of them.
+ * Tried, no better: a row's pieces on several multiprocessors.
  */
 #include "kernels/cuda/attention_decode.cuh"
 
@@ -609,7 +609,7 @@ template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_
     cudaError_t status = device_figures(&sm, &n_sms);
     if (status != cudaSuccess) return status;
     a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * WARPS));
-    a.few = a.p.n_seqs <= FEW_SEQS && sm >= 90;
+    a.few = a.p.n_seqs <= FEW_ROWS && sm >= 90;
     return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::smem(a.few),
                          decode_shape<D>::smem(false), sm, stream, a);
 }

@@ -7,6 +7,7 @@
 #define GPTD_KERNELS_CUDA_ATTENTION_DECODE_CUH
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/linear_few.cuh"
 
 namespace {
 
@@ -16,8 +17,9 @@ enum {
     MAX_SLOTS = 8,
     GROUP_HEADS = 8,
     MAX_TICKETS = 1 << 16,
-    FEW_SEQS = 8, // at most: then the next kernel's blocks come early, and find room for 112 KB (linear_few.cu)
-    ROOM_BESIDE = (227 - 112 - 2) * 1024, // of a multiprocessor of sm_90; each block takes 1 KB more than it asks for
+    // Of a multiprocessor of sm_90, beside a block of the product with few rows that follows; a block takes 1 KB more than
+    // it asks for.
+    ROOM_BESIDE = (227 - 2) * 1024 - FEW_SMEM,
 };
 
 struct decode_args {
@@ -29,7 +31,7 @@ struct decode_args {
     int32_t max_splits;    // of any row
     int32_t block_shift;   // log2 of the block size
     uint32_t share_step;   // 2^32 / warps of the grid
-    bool few;              // up to FEW_SEQS sequences
+    bool few;              // up to FEW_ROWS sequences: the next kernel's blocks come early, and find room
     float *partial;        // [S, H, max_splits, D + 4]: result, maximum (in units of log2(e)), sum, nothing
     int32_t *tickets;      // [S, n_groups]
 };

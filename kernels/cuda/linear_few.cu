@@ -6,8 +6,8 @@
  * shared memory (cp.async), which runs on over the ends of tiles: 64 to 96 KB of w are on their way all the time. A block
  * needs less than half of a multiprocessor's shared memory, so that the next kernel's blocks fill their rings with weights
  * while this one ends. Products are mma.sync with w as A [16 rows, 16 k] and x as B [16 k, 8 tokens]: any T costs the same. When
- * the kernel before is over, what a ring holds is there: until it has been worked through nothing is fetched, so that the
- * instructions of a step count.
+ * the kernel before is over, what the rings hold is there, and how soon it has been worked through is a matter of the
+ * instructions of a step: hence few of them (75).
  * RMS norm: x times the norm's weight is rounded where the norm's own kernel rounds, the factor of the row, from squares that
  * are summed up while the first of x is on its way, is multiplied in at the end: BF16 alone, in F16 x could overflow.
  * Rows of a tile: 16 in order; gated: 8 of gate and the same 8 of up; rotated heads: 8 and their 8 partners.
@@ -159,7 +159,7 @@ template <int X_ROWS> struct few_shape {
     static constexpr int STAGE_BYTES = (TILE_ROWS + X_ROWS + 1) * ROW_BYTES;
     static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
     static constexpr int SMEM = RING_BYTES + (int)sizeof(tile_sums<X_ROWS>);
-    static_assert(SMEM <= 112 * 1024, "two fit a multiprocessor of sm_90");
+    static_assert(SMEM <= FEW_SMEM, "two fit a multiprocessor of sm_90");
 };
 
 // A warp's place in its list of steps: the tiles of the block, 64 columns of WARPS * 64 a step.

@@ -4,7 +4,10 @@
 
 #include "kernels/cuda/cuda.h"
 
-enum { FEW_ROWS = 8 }; // most rows of x
+enum {
+    FEW_ROWS = 8,          // most rows of x
+    FEW_SMEM = 112 * 1024, // most shared memory of a block, in bytes: two fit a multiprocessor of sm_90
+};
 
 // Whether x and the weight's parts are what the kernel takes: its sums are not those of the products for many rows.
 bool linear_is_few(const struct device *d, const struct linear_params *p);

@@ -5,7 +5,8 @@
  * when that is over. Of block tables, which may have megabytes, only entries that changed since the last step travel
  * (table_shadow.h).
  *
- * What nobody staged (prompts, sampling parameters) is copied by the ops that are given it, through the rest of the slot.
+ * What nobody staged (prompts, parameters of many sampled rows) is copied by the ops that are given it, through the rest of
+ * the slot.
  */
 #include <stdlib.h>
 #include <string.h>
