@@ -282,7 +282,8 @@ def ttft(bench):
 
 
 def traced(bench, start, cases, **env):
-    """[(streams, run, records)] of loads of a server that is traced; cases: (streams, (input, output)). start: of it."""
+    """[(streams, run, records)] of loads of a server that is traced. start(environment) gives it and its model; cases:
+    (streams, (tokens in, tokens out))."""
     library = os.path.abspath(os.path.join(bench.arguments.bundle, "libgptd_trace.so"))
     if not os.path.exists(library):
         raise RuntimeError(f"{library} is not there (make gpu-bundle)")

@@ -98,7 +98,7 @@ def bandwidth(quick, n_bytes=4 << 30):
             n += 50
         rate = n * n_bytes / (time.monotonic() - begin) / 1e9
         row("bandwidth", by="Triton, {} x {}, {} warps, for {} s".format(*shape, seconds), **{"GB/s": rate})
-    # What a server meets, whose clocks have come down by then.
+    # As long as a server reads its weights: clocks may come down.
     attempt("bandwidth", "a longer run", for_seconds, 2, shapes[0])
 
     def with_sum():
