@@ -335,6 +335,8 @@ struct kernels {
     int (*activation)(struct device *device, const struct activation_params *p, struct error *e);
     // Ops one after another, each on what the one before it wrote, in as few kernels as the backend can; what they hand
     // on may be left unwritten (norm's out, linear's out; the q part of qkv is written). NULL: call them one by one.
+    int (*norm_linear)(struct device *device, const struct norm_params *norm, const struct linear_params *linear,
+                       struct error *e);
     int (*norm_linear_rope)(struct device *device, const struct norm_params *norm, const struct linear_params *linear,
                             const struct rope_kv_write_params *rope, struct error *e);
     int (*norm_linear_activation)(struct device *device, const struct norm_params *norm,

@@ -176,8 +176,12 @@ static void logits_of(struct pass *p, const struct weights *w)
     const struct norm_params norm = norm_of(p, ws->rows, in_place ? ws->x : ws->rows, n, &w->final_norm);
     const struct linear_params logits = linear_of(p, ws->logits, DTYPE_F32, false, ws->rows, n, &w->lm_head);
     if (!in_place) RUN(p, gather_rows, &gather_rows);
-    RUN(p, norm, &norm);
-    RUN(p, linear, &logits);
+    if (p->kernels->norm_linear) {
+        RUN(p, norm_linear, &norm, &logits);
+    } else {
+        RUN(p, norm, &norm);
+        RUN(p, linear, &logits);
+    }
 }
 
 // Hands the step's arrays to the device at once: every layer reads them.

@@ -89,6 +89,7 @@ int cuda_rope_table(struct device *d, const struct rope_table_params *p, struct 
 int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 int cuda_attention(struct device *d, const struct attention_params *p, struct error *e);
 int cuda_activation(struct device *d, const struct activation_params *p, struct error *e);
+int cuda_norm_linear(struct device *d, const struct norm_params *norm, const struct linear_params *linear, struct error *e);
 int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                           const struct rope_kv_write_params *rope, struct error *e);
 int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,

@@ -329,6 +329,7 @@ extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_ker
     table.rope_kv_write = cuda_rope_kv_write;
     table.attention = cuda_attention;
     table.activation = cuda_activation;
+    table.norm_linear = cuda_norm_linear;
     table.norm_linear_rope = cuda_norm_linear_rope;
     table.norm_linear_activation = cuda_norm_linear_activation;
     table.gather_rows = cuda_gather_rows;

@@ -1,6 +1,16 @@
 /* fused.cu: ops of a layer that belong together: one kernel for few rows, the ops one after another for many. */
 #include "kernels/cuda/linear_few.cuh"
 
+int cuda_norm_linear(struct device *d, const struct norm_params *norm, const struct linear_params *linear, struct error *e)
+{
+    if (linear_few_norm_fits(d, norm, linear)) {
+        int rc = linear_check(linear, e);
+        return rc ? rc : linear_few_norm(d, norm, linear, e);
+    }
+    int rc = cuda_norm(d, norm, e);
+    return rc ? rc : cuda_linear(d, linear, e);
+}
+
 int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                           const struct rope_kv_write_params *rope, struct error *e)
 {

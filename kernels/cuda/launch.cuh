@@ -25,8 +25,8 @@ __device__ __forceinline__ void next_kernel_allow()
 #endif
 }
 
-// A multiprocessor divides its L1 anew between kernels that want it otherwise, and must run dry first: all kernels of a
-// decode step want the most shared memory there is.
+// A multiprocessor divides its L1 anew between kernels that want it otherwise, and must run dry first; until then blocks that
+// need much of it crowd on the others. So all kernels of a decode step want the most shared memory there is.
 static inline cudaError_t prefer_shared_memory(const void *kernel)
 {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -37,6 +37,8 @@ template <typename... Params, typename... Args>
 static cudaError_t launch_early(const struct device *d, void (*kernel)(Params...), dim3 grid, unsigned n_threads,
                                 size_t shared_bytes, Args &&...args)
 {
+    cudaError_t status = prefer_shared_memory((const void *)kernel);
+    if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -400,7 +400,6 @@ cudaError_t launch_rows(const struct device *d, const few_args &a)
     auto kernel = linear_few_kernel<T, Out, ENDING, NORMED, X_ROWS>;
     const int smem = few_shape<X_ROWS>::SMEM;
     cudaError_t status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    if (status == cudaSuccess) status = prefer_shared_memory((const void *)kernel);
     if (status != cudaSuccess) return status;
     // Blocks without a tile wait, too: where there are none, two of the next kernel's would come to one multiprocessor.
     return launch_early(d, kernel, dim3((unsigned)d->n_sms), THREADS, smem, a);
@@ -433,12 +432,18 @@ int fuse_norm(struct device *d, const struct norm_params *norm, few_args *a, str
     return 0;
 }
 
-// Whether the norm's rows are those of the product, whose out is the next op's `x`.
-bool are_chained(const struct norm_params *norm, const struct linear_params *p, const struct tensor *x)
+// Whether the norm's rows are those of the product.
+bool is_of_norm(const struct norm_params *norm, const struct linear_params *p)
 {
     return norm->x.n_dims == 2 && norm->x.shape[0] == p->x.shape[0] && norm->x.shape[1] == p->x.shape[1] &&
            norm->x.dtype == p->x.dtype && norm->weight.shape[0] == p->x.shape[1] && norm->out.data == p->x.data &&
-           x->data == p->out.data && x->dtype == p->x.dtype && !p->accumulate && p->out.dtype == p->x.dtype;
+           !p->accumulate;
+}
+
+// Whether they are, and the product's out is the next op's `x`.
+bool are_chained(const struct norm_params *norm, const struct linear_params *p, const struct tensor *x)
+{
+    return is_of_norm(norm, p) && x->data == p->out.data && x->dtype == p->x.dtype && p->out.dtype == p->x.dtype;
 }
 
 } // namespace
@@ -461,6 +466,19 @@ int linear_few(struct device *d, const struct linear_params *p, struct error *e)
     else if (wide) status = launch<__half, float, STORE, false>(d, a);
     else status = launch<__half, __half, STORE, false>(d, a);
     return cuda_check(status, "linear", e);
+}
+
+bool linear_few_norm_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p)
+{
+    return linear_is_few(d, p) && is_of_norm(norm, p) && p->x.dtype == DTYPE_BF16 && p->out.dtype == DTYPE_F32;
+}
+
+int linear_few_norm(struct device *d, const struct norm_params *norm, const struct linear_params *p, struct error *e)
+{
+    few_args a = args_of(p);
+    int rc = fuse_norm(d, norm, &a, e);
+    if (rc || !a.norm) return rc ? rc : linear_few(d, p, e);
+    return cuda_check(launch<__nv_bfloat16, float, STORE, true>(d, a), "linear", e);
 }
 
 bool linear_few_rope_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,

@@ -33,17 +33,6 @@ __device__ __forceinline__ float block_sum(float x, float *warp_sums)
     return x;
 }
 
-template <typename T>
-__device__ __forceinline__ void load_weights(float (&x)[VECTOR], const void *from, enum dtype dtype, int32_t at)
-{
-    if (dtype == type_of<T>()) {
-        load_vector(x, (const T *)from + at);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) x[i] = load_as_float(from, dtype, at + i);
-}
-
 // A row whose columns are whole vectors: 16 bytes a load.
 template <typename T>
 __device__ __forceinline__ void normalize_vectors(const struct norm_args &a, T *x, const T *residual, T *out, float *row,
@@ -75,11 +64,11 @@ __device__ __forceinline__ void normalize_vectors(const struct norm_args &a, T *
     }
     float scale = 1.0f / sqrtf(sum / a.dim + a.eps);
     for (int32_t i = threadIdx.x * VECTOR; i < a.dim; i += THREADS * VECTOR) {
-        load_weights<T>(value, a.weight, a.weight_dtype, i);
+        load_vector_as_float<T>(value, a.weight, a.weight_dtype, (size_t)i);
 #pragma unroll
         for (int j = 0; j < VECTOR; j++) value[j] *= (row[i + j] - mean) * scale;
         if (a.bias) {
-            load_weights<T>(other, a.bias, a.bias_dtype, i);
+            load_vector_as_float<T>(other, a.bias, a.bias_dtype, (size_t)i);
 #pragma unroll
             for (int j = 0; j < VECTOR; j++) value[j] += other[j];
         }

@@ -27,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sample_block.cuh"
 #include "kernels/cuda/sample_filter.cuh"
 #include "kernels/cuda/sample_process.cuh"
@@ -117,6 +118,7 @@ __device__ __forceinline__ void decide(const struct sampling &s, const struct de
 template <bool GENERAL>
 __global__ void __launch_bounds__(THREADS) highest_kernel(const __grid_constant__ struct sampling s)
 {
+    next_kernel_allow(); // the next step's arrays are on their way
     const struct device_row &row = row_of(s);
     struct part *part = part_of(s, (int32_t)blockIdx.x);
     float x[IDS_PER_THREAD];
@@ -204,6 +206,7 @@ __device__ __forceinline__ void find_cut(const struct histogram *h, const struct
 template <bool GENERAL>
 __global__ void __launch_bounds__(THREADS) draw_kernel(const __grid_constant__ struct sampling s)
 {
+    next_kernel_allow();
     struct row_state *state = &s.states[blockIdx.y];
     if (!state->open) return;
     const struct device_row &row = row_of(s);
@@ -258,6 +261,7 @@ __device__ __forceinline__ void list_ids(const float (&tempered)[IDS_PER_THREAD]
 
 __global__ void __launch_bounds__(THREADS) select_kernel(const __grid_constant__ struct sampling s)
 {
+    next_kernel_allow();
     struct row_state *state = &s.states[blockIdx.y];
     const struct device_row &row = row_of(s);
     if (!row.filtered || !state->open) return;
@@ -294,6 +298,7 @@ __device__ __forceinline__ void report(const struct sampling &s, const struct de
 
 __global__ void __launch_bounds__(THREADS) report_kernel(const __grid_constant__ struct sampling s)
 {
+    next_kernel_allow();
     const struct row_state *state = &s.states[blockIdx.y];
     const struct device_row &row = row_of(s);
     if (row.n_logprobs < 0 || !state->valid) return;

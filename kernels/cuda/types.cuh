@@ -48,6 +48,18 @@ template <typename T> __device__ __forceinline__ void store_vector(T *to, const 
     *(uint4 *)to = v.bits;
 }
 
+// The same of an array whose type is known at run time: T, nearly always.
+template <typename T>
+__device__ __forceinline__ void load_vector_as_float(float (&x)[VECTOR], const void *from, enum dtype dtype, size_t at)
+{
+    if (dtype == type_of<T>()) {
+        load_vector(x, (const T *)from + at);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) x[i] = load_as_float(from, dtype, at + i);
+}
+
 // Runs the statements with T as the activation type.
 #define FOR_ACTIVATION_TYPE(dtype, T, ...)                                                                            \
     do {                                                                                                              \

@@ -76,8 +76,9 @@ static void enqueue(const char *kinds, size_t T)
         if (strchr(kinds, 'u')) check(gpu->norm_linear_activation(d, &n, &u, &a, &e));
         if (strchr(kinds, 'd')) check(gpu->linear(d, &w, &e));
     }
-    struct linear_params h = {rows_of(logits, T), rows_of(normed, T), &head, false};
-    if (strchr(kinds, 'h')) check(gpu->linear(d, &h, &e));
+    struct norm_params n = {.out = rows_of(normed, T), .x = rows_of(x, T), .weight = layer[0].norm, .eps = 1e-5f};
+    struct linear_params h = {rows_of(logits, T), n.out, &head, false};
+    if (strchr(kinds, 'h')) check(gpu->norm_linear(d, &n, &h, &e));
 }
 
 static double now(void)
@@ -158,7 +159,7 @@ int main(int argc, char **argv)
     const struct { const char *kinds, *name; double n_weights; } cases[] = {
         {"q", "norm, qkv, rope", qkv_rows * hidden * layers}, {"o", "out", hidden * hidden * layers},
         {"u", "norm, gate+up, act", 2 * inner * hidden * layers}, {"d", "down", hidden * inner * layers},
-        {"h", "head", VOCAB * hidden},
+        {"h", "norm, head", VOCAB * hidden},
         {"a", "attention, 512", 2 * layers * KV * shape.dim * CONTEXT},
         {"qaoudh", "all", layers * hidden * (qkv_rows + hidden + 3 * inner) + VOCAB * hidden},
     };

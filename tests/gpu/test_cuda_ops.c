@@ -432,6 +432,30 @@ static void expect_norm_linear_activation(int n_rounds, int first_T, int n_T)
     }
 }
 
+START_TEST(norm_linear)
+{
+    static const size_t dims[] = {64, 200, 520, 1024, 4096}, vocab[] = {4, 36, 500, 5003};
+    for (int round = 0; round < rounds(40); round++) {
+        enum dtype dtype = type_of(round / 10), out_dtype = random_int(0, 4) ? DTYPE_F32 : dtype;
+        size_t T = (size_t)(round % 10 + 1), dim = dims[random_int(0, 4)], m = vocab[random_int(0, 3)];
+        struct weights w;
+        struct norms n;
+        weights_draw(&w, dtype, 1, &m, dim, random_int(0, 1));
+        norms_draw(&n, dtype, T, dim, random_int(0, 2) ? NORM_RMS : NORM_LAYER);
+        if (random_int(0, 1)) n.g.out = n.g.x, n.c.out = n.c.x; // as the last norm of a prompt: in place
+        else poison(&n.out);
+        struct pair out = pair_of(out_dtype, T, m);
+        poison(&out);
+        struct linear_params g = {out.g, n.g.out, &w.g, false}, c = {out.c, n.c.out, &w.c, false};
+        check(gpu->norm_linear(gpu_device, &n.g, &g, &e));
+        check(cpu->norm(cpu_device, &n.c, &e)), check(cpu->linear(cpu_device, &c, &e));
+        double units = out_dtype == dtype ? 1 : dtype == DTYPE_BF16 ? 512 : 64; // what is rounded is of the activations' type
+        expect_close(&out, 4 * units, "norm, linear"); // roundings of norm, product, result
+        weights_end(&w), norms_end(&n), pair_free(&out);
+    }
+}
+END_TEST
+
 START_TEST(norm_linear_activation_few) { expect_norm_linear_activation(48, 1, 8); }
 END_TEST
 
@@ -699,6 +723,7 @@ int main(void)
     tcase_add_test(tc, rope_and_attention);
     tcase_add_test(products, norm_linear_activation);
     tcase_add_test(tc, norm_linear_activation_few);
+    tcase_add_test(tc, norm_linear);
     tcase_add_test(tc, norm_linear_rope);
     tcase_add_test(tc, steps_are_staged_and_replayed);
     tcase_add_test(tc, two_steps_in_flight);
