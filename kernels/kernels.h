@@ -203,6 +203,8 @@ struct attention_params {
     int32_t window;               // 0: unlimited
     float scale, softcap;
     const float *alibi_slopes;    // device [H]; NULL: none
+    // With staged arrays, keys and values of a sequence with one query, but the last, were written before the arrays were
+    // staged: the kernel before this one may still run when they are read.
 };
 
 // ---- activation -----------------------------------------------------------------------------------------------------

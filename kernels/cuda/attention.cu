@@ -199,6 +199,7 @@ int cuda_attention(struct device *d, const struct attention_params *p, struct er
     if (place_arrays(d, p, &f, e)) return ERR_DEVICE;
     if (n_single > 0) {
         struct flash_attention_params decode = f;
+        decode.settled = array_is_staged(d, p->block_table);
         if (n_first == n_single) { // row s is the query of sequence s
             decode.n_seqs = n_first;
             decode.cu_seqlens_q = NULL;

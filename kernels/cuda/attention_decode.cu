@@ -18,6 +18,7 @@
  * of a KV head, most of it to L2 alone. Bound by memory: a multiprocessor has 160 KB in flight (head_dim 128). Bound by
  * latency where there is little work: hence few instructions before the first fetch, and no barrier before the end.
  * Of up to 8 sequences the rings are smaller, so that the next kernel's blocks, which hold weights, come beside this one's.
+ * Keys of earlier steps are on their way while the kernel before still runs, if the caller says that they are there.
  * Keys and values leave L2 first and partial results last: else these go to memory and back (8 % at 16 sequences of 8k).
  * Tried, no better: a row's pieces on several multiprocessors.
  */
@@ -94,6 +95,12 @@ __device__ void fetch_some_keys(const decode_args &a, const uint16_t *from, int3
         const uint16_t *source = from + ((uint32_t)row * (uint32_t)a.p.kv_stride + (uint32_t)chunk * 8);
         cp_async_16_once(to + tile_layout<D>::offset(row, chunk), seen ? source : (const uint16_t *)a.p.k, seen ? 16 : 0);
     }
+}
+
+// Whether the stripe at c has the key that is written in this step.
+template <int D> __device__ __forceinline__ bool has_last_key(const cursor &c)
+{
+    return (c.row.first_stripe + c.stripe + 1) * decode_shape<D>::STRIPE >= c.row.length;
 }
 
 // What a warp fetches next: V of the stripe at `at` if `values`, else K.
@@ -526,27 +533,37 @@ __global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __gr
     decode_job *jobs = (decode_job *)(smem + WARPS * ring_bytes);
     if (a.few) next_kernel_allow();
     if (lane == 0) jobs[warp * WARP_JOBS].n_splits = jobs[warp * WARP_JOBS + 1].n_splits = 0;
-    prefetch_tables(a);
-    previous_kernel_wait();
+    if (!a.p.settled) {
+        prefetch_tables(a);
+        previous_kernel_wait();
+    }
 
     cursor item = find_share<D>(a);
     decode_feed feed = {item, false, {-1, 0, 0}, head_offset(a, item)};
     uint32_t q[D / 16][2], p[M][2], slot = ring;
     decode_state<D> part, row;
     decode_run run = {};
-    if (!done(item)) {
-        move_window(a, item, (item.row.first_stripe + item.stripe) * shape::STRIPE >> a.block_shift, feed.window);
-        run = run_of(a, item);
-        load_queries<D>(a, item.s, run, q); // before the first keys: it would wait behind them
-    }
-    clear<D>(row);
     int empty = n_slots; // slots that nothing has been sent to
-    bool begins = true, values = false; // a split; what is oldest in the ring
-    while (!done(item)) {
+    auto send = [&] { // one more
         if (!done(feed.at)) fetch_next<D>(a, feed, slot);
         cp_async_commit();
         slot = slot + shape::SLOT == ring + ring_bytes ? ring : slot + shape::SLOT;
-        if (--empty > 0) continue;
+        empty--;
+    };
+    if (!done(item)) {
+        move_window(a, item, (item.row.first_stripe + item.stripe) * shape::STRIPE >> a.block_shift, feed.window);
+        run = run_of(a, item);
+    }
+    if (a.p.settled) {
+        while (empty > 1 && !done(feed.at) && !has_last_key<D>(feed.at)) send();
+        previous_kernel_wait();
+    }
+    if (!done(item)) load_queries<D>(a, item.s, run, q); // before the first keys: it would wait behind them
+    clear<D>(row);
+    bool begins = true, values = false; // a split; what is oldest in the ring
+    while (!done(item)) {
+        send();
+        if (empty > 0) continue;
         if (a.few) cp_async_wait<shape::FEW_SLOTS - 1>();
         else cp_async_wait<shape::SLOTS - 1>();
         __syncwarp(); // every lane's part

@@ -67,6 +67,8 @@ int launch_check(const char *op, struct error *e);
 const void *device_array(struct device *d, const void *host, size_t bytes, struct error *e);
 // Whether an op of this step has asked before, of a staged array: every layer's ops are given the same, and check it once.
 bool array_is_checked(struct device *d, const void *host);
+// Whether it is one of those that were staged.
+bool array_is_staged(const struct device *d, const void *host);
 
 // Whether an op's arguments fit together, for ops that are fused with others.
 int linear_check(const struct linear_params *p, struct error *e);

@@ -61,7 +61,8 @@ struct load_args {
     int32_t *table;
 };
 
-// One vector or update a thread: read at once, stored when the step before is over.
+// One vector or update a thread: read at once, stored when the step before is over. The next kernel is not let in before
+// the end, so that all kernels of the step find its arrays there, even before they have waited.
 __global__ void __launch_bounds__(THREADS) load_step_kernel(const __grid_constant__ struct load_args a)
 {
     uint32_t i = blockIdx.x * THREADS + threadIdx.x;
@@ -77,7 +78,6 @@ __global__ void __launch_bounds__(THREADS) load_step_kernel(const __grid_constan
         }
     }
     if (!to && i < a.n_updates) update = a.updates[i];
-    next_kernel_allow();
     previous_kernel_wait();
     if (to) *(uint4 *)to = vector;
     if (update.at >= 0) a.table[update.at] = update.block;
@@ -186,6 +186,11 @@ const void *device_array(struct device *d, const void *host, size_t bytes, struc
     hold_slot(d);
     cudaError_t status = cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, d->stream);
     return cuda_check(status, "staging", e) ? NULL : device;
+}
+
+bool array_is_staged(const struct device *d, const void *host)
+{
+    return find_staged(d, host, 0) != NULL;
 }
 
 bool array_is_checked(struct device *d, const void *host)

@@ -37,7 +37,7 @@ class Params(ctypes.Structure):
                [("scratch_bytes", ctypes.c_size_t), ("tickets", ctypes.c_void_p)] + \
                [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_heads", "n_kv_heads", "head_dim",
                                                     "block_size", "max_blocks", "max_context", "causal", "window_left",
-                                                    "window_right", "skip_single")] + \
+                                                    "window_right", "skip_single", "settled")] + \
                [("scale", ctypes.c_float), ("softcap", ctypes.c_float)]
 
 

@@ -139,7 +139,7 @@ static void make_arrays(void)
         layer[i].cache.k = layer[i].cache.v = kv;
         layer[i].cache.v.data = matrix(DTYPE_BF16, n_blocks * KV, BLOCK * dim).data;
     }
-    for (int i = 0; i < MAX_T; i++) slots[i] = ((i + 1) * WIDTH - 1) * BLOCK, lens[i] = CONTEXT, starts[i + 1] = i + 1;
+    for (int i = 0; i < MAX_T; i++) slots[i] = (i + 1) * WIDTH * BLOCK - 1, lens[i] = CONTEXT, starts[i + 1] = i + 1;
     for (int i = 0; i < MAX_T * WIDTH; i++) blocks[i] = i;
 }
 

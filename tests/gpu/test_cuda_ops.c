@@ -207,18 +207,19 @@ START_TEST(embedding_and_rows)
         check(gpu->history_write(gpu_device, history, s, s, tokens, CONTEXT - s, &e));
         check(cpu->history_write(cpu_device, host, s, s, tokens, CONTEXT - s, &e));
     }
-    for (int round = 0; round < 12; round++) {
-        enum dtype dtype = type_of(round);
+    for (int round = 0; round < 24; round++) {
+        enum dtype dtype = type_of(round), table_type = random_int(0, 2) ? dtype : DTYPE_F32;
         int32_t T = random_int(1, MAX_TOKENS), tokens[MAX_TOKENS], positions[MAX_TOKENS], rows[MAX_TOKENS];
-        size_t dim = (size_t)random_int(1, 500);
+        size_t dim = random_int(0, 1) ? (size_t)random_int(1, 500) : 8 * (size_t)random_int(1, 600);
         for (int32_t t = 0; t < T; t++) {
             tokens[t] = random_int(0, 2) ? random_int(0, VOCAB - 1) : -1;
             positions[t] = random_int(4, CONTEXT - 1), rows[t] = random_int(0, 3);
         }
-        struct pair table = pair_of(dtype, VOCAB, dim), places = pair_of(dtype, CONTEXT, dim), out = pair_of(dtype, (size_t)T, dim);
+        struct pair table = pair_of(table_type, VOCAB, dim), places = pair_of(dtype, CONTEXT, dim), out = pair_of(dtype, (size_t)T, dim);
         poison(&out);
         struct embedding_params g = {.out = out.g, .token_table = table.g, .tokens = tokens, .positions = positions,
-                                     .history_rows = rows, .history = history, .scale = 1}, c = g;
+                                     .history_rows = rows, .history = history,
+                                     .scale = random_int(0, 1) ? 1 : 11.3f}, c = g;
         c.out = out.c, c.token_table = table.c, c.history = host;
         if (round % 2) g.pos_table = places.g, c.pos_table = places.c;
         check(gpu->embedding(gpu_device, &g, &e));
