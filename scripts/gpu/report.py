@@ -170,7 +170,8 @@ EXPLAINED = {
     "attention": "PyTorch SDPA, causal, the model's heads, keys and values repeated beforehand.",
     "prefill": "Causal, BF16; FlashAttention-2 and cuDNN are PyTorch SDPA's, in the same run.",
     "plain": "Batch 4, 16 heads of 64. Standard: scores in full. Memory: what a call takes beside its inputs.",
-    "decode": "CUDA graphs of launches over caches in turn, pages of 64.",
+    "decode": "CUDA graphs of launches over caches in turn, pages of 64. Settled: as the engine calls it, the kernel before does "
+              "not write what is read but q and the last key and value of each sequence (flash_attention.h).",
     "batch1": "Over HTTP. Share: bytes of all weights but the embedding's and of KV, by TPOT, of the read bandwidth.",
     "itl": "Small batches over HTTP.",
     "streams": "Over HTTP. Roofline step: max(weights / bandwidth, FLOPs / GEMM rate at that T) + KV / bandwidth; whole: the "

@@ -238,8 +238,9 @@ def plain(arguments, _model):
 
 def decode_case(library, heads, batch, length):
     us, n_bytes = ac.time_decode(library, heads, batch, length)
+    settled, _ = ac.time_decode(library, heads, batch, length, settled=1)
     row("decode", heads=f"d{heads.dim} {heads.q}/{heads.kv}", sequences=batch, context=length, us=us,
-        **{"KV MB": n_bytes / 1e6, "GB/s": n_bytes / us / 1e3})
+        **{"KV MB": n_bytes / 1e6, "GB/s": n_bytes / us / 1e3, "settled us": settled, "settled GB/s": n_bytes / settled / 1e3})
 
 
 def decode(arguments, _model):

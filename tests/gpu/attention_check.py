@@ -653,11 +653,13 @@ def time_prefill(library, heads, total, s):
     return ours, other, 2 * s * s * heads.q * heads.dim * n_seqs
 
 
-def time_decode(library, heads, batch, length, block_size=64):
-    """[µs, bytes of K and V]: each call of the graph has pages of its own, beyond L2 in all"""
+def time_decode(library, heads, batch, length, block_size=64, settled=0):
+    """[µs, bytes of K and V]: calls of a graph, one after another, each with other pages than those before, beyond L2 in all;
+    settled: as struct flash_attention_params has it"""
     n_pages = (length + block_size - 1) // block_size
     n_bytes = 2 * batch * length * heads.kv * heads.dim * 2
     n_sets = max(1, min(64, (256 << 20) // n_bytes + 1))
+    n_calls = max(n_sets, 16)
     shape = (n_sets * batch * n_pages, heads.kv, block_size, heads.dim)
     k, v = (torch.randn(*shape, device=DEVICE, dtype=heads.dtype) for _ in range(2))
     tables = torch.randperm(shape[0], device=DEVICE).to(torch.int32).view(n_sets, batch, n_pages).contiguous()
@@ -669,13 +671,13 @@ def time_decode(library, heads, batch, length, block_size=64):
     p.kv_block_stride = heads.kv * block_size * heads.dim
     p.context_lens, p.block_size, p.max_blocks, p.max_context = lens.data_ptr(), block_size, n_pages, max(length, 32768)
     scratch = library.scratch(p)
-    p.scratch, p.scratch_bytes = scratch.data_ptr(), scratch.numel()
+    p.scratch, p.scratch_bytes, p.settled = scratch.data_ptr(), scratch.numel(), settled
 
     def ours(i):
-        p.block_table = tables[i].data_ptr()
+        p.block_table = tables[i % n_sets].data_ptr()
         library.run("decode", p)
 
-    return medians([captured(ours, n_sets)], 15)[0] * 1e3 / n_sets, n_bytes
+    return medians([captured(ours, n_calls)], 15)[0] * 1e3 / n_calls, n_bytes
 
 
 def times(library):

@@ -1,110 +1,5 @@
-/* test_cuda_ops.c: the CUDA backend's ops against the CPU's, on fresh random data in both 16-bit types.
- *
- * The CPU backend computes in F32 on the same rounded inputs, so what separates the two is the rounding of the output and
- * the order of sums. Outputs are poisoned first. GPU suites do not fork. GPTD_TEST_SHORT: fewer rounds, smaller products.
- */
-#include <check.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-
-#include "kernels/kernels.h"
-
-enum { MAX_TOKENS = 600, MAX_DIM = 4096, MAX_SEQS = 64, VOCAB = 1000, BLOCK = 64, CONTEXT = 1024 };
-
-static const struct kernels *gpu, *cpu;
-static struct device *gpu_device, *cpu_device;
-static struct error e;
-
-static void check(int rc)
-{
-    ck_assert_msg(rc == 0, "%s", e.message);
-}
-
-static float random_normal(void)
-{
-    float sum = 0;
-    for (int i = 0; i < 4; i++) sum += (float)rand() / (float)RAND_MAX - 0.5f;
-    return sum * 1.7f;
-}
-
-static int32_t random_int(int32_t low, int32_t high)
-{
-    return low + rand() % (high - low + 1);
-}
-
-static int rounds(int n)
-{
-    return getenv("GPTD_TEST_SHORT") ? n / 6 : n;
-}
-
-// The same numbers on both sides: of `dtype` on the GPU, the same values in F32 on the CPU.
-struct pair {
-    struct tensor g, c;
-};
-
-static struct pair pair_of(enum dtype dtype, size_t rows, size_t cols)
-{
-    size_t n = rows * cols;
-    struct pair p = {{NULL, dtype, 2, {rows, cols}}, {NULL, DTYPE_F32, 2, {rows, cols}}};
-    float *values = malloc(n * sizeof *values);
-    char *bits = malloc(n * dtype_size(dtype));
-    for (size_t i = 0; i < n; i++) values[i] = random_normal();
-    dtype_convert(bits, dtype, values, DTYPE_F32, n);
-    p.g.data = gpu->alloc(gpu_device, n * dtype_size(dtype));
-    check(gpu->copy_in(gpu_device, p.g.data, bits, n * dtype_size(dtype), &e));
-    p.c.data = values;
-    dtype_convert(values, DTYPE_F32, bits, dtype, n);
-    free(bits);
-    return p;
-}
-
-static void poison(struct pair *p)
-{
-    size_t n = p->g.shape[0] * p->g.shape[1], bytes = n * dtype_size(p->g.dtype);
-    void *bits = malloc(bytes);
-    memset(bits, 0xFF, bytes);
-    check(gpu->copy_in(gpu_device, p->g.data, bits, bytes, &e));
-    memset(p->c.data, 0xFF, n * sizeof(float));
-    free(bits);
-}
-
-static void pair_free(struct pair *p)
-{
-    gpu->free(gpu_device, p->g.data);
-    free(p->c.data);
-}
-
-// ‖gpu − cpu‖ / ‖cpu‖ of both tensors.
-static double distance(const struct pair *p)
-{
-    size_t n = p->g.shape[0] * p->g.shape[1], bytes = n * dtype_size(p->g.dtype);
-    char *bits = malloc(bytes);
-    float *values = malloc(n * sizeof *values);
-    check(gpu->wait(gpu_device, gpu->record(gpu_device), &e));
-    check(gpu->copy_out(gpu_device, bits, p->g.data, bytes, &e));
-    dtype_convert(values, DTYPE_F32, bits, p->g.dtype, n);
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        double want = ((float *)p->c.data)[i];
-        difference += (values[i] - want) * (values[i] - want);
-        norm += want * want;
-    }
-    free(bits), free(values);
-    return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
-}
-
-// One rounding costs about 0.85 units: 2^-7 / sqrt 12 at 1, half of that at 2, for BF16. That is the mean of many: of a few
-// elements, one may have all the weight, and its rounding costs up to 2 units.
-static void expect_close(const struct pair *p, double factor, const char *what)
-{
-    factor *= 1 + 1.5 / sqrt((double)(p->g.shape[0] * p->g.shape[1]));
-    double unit = p->g.dtype == DTYPE_BF16 ? 0x1p-9 : p->g.dtype == DTYPE_F16 ? 0x1p-12 : 0x1p-18, d = distance(p);
-    ck_assert_msg(d <= factor * unit, "%s, %s [%zu, %zu]: %.3g away, more than %.3g", what, dtype_name(p->g.dtype),
-                  p->g.shape[0], p->g.shape[1], d, factor * unit);
-}
+/* test_cuda_ops.c: the CUDA backend's ops against the CPU's, on fresh random data in both 16-bit types. */
+#include "tests/gpu/pairs.h"
 
 static enum dtype type_of(int i)
 {
@@ -215,7 +110,8 @@ START_TEST(embedding_and_rows)
             tokens[t] = random_int(0, 2) ? random_int(0, VOCAB - 1) : -1;
             positions[t] = random_int(4, CONTEXT - 1), rows[t] = random_int(0, 3);
         }
-        struct pair table = pair_of(table_type, VOCAB, dim), places = pair_of(dtype, CONTEXT, dim), out = pair_of(dtype, (size_t)T, dim);
+        struct pair table = pair_of(table_type, VOCAB, dim), places = pair_of(dtype, CONTEXT, dim);
+        struct pair out = pair_of(dtype, (size_t)T, dim);
         poison(&out);
         struct embedding_params g = {.out = out.g, .token_table = table.g, .tokens = tokens, .positions = positions,
                                      .history_rows = rows, .history = history,
@@ -546,174 +442,9 @@ START_TEST(norm_linear_rope)
 }
 END_TEST
 
-// ---- steps ----------------------------------------------------------------------------------------------------------
-
-// Attention over a staged table whose entries change from step to step, recorded once: as without staging.
-START_TEST(steps_are_staged_and_replayed)
-{
-    enum { SEQS = 5, KV = 2, DIM = 64, BLOCKS = 64, WIDTH = CONTEXT / BLOCK };
-    struct tensor t = {NULL, DTYPE_BF16, 4, {BLOCKS, KV, BLOCK, DIM}};
-    struct pair k = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM), v = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM);
-    struct pair qkv = pair_of(DTYPE_BF16, SEQS, 6 * DIM + 2 * DIM), out = pair_of(DTYPE_BF16, SEQS, 4 * DIM);
-    struct kv_layer cache = {t, t};
-    static int32_t tables[2][SEQS * WIDTH], lens[2][SEQS], cu[2][SEQS + 1];
-    static uint16_t want[SEQS * 4 * DIM], got[SEQS * 4 * DIM];
-    cache.k.data = k.g.data, cache.v.data = v.g.data;
-    qkv.g.shape[1] = (4 + 2 * KV) * DIM;
-    for (int step = 0; step < 40; step++) {
-        int32_t *table = tables[step % 2], *len = lens[step % 2];
-        int32_t window = step < 20 ? 0 : 100;
-        for (int32_t s = 0; s < SEQS; s++) {
-            cu[step % 2][s] = s;
-            len[s] = random_int(0, 5) ? random_int(1, CONTEXT) : 0; // or a row of padding
-            if (window && len[s] > 0) len[s] = random_int(window + 1, CONTEXT);
-            for (int32_t b = 0; b < WIDTH; b++)
-                table[s * WIDTH + b] = random_int(0, 3) ? (s * WIDTH / 2 + b) % BLOCKS : random_int(0, BLOCKS - 1);
-            for (int32_t b = 0; window && len[s] && b < (len[s] - window) / BLOCK; b++) table[s * WIDTH + b] = -1;
-        }
-        cu[step % 2][SEQS] = SEQS;
-        struct attention_params p = {.out = out.g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = cu[step % 2],
-            .context_lens = len, .block_table = table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK, .n_heads = 4,
-            .n_kv_heads = KV, .head_dim = DIM, .window = window, .scale = 0.125f};
-        check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
-        poison(&out);
-        check(gpu->attention(gpu_device, &p, &e));
-        check(gpu->copy_out(gpu_device, want, out.g.data, sizeof want, &e));
-        const struct stage_array arrays[] = {{cu[step % 2], sizeof cu[0], 4096}, {len, sizeof lens[0], 512}};
-        const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window, NULL};
-        bool replayed, launched = true;
-        poison(&out);
-        check(gpu->stage(gpu_device, arrays, 2, &staged, &e));
-        check(gpu->graph_begin(gpu_device, window ? &k : &v, SEQS, &replayed, &e));
-        ck_assert_int_eq(replayed, step % 20 != 0);
-        if (!replayed) check(gpu->attention(gpu_device, &p, &e)), check(gpu->graph_end(gpu_device, true, &launched, &e));
-        ck_assert(launched);
-        check(gpu->copy_out(gpu_device, got, out.g.data, sizeof got, &e));
-        ck_assert_mem_eq(got, want, sizeof got);
-    }
-    // A record that failed leaves nothing behind.
-    bool replayed, launched;
-    check(gpu->graph_begin(gpu_device, &out, 1, &replayed, &e));
-    ck_assert(!replayed);
-    check(gpu->graph_end(gpu_device, false, &launched, &e));
-    check(gpu->graph_begin(gpu_device, &out, 1, &replayed, &e));
-    ck_assert(!replayed);
-    check(gpu->graph_end(gpu_device, false, &launched, &e));
-    pair_free(&k), pair_free(&v), pair_free(&qkv), pair_free(&out);
-}
-END_TEST
-
-// As the engine does: a step's arrays are staged while the step before runs, in the buffers of the one before that.
-START_TEST(two_steps_in_flight)
-{
-    enum { N = 24, SEQS = 40, KV = 2, DIM = 128, BLOCKS = 512, WIDTH = CONTEXT / BLOCK };
-    struct batch { int32_t table[SEQS * WIDTH], len[SEQS], cu[SEQS + 1]; };
-    static struct batch batches[N], buffers[2];
-    static uint16_t want[N][SEQS * 4 * DIM], got[SEQS * 4 * DIM];
-    struct tensor t = {NULL, DTYPE_BF16, 4, {BLOCKS, KV, BLOCK, DIM}};
-    struct pair k = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM), v = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM);
-    struct pair qkv = pair_of(DTYPE_BF16, SEQS, (4 + 2 * KV) * DIM), outs[N];
-    struct kv_layer cache = {t, t};
-    uint64_t tickets[N];
-    cache.k.data = k.g.data, cache.v.data = v.g.data;
-    for (int step = 0; step < 2 * N; step++) { // one by one, then again, in flight
-        int i = step % N;
-        struct batch *b = step < N ? &batches[i] : &buffers[i % 2];
-        if (step < N) {
-            outs[i] = pair_of(DTYPE_BF16, SEQS, 4 * DIM);
-            for (int32_t s = 0; s < SEQS; s++) {
-                b->cu[s + 1] = s + 1;
-                b->len[s] = random_int(1, CONTEXT);
-                for (int32_t j = 0; j < WIDTH; j++) b->table[s * WIDTH + j] = random_int(0, BLOCKS - 1);
-            }
-            check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
-        } else {
-            if (i >= 2) check(gpu->wait(gpu_device, tickets[i - 2], &e));
-            *b = batches[i];
-            const struct stage_array arrays[] = {{b->cu, sizeof b->cu, 4096}, {b->len, sizeof b->len, 512}};
-            const struct stage_table table = {b->table, b->cu, b->len, SEQS, WIDTH, BLOCK, 0, NULL};
-            check(gpu->stage(gpu_device, arrays, 2, &table, &e));
-        }
-        struct attention_params p = {.out = outs[i].g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = b->cu,
-            .context_lens = b->len, .block_table = b->table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK,
-            .n_heads = 4, .n_kv_heads = KV, .head_dim = DIM, .scale = 0.0883883f};
-        for (int j = 0; step % N == 0 && step > 0 && j < N; j++) poison(&outs[j]);
-        check(gpu->attention(gpu_device, &p, &e));
-        tickets[i] = gpu->record(gpu_device);
-        if (step < N) check(gpu->copy_out(gpu_device, want[i], outs[i].g.data, sizeof want[i], &e));
-    }
-    for (int i = 0; i < N; i++) {
-        check(gpu->copy_out(gpu_device, got, outs[i].g.data, sizeof got, &e));
-        ck_assert_msg(!memcmp(got, want[i], sizeof got), "step %d", i);
-        pair_free(&outs[i]);
-    }
-    pair_free(&k), pair_free(&v), pair_free(&qkv);
-}
-END_TEST
-
-START_TEST(blocks_are_copied)
-{
-    enum { N = 20, BYTES = 2 * 16 * 40 * 2 };
-    struct tensor t = {NULL, DTYPE_BF16, 4, {N, 2, 16, 40}};
-    struct kv_layer layer = {t, t};
-    static unsigned char k[N][BYTES], v[N][BYTES], got[N][BYTES];
-    for (int i = 0; i < N; i++)
-        for (int j = 0; j < BYTES; j++) k[i][j] = (unsigned char)rand(), v[i][j] = (unsigned char)rand();
-    layer.k.data = gpu->alloc(gpu_device, sizeof k), layer.v.data = gpu->alloc(gpu_device, sizeof v);
-    check(gpu->copy_in(gpu_device, layer.k.data, k, sizeof k, &e));
-    check(gpu->copy_in(gpu_device, layer.v.data, v, sizeof v, &e));
-    int32_t from[] = {3, 0, 7}, to[] = {12, 19, 1};
-    check(gpu->copy_blocks(gpu_device, layer, from, to, 3, &e));
-    for (int i = 0; i < 3; i++) memcpy(k[to[i]], k[from[i]], BYTES), memcpy(v[to[i]], v[from[i]], BYTES);
-    check(gpu->copy_out(gpu_device, got, layer.k.data, sizeof k, &e));
-    ck_assert_mem_eq(got, k, sizeof k);
-    check(gpu->copy_out(gpu_device, got, layer.v.data, sizeof v, &e));
-    ck_assert_mem_eq(got, v, sizeof v);
-    gpu->free(gpu_device, layer.k.data), gpu->free(gpu_device, layer.v.data);
-}
-END_TEST
-
-// Staged arrays are read as they were when they were staged; loose ones as they are when the op is called.
-START_TEST(host_arrays_are_copied_when_they_are_given)
-{
-    struct pair table = pair_of(DTYPE_BF16, VOCAB, 64), out = pair_of(DTYPE_BF16, 3, 64);
-    struct history history = {gpu->alloc(gpu_device, 16), 1, 4};
-    int32_t tokens[3] = {1, 2, 3}, zeros[3] = {0};
-    struct embedding_params g = {.out = out.g, .token_table = table.g, .tokens = tokens, .positions = zeros,
-                                 .history_rows = zeros, .history = history, .scale = 1}, c = g;
-    c.out = out.c, c.token_table = table.c;
-    check(cpu->embedding(cpu_device, &c, &e));
-    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, NULL, &e));
-    memset(tokens, 0, sizeof tokens);
-    check(gpu->embedding(gpu_device, &g, &e));
-    expect_close(&out, 1, "staged");
-    check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
-    for (int32_t i = 0; i < rounds(2000); i++) { // many turns of the ring of loose arrays
-        for (int32_t j = 0; j < 3; j++) tokens[j] = (i * 3 + j) % VOCAB;
-        check(gpu->embedding(gpu_device, &g, &e));
-        memset(tokens, 0, sizeof tokens);
-    }
-    for (int32_t j = 0; j < 3; j++) tokens[j] = ((rounds(2000) - 1) * 3 + j) % VOCAB;
-    check(cpu->embedding(cpu_device, &c, &e));
-    expect_close(&out, 1, "loose");
-    pair_free(&table), pair_free(&out);
-    gpu->free(gpu_device, history.tokens);
-}
-END_TEST
-
 int main(void)
 {
-    unsigned seed = (unsigned)time(NULL);
-    printf("seed %u\n", seed);
-    srand(seed);
-    struct device_options o = {.max_vocab_size = 128256, .max_context = CONTEXT, .max_dim = 3 * MAX_DIM, .max_tokens = MAX_TOKENS,
-                               .max_seqs = MAX_SEQS, .n_heads = 16, .n_kv_heads = 16, .head_dim = 256, .block_size = 16};
-    cpu = kernels_cpu();
-    if (kernels_open(&gpu, "cuda", &e) || gpu->device_create(&gpu_device, &o, &e) || cpu->device_create(&cpu_device, &o, &e)) {
-        fprintf(stderr, "%s\n", e.message);
-        return 1;
-    }
-    printf("%s\n", gpu->device_description(gpu_device));
+    open_devices();
     Suite *suite = suite_create("cuda_ops");
     TCase *tc = tcase_create("cuda_ops"), *products = tcase_create("linear"); // apart: it also runs code that is not ours
     tcase_set_timeout(tc, 0), tcase_set_timeout(products, 0);
@@ -726,18 +457,7 @@ int main(void)
     tcase_add_test(tc, norm_linear_activation_few);
     tcase_add_test(tc, norm_linear);
     tcase_add_test(tc, norm_linear_rope);
-    tcase_add_test(tc, steps_are_staged_and_replayed);
-    tcase_add_test(tc, two_steps_in_flight);
-    tcase_add_test(tc, blocks_are_copied);
-    tcase_add_test(tc, host_arrays_are_copied_when_they_are_given);
     suite_add_tcase(suite, products);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_set_fork_status(runner, CK_NOFORK);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    gpu->device_destroy(gpu_device);
-    cpu->device_destroy(cpu_device);
-    return failed != 0;
+    return run_suite(suite);
 }
