@@ -12,8 +12,9 @@
  * are summed up while the first of x is on its way, is multiplied in at the end: BF16 alone, in F16 x could overflow.
  * Rows of a tile: 16 in order; gated: 8 of gate and the same 8 of up; rotated heads: 8 and their 8 partners.
  * Sum of an element: a warp's columns ascending, then the warps in order: the same bits for any T.
- * Tried, slower: asking L2 for weights beyond the ring; letting the next kernel come later than at once. What is idle between
- * kernels is used by the next one's rings.
+ * Tried, slower: asking L2 for weights beyond the ring; letting the next kernel come later than at once; x whole in shared
+ * memory; last tiles shared by two blocks; blocks that begin at different columns. What is idle between kernels is used by
+ * the next one's rings.
  */
 #include "kernels/cuda/linear_few.cuh"
 
