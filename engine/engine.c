@@ -303,8 +303,10 @@ int engine_start(struct engine *engine, struct error *e)
     atomic_store(&engine->stats.weights_seconds, now_seconds() - begin);
     if (allocate_tables(engine, e) != 0 || allocate_steps(engine, e) != 0 || allocate_kv(engine, e) != 0)
         return e->code;
+    begin = now_seconds();
     if (warm_up(engine, e) != 0)
         return error_prefix(e, "warming up");
+    atomic_store(&engine->stats.warm_up_seconds, now_seconds() - begin);
     engine_publish_stats(engine);
     if (pthread_create(&engine->thread, NULL, engine_loop, engine) != 0)
         return error_set(e, ERR_NOMEM, "no thread for the engine");

@@ -152,6 +152,7 @@ struct engine_stats {
     // Of all steps: time outside the backend and the model; in calls of ops, which on a GPU only enqueue; whole time.
     double host_seconds, launch_seconds, step_seconds;
     double device_seconds, weights_seconds; // of the start: backend, plan and device; loading the weights
+    double warm_up_seconds;             // of the start: the first steps of a device that records them
     bool busy;                          // has work
     const char *failure;                // why the device failed, borrowed; NULL: it did not
 };

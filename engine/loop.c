@@ -217,6 +217,7 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .step_seconds = SHARED(step_seconds),
         .device_seconds = SHARED(device_seconds),
         .weights_seconds = SHARED(weights_seconds),
+        .warm_up_seconds = SHARED(warm_up_seconds),
         .last_step = busy ? SHARED(last_step) : now_seconds(),
         .busy = busy,
         .failure = atomic_load(&engine->stats.failed) ? engine->failure.message : NULL,

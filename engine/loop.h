@@ -17,7 +17,8 @@ enum { MAX_DEPTH = 2 }; // steps in flight
 struct shared_stats {
     _Atomic int32_t n_running, n_free_blocks;
     _Atomic uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
-    _Atomic double host_seconds, launch_seconds, step_seconds, last_step, device_seconds, weights_seconds;
+    _Atomic double host_seconds, launch_seconds, step_seconds, last_step, device_seconds, weights_seconds,
+        warm_up_seconds;
     atomic_bool busy, failed; // failed: `failure` is written
 };
 

@@ -123,8 +123,8 @@ static void log_ready(const struct options *o, struct engine *engine, const stru
     struct engine_stats stats;
     engine_stats_get(engine, &stats);
     bool ipv6 = strchr(o->server.host, ':');
-    log_message(LOG_LEVEL_INFO, "ready after %.0f ms (device %.0f, weights %.0f): model \"%s\" at http://%s%s%s:%u",
-                1e3 * (now() - started), 1e3 * stats.device_seconds, 1e3 * stats.weights_seconds,
+    log_message(LOG_LEVEL_INFO, "ready after %.0f ms (device %.0f, weights %.0f, warm-up %.0f): model \"%s\" at http://%s%s%s:%u",
+                1e3 * (now() - started), 1e3 * stats.device_seconds, 1e3 * stats.weights_seconds, 1e3 * stats.warm_up_seconds,
                 o->server.served_model_names[0], ipv6 ? "[" : "", o->server.host, ipv6 ? "]" : "", server_port(server));
 }
 

@@ -254,6 +254,9 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
          s->host_seconds},
         {"gptd_engine_launch_seconds_total", "counter", "Of it, time in calls of the device's ops: enqueueing, on a GPU.",
          s->launch_seconds},
+        {"gptd_start_device_seconds", "gauge", "Of the start: finding the device and planning its memory.", s->device_seconds},
+        {"gptd_start_weights_seconds", "gauge", "Of the start: loading the weights.", s->weights_seconds},
+        {"gptd_start_warm_up_seconds", "gauge", "Of the start: first steps, which a GPU records.", s->warm_up_seconds},
     };
     for (size_t i = 0; i < sizeof(series) / sizeof(series[0]); i++) {
         render_head(out, series[i].name, series[i].type, series[i].help);

@@ -24,7 +24,7 @@ static char *render(void)
                                  .n_preemptions = 4,
                                  .step_seconds = 2.5,
                                  .host_seconds = 0.125,
-                                 .launch_seconds = 0.25,
+                                 .launch_seconds = 0.25, .device_seconds = 0.5, .weights_seconds = 2.5, .warm_up_seconds = 0.125,
                                  .prefix_queries = 640,
                                  .prefix_hits = 128,
                                  .prompt_tokens = 1000,
@@ -61,6 +61,9 @@ START_TEST(engine_values)
     ck_assert_double_eq(value_of(text, "gptd_engine_step_seconds_total{" MODEL "}"), 2.5);
     ck_assert_double_eq(value_of(text, "gptd_engine_host_seconds_total{" MODEL "}"), 0.125);
     ck_assert_double_eq(value_of(text, "gptd_engine_launch_seconds_total{" MODEL "}"), 0.25);
+    ck_assert_double_eq(value_of(text, "gptd_start_device_seconds{" MODEL "}"), 0.5);
+    ck_assert_double_eq(value_of(text, "gptd_start_weights_seconds{" MODEL "}"), 2.5);
+    ck_assert_double_eq(value_of(text, "gptd_start_warm_up_seconds{" MODEL "}"), 0.125);
     free(text);
 }
 END_TEST

@@ -42,7 +42,7 @@ class Served:
     """One gptd at a time, kept for the sections that want the same one."""
 
     def __init__(self, bench):
-        self.bench, self.key, self.server, self.startups = bench, None, None, {}
+        self.bench, self.key, self.server = bench, None, None
 
     def start(self, model, *flags, env=None):
         """A server of the model with these flags: the one there is, if it is that one and alive."""
@@ -334,8 +334,11 @@ def start(bench):
         for attempt in ("first", "second"):
             bench.served.stop()  # else the one that runs would do
             server = bench.served.start(path, *flags)
+            values = metrics(server)
             bench.add("start", what=f"{os.path.basename(os.path.normpath(path))}, {attempt}",
-                      **{"exec to ready, s": server.startup, "resident MB": (server.rss() or 0) / 1e6})
+                      **{"exec to ready, s": server.startup,
+                         **{f"{part} s": values.get(f"gptd_start_{part}_seconds") for part in ("device", "weights", "warm_up")},
+                         "resident MB": (server.rss() or 0) / 1e6})
     bench.served.stop()
 
 
