@@ -22,6 +22,9 @@ step() { # name command...
     else summary+="$name: FAILED, $((SECONDS - begin)) s"$'\n'; failed=1
     fi
 }
+ops() {
+    python3 tests/gpu/op_errors.py >"$bundle/op_errors.txt" && ours "$bundle/test_cuda_ops" "$bundle/op_errors.txt"
+}
 model() {
     python3 tests/gpu/reference_errors.py >"$bundle/reference_errors.txt" &&
         ours "$bundle/test_cuda_model" "$bundle/reference_errors.txt"
@@ -73,7 +76,7 @@ ptx() {
 }
 failed=0
 step load ours "$bundle/test_cuda_load"
-step ops ours "$bundle/test_cuda_ops"
+step ops ops
 step steps ours "$bundle/test_cuda_steps"
 step sample ours "$bundle/test_cuda_sample"
 step deterministic ours "$bundle/test_cuda_deterministic"

@@ -159,38 +159,40 @@ static int find_algo(struct device *d, const struct gemm_key *key, struct algo *
     return 0;
 }
 
-// out[t][column + i] += bias[i]. One block a row.
+// out[t][i] = bias[i], or += bias[i], for the product to be added to. One block a row.
 template <typename T>
-__global__ void add_bias_kernel(T *out, size_t ldo, const void *bias, enum dtype bias_dtype, int32_t n)
+__global__ void bias_kernel(T *out, size_t ldo, const void *bias, enum dtype bias_dtype, int32_t n, bool accumulate)
 {
     out += (size_t)blockIdx.x * ldo;
     for (int32_t i = threadIdx.x; i < n; i += blockDim.x)
-        out[i] = from_float<T>(to_float(out[i]) + load_as_float(bias, bias_dtype, i));
+        out[i] = from_float<T>((accumulate ? to_float(out[i]) : 0) + load_as_float(bias, bias_dtype, i));
 }
 
 static int run_gemm(struct device *d, const struct linear_params *p, const struct product *m, struct error *e)
 {
     char *out = (char *)p->out.data + m->column * dtype_size(p->out.dtype);
     uintptr_t multiple = (uintptr_t)out & -(uintptr_t)out; // the power of two that the address is a multiple of
+    // A bias goes into the product's epilogue, or to where the product is added.
+    bool biased = m->bias && m->bias_dtype == p->out.dtype && (uintptr_t)m->bias % BIAS_ALIGNMENT == 0;
+    bool accumulate = p->accumulate || (m->bias && !biased);
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
-                           multiple < 16 ? (uint32_t)multiple : 16, p->accumulate,
-                           m->bias && m->bias_dtype == p->out.dtype && (uintptr_t)m->bias % BIAS_ALIGNMENT == 0},
-                    wanted = key;
+                           multiple < 16 ? (uint32_t)multiple : 16, accumulate, biased}, wanted = key;
     struct gemm g;
     struct algo *algo;
     if (d->options.deterministic) wanted.T = FIXED_ROWS;
     if (blas_check(d->cublas->status, "cuBLASLt", e)) return ERR_DEVICE;
     if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
-    const float one = 1, beta = p->accumulate ? 1 : 0;
+    if (m->bias && !biased) {
+        FOR_ACTIVATION_TYPE(p->out.dtype, T_, bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
+            (T_ *)out, key.ldo, m->bias, m->bias_dtype, (int32_t)m->n_rows, p->accumulate));
+        if (launch_check("linear's bias", e)) return ERR_DEVICE;
+    }
+    const float one = 1, beta = accumulate ? 1 : 0;
     cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
-    if (key.biased) s = cublasLtMatmulDescSetAttribute(&g.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m->bias, sizeof m->bias);
+    if (biased) s = cublasLtMatmulDescSetAttribute(&g.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m->bias, sizeof m->bias);
     if (!s) s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out, &g.out,
                                &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
-    if (blas_check(s, "a product", e)) return ERR_DEVICE;
-    if (!m->bias || key.biased) return 0;
-    FOR_ACTIVATION_TYPE(p->out.dtype, T_, add_bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
-        (T_ *)out, key.ldo, m->bias, m->bias_dtype, (int32_t)m->n_rows));
-    return launch_check("linear's bias", e);
+    return blas_check(s, "a product", e) ? ERR_DEVICE : 0;
 }
 
 // ---- the op ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,59 @@
-/* test_cuda_ops.c: the CUDA backend's ops against the CPU's, on fresh random data in both 16-bit types. */
+/* test_cuda_ops.c: the CUDA backend's ops against the CPU's, on fresh random data in both 16-bit types.
+ *
+ *   test_cuda_ops [errors.txt]        with PyTorch's errors in the same type (op_errors.py): at most 1.25 times those
+ */
+#include <stdarg.h>
+
 #include "tests/gpu/pairs.h"
+
+enum { MAX_ERRORS = 128, MANY = 4096 }; // elements whose mean error is no chance
+
+// PyTorch's, with ours beside it: the worst.
+static struct pytorch_error { char dtype[8], name[64]; double error, ours; } errors[MAX_ERRORS];
+static int n_errors;
+
+static void read_errors(const char *path)
+{
+    FILE *f = fopen(path, "r");
+    struct pytorch_error *p = errors;
+    while (f && p < errors + MAX_ERRORS && fscanf(f, "%7s %lf %63[^\n]", p->dtype, &p->error, p->name) == 3) p++;
+    if (f) fclose(f);
+    n_errors = (int)(p - errors);
+    if (n_errors > 0) return;
+    fprintf(stderr, "%s: no errors in it\n", path);
+    exit(1);
+}
+
+// What was computed in `dtype` is as good as what PyTorch makes of the op of this name, if there is enough of it.
+__attribute__((format(printf, 3, 4)))
+static void expect_pytorch(const struct pair *p, enum dtype dtype, const char *format, ...)
+{
+    char name[64];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof name, format, arguments);
+    va_end(arguments);
+    if (n_errors == 0 || p->g.shape[0] * p->g.shape[1] < MANY) return;
+    for (struct pytorch_error *x = errors; x < errors + n_errors; x++) {
+        if (strcmp(x->name, name) || strcmp(x->dtype, dtype_name(dtype))) continue;
+        double d = distance(p);
+        if (d > x->ours) x->ours = d;
+        ck_assert_msg(d <= 1.25 * x->error, "%s, %s [%zu, %zu]: %.3g away, PyTorch %.3g", name, x->dtype, p->g.shape[0],
+                      p->g.shape[1], d, x->error);
+        return;
+    }
+    ck_abort_msg("%s, %s: PyTorch's error is not known", name, dtype_name(dtype));
+}
+
+static void print_errors(void)
+{
+    for (struct pytorch_error *x = errors; x < errors + n_errors; x++)
+        if (x->ours > 0) printf("%-4s %-32s %.3g, PyTorch %.3g: %.2f\n", x->dtype, x->name, x->ours, x->error, x->ours / x->error);
+}
+
+static const char *const norm_names[] = {[NORM_RMS] = "rms", [NORM_LAYER] = "layer"};
+static const char *const activation_names[] = {[ACT_GELU_ERF] = "gelu", [ACT_GELU_TANH] = "gelu_tanh", [ACT_SILU] = "silu",
+                                               [ACT_RELU] = "relu"};
 
 static enum dtype type_of(int i)
 {
@@ -44,6 +98,8 @@ START_TEST(linear)
         char what[64];
         snprintf(what, sizeof what, "linear, K %zu%s%s", K, bias ? ", bias" : "", accumulate ? ", added" : "");
         expect_close(&out, wide ? 8 : bias || accumulate ? 1.6 : 1.1, what); // two roundings, or one
+        if (!bias || biases.g.dtype == dtype)
+            expect_pytorch(&out, dtype, "linear%s%s", bias ? ", bias" : "", accumulate ? ", added" : "");
         pair_free(&x), pair_free(&out), pair_free(&all), pair_free(&biases);
     }
 }
@@ -70,6 +126,8 @@ START_TEST(norm)
         check(cpu->norm(cpu_device, &c, &e));
         expect_close(&out, round % 2 ? 3 : dim == 1 ? 2 : 1.5, "norm"); // of one value, no average
         expect_close(&x, 1.5, "norm's residual stream");
+        expect_pytorch(&out, dtype, "%snorm %s", round % 2 ? "residual, " : "", norm_names[g.kind]);
+        if (round % 2) expect_pytorch(&x, dtype, "residual");
         pair_free(&x), pair_free(&out), pair_free(&r), pair_free(&w), pair_free(&b);
     }
 }
@@ -87,6 +145,7 @@ START_TEST(activation)
         check(gpu->activation(gpu_device, &g, &e));
         check(cpu->activation(cpu_device, &c, &e));
         expect_close(&out, 1.2, "activation");
+        expect_pytorch(&out, dtype, "%s%s", activation_names[g.kind], gated ? ", gated" : "");
         pair_free(&x), pair_free(&out);
     }
 }
@@ -121,6 +180,8 @@ START_TEST(embedding_and_rows)
         check(gpu->embedding(gpu_device, &g, &e));
         check(cpu->embedding(cpu_device, &c, &e));
         expect_close(&out, 1, "embedding");
+        if (table_type == dtype)
+            expect_pytorch(&out, dtype, "embedding%s%s", g.scale != 1 ? ", scaled" : "", g.pos_table.data ? ", positions" : "");
         int32_t n = random_int(1, T), wanted[MAX_TOKENS];
         for (int32_t i = 0; i < n; i++) wanted[i] = random_int(0, T - 1);
         struct pair some = pair_of(dtype, (size_t)n, dim);
@@ -208,6 +269,7 @@ static void attention_round(const struct attention_case *a, enum dtype dtype)
             struct rope_kv_write_params c = {qkv.c, cs.c, c_layer, to, a->n_heads, a->n_kv_heads, a->head_dim, 2 * half};
             check(gpu->rope_kv_write(gpu_device, &g, &e)), check(cpu->rope_kv_write(cpu_device, &c, &e));
             expect_close(&qkv, 1.2, "rope");
+            expect_pytorch(&qkv, dtype, "rope");
             if (s == a->n_seqs) {
                 struct pair out = pair_of(dtype, (size_t)n, (size_t)(a->n_heads * a->head_dim));
                 poison(&out);
@@ -324,6 +386,8 @@ static void expect_norm_linear_activation(int n_rounds, int first_T, int n_T)
         check(cpu->norm(cpu_device, &n.c, &e)), check(cpu->linear(cpu_device, &c, &e));
         check(cpu->activation(cpu_device, &ca, &e));
         expect_close(&out, 4, "norm, linear, activation"); // roundings of norm, product, result; the product's two factors
+        expect_pytorch(&out, dtype, "norm %s, linear, %s%s", norm_names[n.g.kind], activation_names[ga.kind],
+                       gated ? ", gated" : "");
         if (T <= 8) expect_row_alone(&out, n.g, g, ga);
         weights_end(&w), norms_end(&n), pair_free(&in), pair_free(&out);
     }
@@ -348,6 +412,7 @@ START_TEST(norm_linear)
         check(cpu->norm(cpu_device, &n.c, &e)), check(cpu->linear(cpu_device, &c, &e));
         double units = out_dtype == dtype ? 1 : dtype == DTYPE_BF16 ? 512 : 64; // what is rounded is of the activations' type
         expect_close(&out, 4 * units, "norm, linear"); // roundings of norm, product, result
+        expect_pytorch(&out, dtype, "norm %s, linear", norm_names[n.g.kind]);
         weights_end(&w), norms_end(&n), pair_free(&out);
     }
 }
@@ -418,6 +483,7 @@ START_TEST(norm_linear_rope)
         }
         check(gpu->copy_in(gpu_device, queries.g.data, some, (size_t)T * rows[0] * 2, &e));
         expect_close(&queries, 4, "q of norm, linear, rope");
+        expect_pytorch(&queries, dtype, "norm %s, linear, rope", norm_names[n.g.kind]);
         free(bits), free(some);
         expect_same_values(&fused, &c_layer, slots, (size_t)T);
         // K against the GPU's own, op by op.
@@ -442,8 +508,9 @@ START_TEST(norm_linear_rope)
 }
 END_TEST
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1) read_errors(argv[1]);
     open_devices();
     Suite *suite = suite_create("cuda_ops");
     TCase *tc = tcase_create("cuda_ops"), *products = tcase_create("linear"); // apart: it also runs code that is not ours
@@ -459,5 +526,7 @@ int main(void)
     tcase_add_test(tc, norm_linear_rope);
     suite_add_tcase(suite, products);
     suite_add_tcase(suite, tc);
-    return run_suite(suite);
+    int status = run_suite(suite);
+    print_errors();
+    return status;
 }
