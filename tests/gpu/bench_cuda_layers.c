@@ -1,6 +1,7 @@
 /* bench_cuda_layers.c: the products of a model's layers on the GPU with what is fused around them, and its attention, as a
  * decode step has them: layers of their own weights, keys and values in one graph. Microseconds and bytes of weights (or keys
- * and values) per second, for each kind alone and for all in turn. Random weights and activations.
+ * and values) per second, for each kind alone and for all in turn, and what the host takes to launch those. Random weights and
+ * activations.
  *
  *   bench_cuda_layers [8b | 1b] [T ...]        shapes of Llama-3-8B, or of Llama-3.2-1B; sequences
  */
@@ -88,14 +89,24 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Seconds of one pass, the median of several.
-static double seconds(const char *kinds, int32_t T)
+static double median(double times[REPEATS])
+{
+    for (int i = 1; i < REPEATS; i++)
+        for (int j = i; j > 0 && times[j] < times[j - 1]; j--) {
+            double t = times[j];
+            times[j] = times[j - 1], times[j - 1] = t;
+        }
+    return times[REPEATS / 2];
+}
+
+// Seconds of one pass, the median of several; *launch: of its launch, on the host.
+static double seconds(const char *kinds, int32_t T, double *launch)
 {
     const size_t size = sizeof(int32_t), n = (size_t)T;
     const struct stage_array staged[] = {{slots, n * size, sizeof slots}, {starts, (n + 1) * size, sizeof starts},
                                          {lens, n * size, sizeof lens}};
     const struct stage_table table = {blocks, starts, lens, T, WIDTH, BLOCK, 0, NULL};
-    double times[REPEATS];
+    double times[REPEATS], launches[REPEATS];
     for (int i = -2; i < REPEATS; i++) {
         bool replayed, launched;
         check(gpu->stage(d, staged, 3, &table, &e));
@@ -103,15 +114,12 @@ static double seconds(const char *kinds, int32_t T)
         double begin = now();
         check(gpu->graph_begin(d, kinds, T, &replayed, &e));
         if (!replayed) enqueue(kinds, (size_t)T), check(gpu->graph_end(d, true, &launched, &e));
+        if (i >= 0) launches[i] = now() - begin;
         check(gpu->wait(d, gpu->record(d), &e));
         if (i >= 0) times[i] = now() - begin;
     }
-    for (int i = 1; i < REPEATS; i++)
-        for (int j = i; j > 0 && times[j] < times[j - 1]; j--) {
-            double t = times[j];
-            times[j] = times[j - 1], times[j - 1] = t;
-        }
-    return times[REPEATS / 2];
+    *launch = median(launches);
+    return median(times);
 }
 
 static void make_arrays(void)
@@ -165,13 +173,14 @@ int main(int argc, char **argv)
     };
     for (int i = first; i < argc || i == first; i++) {
         int32_t T = i < argc ? atoi(argv[i]) : 1;
+        double launch;
         printf("T %3d:", T);
         for (size_t j = 0; j < sizeof cases / sizeof *cases; j++) {
-            double t = seconds(cases[j].kinds, T);
+            double t = seconds(cases[j].kinds, T, &launch);
             double bytes = 2 * cases[j].n_weights * (*cases[j].kinds == 'a' ? T : 1);
             printf("  %s %.0f us (%.0f GB/s)", cases[j].name, 1e6 * t, 1e-9 * bytes / t);
         }
-        printf("\n");
+        printf("  launched in %.0f us\n", 1e6 * launch);
     }
     gpu->device_destroy(d);
     return 0;
