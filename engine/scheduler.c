@@ -549,6 +549,7 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
             plan_prefill(s, plan, &budget, s->running[i]);
     }
     admit(s, plan, &budget, now);
+    // Only now are their blocks offered to others: none reads what is computed in the same step (struct batch).
     for (int32_t i = 0; i < plan->n_rows; i++)
         finish_row(s, plan, &plan->rows[i]);
 }

@@ -60,10 +60,11 @@ struct flash_attention_params {
     int32_t causal;             // 0 or 1
     int32_t window_left, window_right; // keys before and after the query's own; -1: unlimited
     int32_t skip_single;        // prefill: 1 leaves sequences with exactly one query to decode
-    int32_t settled;            // decode: 1 says that what it reads, but q and the last key and value of each sequence, was
-                                // there before the kernel before it began: on Hopper it then reads that while it waits
     float scale;                // > 0; usually 1 / sqrt(head_dim)
     float softcap;              // 0: none
+    int32_t settled;            // decode: 1 says that what it reads, but q and the last key and value of each sequence, is
+                                // complete and visible when it may begin: on Hopper, while the kernel before it still runs,
+                                // if that lets the next one in early. It is then read at once. 0: nothing is known
 };
 
 // Each returns 0 or a cudaError_t: cudaErrorInvalidValue for shapes or options that do not fit, else what the launch

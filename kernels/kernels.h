@@ -203,8 +203,6 @@ struct attention_params {
     int32_t window;               // 0: unlimited
     float scale, softcap;
     const float *alibi_slopes;    // device [H]; NULL: none
-    // With staged arrays, keys and values of a sequence with one query, but the last, were written before the arrays were
-    // staged: the kernel before this one may still run when they are read.
 };
 
 // ---- activation -----------------------------------------------------------------------------------------------------
@@ -309,7 +307,8 @@ struct kernels {
     int (*wait)(struct device *device, uint64_t ticket, struct error *e);
 
     // From here to the next call, an op that is given one of these host arrays reads the device's copy, made now. table
-    // NULL: none. The function NULL: the backend reads host arrays where they are.
+    // NULL: none. The function NULL: the backend reads host arrays where they are. What attention reads of a sequence with one
+    // query, but its last key and value, has been written by then: it may be read while the ops before still run.
     int (*stage)(struct device *device, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
                  struct error *e);
 

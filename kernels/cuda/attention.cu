@@ -11,11 +11,6 @@
 
 // ---- the C interface ------------------------------------------------------------------------------------------------
 
-static bool is_aligned(const void *p)
-{
-    return (uintptr_t)p % 16 == 0;
-}
-
 static bool are_rows(size_t stride)
 {
     return stride % 8 == 0; // elements of 2 bytes: rows start at multiples of 16 bytes

@@ -119,9 +119,9 @@ static inline struct scoring scoring_of(const struct flash_attention_params *p)
     return s;
 }
 
-// A kernel that begins with previous_kernel_wait, launched while the one before it ends; where the code that runs
-// was made for sm_80 it has no such wait, and is launched after that end. most_smem: of any launch of it, which may come from
-// several threads at once.
+// A kernel that calls previous_kernel_wait, launched while the one before it ends; where the code that runs was made for sm_80
+// it has no such wait, and is launched after that end. most_smem: of any launch of it, which may come from several threads at
+// once.
 template <typename Args>
 static cudaError_t launch_kernel(void (*kernel)(Args), unsigned n_blocks, int n_threads, size_t smem, size_t most_smem,
                                  int sm, cudaStream_t stream, const Args &args)

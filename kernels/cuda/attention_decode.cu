@@ -49,7 +49,7 @@ __device__ __forceinline__ void move_window(const decode_args &a, const cursor &
     int32_t lane = (int32_t)threadIdx.x % 32, last = (c.row.length - 1) >> a.block_shift;
     w.s = c.s;
     w.first = block;
-    w.entry = a.p.block_table[(size_t)c.s * (size_t)a.p.max_blocks + (size_t)min(block + lane, last)];
+    w.entry = __ldcg(a.p.block_table + (size_t)c.s * (size_t)a.p.max_blocks + (size_t)min(block + lane, last));
 }
 
 // Block of the cache that holds a key of the row at c.

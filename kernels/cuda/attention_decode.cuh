@@ -61,7 +61,7 @@ template <int D> struct decode_shape {
 
 // ---- the list of work -----------------------------------------------------------------------------------------------
 
-// What a sequence asks for.
+// What a sequence asks for. Lengths and tables come from L2: they may be read before the kernel before is over.
 struct decode_row {
     int32_t length;       // of its context; 0: nothing to do
     int32_t first_key;    // that it sees
@@ -72,12 +72,12 @@ struct decode_row {
 
 __device__ __forceinline__ bool is_decode(const decode_args &a, int32_t s)
 {
-    return !a.p.cu_seqlens_q || a.p.cu_seqlens_q[s + 1] - a.p.cu_seqlens_q[s] == 1;
+    return !a.p.cu_seqlens_q || __ldcg(a.p.cu_seqlens_q + s + 1) - __ldcg(a.p.cu_seqlens_q + s) == 1;
 }
 
 __device__ __forceinline__ int32_t length_of(const decode_args &a, int32_t s)
 {
-    return s < a.p.n_seqs && is_decode(a, s) ? min(max(a.p.context_lens[s], 0), a.p.max_context) : 0;
+    return s < a.p.n_seqs && is_decode(a, s) ? min(max(__ldcg(a.p.context_lens + s), 0), a.p.max_context) : 0;
 }
 
 __device__ __forceinline__ int32_t first_key(const decode_args &a, int32_t length)

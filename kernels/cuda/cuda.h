@@ -70,7 +70,14 @@ bool array_is_checked(struct device *d, const void *host);
 // Whether it is one of those that were staged.
 bool array_is_staged(const struct device *d, const void *host);
 
+// For loads of 16 bytes.
+static inline bool is_aligned(const void *p)
+{
+    return (uintptr_t)p % 16 == 0;
+}
+
 // Whether an op's arguments fit together, for ops that are fused with others.
+int norm_check(const struct norm_params *p, struct error *e);
 int linear_check(const struct linear_params *p, struct error *e);
 int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 

@@ -11,6 +11,7 @@ enum { THREADS = 128, EMBEDDING_THREADS = 256 };
 // ---- embedding ------------------------------------------------------------------------------------------------------
 
 struct embedding_args {
+    bool vectors;               // whole vectors, aligned
     void *out;                  // [T, dim]
     const void *token_table, *pos_table;
     enum dtype token_dtype, pos_dtype;
@@ -46,8 +47,8 @@ __device__ __forceinline__ void embed_vectors(const embedding_args &a, T *out, s
 template <typename T> __global__ void __launch_bounds__(EMBEDDING_THREADS) embedding_kernel(const struct embedding_args a)
 {
     size_t t = blockIdx.x;
-    next_kernel_allow();
     previous_kernel_wait();
+    next_kernel_allow(); // not before: what begins after this finds the step's arrays there
     int32_t position = a.positions[t], token = a.tokens[t];
     if (token < 0) token = a.history[(size_t)a.history_rows[t] * (size_t)a.max_len + (size_t)position];
     if (token < 0 || token >= a.vocab_size) token = 0;
@@ -55,7 +56,7 @@ template <typename T> __global__ void __launch_bounds__(EMBEDDING_THREADS) embed
     const bool has_position = a.pos_table && position < a.n_positions;
     const size_t row = (size_t)token * a.dim, position_row = (size_t)position * a.dim;
     if constexpr (sizeof(T) == 2) {
-        if (a.dim % VECTOR == 0) {
+        if (a.vectors) {
             embed_vectors(a, out, row, has_position, position_row);
             return;
         }
@@ -84,6 +85,7 @@ int cuda_embedding(struct device *d, const struct embedding_params *p, struct er
     a.history = p->history.tokens, a.max_len = p->history.max_len;
     a.vocab_size = (int32_t)p->token_table.shape[0], a.n_positions = (int32_t)p->pos_table.shape[0];
     a.dim = dim, a.scale = p->scale;
+    a.vectors = dim % VECTOR == 0 && is_aligned(a.out) && is_aligned(a.token_table) && is_aligned(a.pos_table);
     cudaError_t status;
     FOR_ACTIVATION_TYPE(p->out.dtype, T_,
                         status = launch_early(d, embedding_kernel<T_>, dim3((unsigned)T), EMBEDDING_THREADS, 0, a));

@@ -3,6 +3,8 @@
  * Every kernel that is launched so calls `previous_kernel_wait` before it touches what kernels before it wrote or read,
  * and `next_kernel_allow` as early as it likes: the next kernel's blocks then come as room is found for them, and wait
  * there. All of them must wait: a kernel is only known to be over, with all before it, to those that waited for it.
+ * A step's arrays are the exception: the kernel that brings them (staging.cu) lets none in before its end, and the embedding,
+ * the first of a step, none before it has waited for that; so the others find them there before they have waited.
  */
 #ifndef GPTD_KERNELS_CUDA_LAUNCH_CUH
 #define GPTD_KERNELS_CUDA_LAUNCH_CUH

@@ -373,11 +373,6 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-bool is_aligned(const void *p)
-{
-    return (uintptr_t)p % 16 == 0;
-}
-
 few_args args_of(const struct linear_params *p)
 {
     few_args a = {};
@@ -436,9 +431,8 @@ int fuse_norm(struct device *d, const struct norm_params *norm, few_args *a, str
 // Whether the norm's rows are those of the product.
 bool is_of_norm(const struct norm_params *norm, const struct linear_params *p)
 {
-    return norm->x.n_dims == 2 && norm->x.shape[0] == p->x.shape[0] && norm->x.shape[1] == p->x.shape[1] &&
-           norm->x.dtype == p->x.dtype && norm->weight.shape[0] == p->x.shape[1] && norm->out.data == p->x.data &&
-           !p->accumulate;
+    return norm->out.data == p->x.data && norm->x.shape[0] == p->x.shape[0] && norm->x.shape[1] == p->x.shape[1] &&
+           norm->x.dtype == p->x.dtype && p->out.data != norm->x.data && !p->accumulate;
 }
 
 // Whether they are, and the product's out is the next op's `x`.

@@ -121,7 +121,7 @@ template <typename T> static cudaError_t launch(const struct device *d, unsigned
     return launch_early(d, norm_kernel<T>, dim3(n_rows), THREADS, shared, *a);
 }
 
-int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
+int norm_check(const struct norm_params *p, struct error *e)
 {
     size_t T = p->x.shape[0], dim = p->x.shape[1];
     if (p->x.n_dims != 2 || p->out.n_dims != 2 || T < 1 || dim < 1 || dim > MAX_DIM || p->out.dtype != p->x.dtype ||
@@ -129,12 +129,19 @@ int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
         (p->bias.data && p->bias.shape[0] != dim) ||
         (p->residual.data && (p->residual.dtype != p->x.dtype || p->residual.shape[0] != T || p->residual.shape[1] != dim)))
         return error_set(e, ERR_INVALID, "norm: shapes do not fit");
+    return 0;
+}
+
+int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
+{
+    int rc = norm_check(p, e);
+    if (rc) return rc;
     struct norm_args a = {};
     a.out = p->out.data, a.x = p->x.data, a.residual = p->residual.data;
     a.weight = p->weight.data, a.weight_dtype = p->weight.dtype;
     a.bias = p->bias.data, a.bias_dtype = p->bias.dtype;
-    a.dim = (int32_t)dim, a.eps = p->eps, a.layer = p->kind == NORM_LAYER;
+    a.dim = (int32_t)p->x.shape[1], a.eps = p->eps, a.layer = p->kind == NORM_LAYER;
     cudaError_t status;
-    FOR_ACTIVATION_TYPE(p->x.dtype, T_, status = launch<T_>(d, (unsigned)T, &a));
+    FOR_ACTIVATION_TYPE(p->x.dtype, T_, status = launch<T_>(d, (unsigned)p->x.shape[0], &a));
     return cuda_check(status, "norm", e);
 }

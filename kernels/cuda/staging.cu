@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(THREADS) load_step_kernel(const __grid_constan
     previous_kernel_wait();
     if (to) *(uint4 *)to = vector;
     if (update.at >= 0) a.table[update.at] = update.block;
+    __threadfence(); // for whoever begins when the last block has ended
 }
 
 // ---- slots ----------------------------------------------------------------------------------------------------------

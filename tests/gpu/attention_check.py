@@ -37,8 +37,8 @@ class Params(ctypes.Structure):
                [("scratch_bytes", ctypes.c_size_t), ("tickets", ctypes.c_void_p)] + \
                [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_heads", "n_kv_heads", "head_dim",
                                                     "block_size", "max_blocks", "max_context", "causal", "window_left",
-                                                    "window_right", "skip_single", "settled")] + \
-               [("scale", ctypes.c_float), ("softcap", ctypes.c_float)]
+                                                    "window_right", "skip_single")] + \
+               [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("settled", ctypes.c_int32)]
 
 
 class Library:
@@ -193,6 +193,7 @@ class Run:
         p.causal, p.window_left, p.window_right = int(options.causal), options.left, options.right
         p.scale, p.softcap = options.scale or heads.dim ** -0.5, options.softcap
         p.max_context = max(max(s.length for s in sequences), 1)
+        p.settled = random.randint(0, 1)
         self.p = p
         if block_size:
             self.place_pages(spare)
@@ -245,6 +246,8 @@ class Run:
         self.scratch = library.scratch(self.p) if scratch is None else scratch
         self.scratch.fill_(255)
         self.p.scratch, self.p.scratch_bytes = self.scratch.data_ptr(), self.scratch.numel()
+        if self.p.settled:
+            torch.cuda.synchronize()
         library.run("decode", self.p)
         return self.results()
 
@@ -654,7 +657,7 @@ def time_prefill(library, heads, total, s):
 
 
 def time_decode(library, heads, batch, length, block_size=64, settled=0):
-    """[µs, bytes of K and V]: calls of a graph, one after another, each with other pages than those before, beyond L2 in all;
+    """[µs, bytes of K and V]: calls of a graph, one after another, their pages in turn from sets beyond L2 in all;
     settled: as struct flash_attention_params has it"""
     n_pages = (length + block_size - 1) // block_size
     n_bytes = 2 * batch * length * heads.kv * heads.dim * 2
