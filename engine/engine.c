@@ -284,14 +284,21 @@ static int warm_up(struct engine *engine, struct error *e)
     const struct kernels *k = engine->kernels;
     const struct request_limits *l = &engine->config.limits;
     int32_t longest = l->max_model_len < l->max_num_batched_tokens ? l->max_model_len : l->max_num_batched_tokens;
+    const double begin = now_seconds();
     int rc = 0;
     if (k->graph_begin == NULL)
         return 0;
+    const size_t there = k->device_memory(engine->device);
     for (int32_t n = 1; n <= engine->config.max_num_seqs && rc == 0; n *= 2)
         rc = warm_up_step(engine, n, true, e);
     for (int32_t n = 64; n <= longest && n <= 512 && rc == 0; n *= 8)
         rc = warm_up_step(engine, n, false, e);
-    return rc != 0 ? rc : k->wait(engine->device, k->record(engine->device), e);
+    if (rc == 0)
+        rc = k->wait(engine->device, k->record(engine->device), e);
+    const size_t left = k->device_memory(engine->device);
+    atomic_store(&engine->stats.warm_up_seconds, now_seconds() - begin);
+    atomic_store(&engine->stats.warm_up_bytes, left < there ? there - left : 0);
+    return rc;
 }
 
 int engine_start(struct engine *engine, struct error *e)
@@ -303,10 +310,8 @@ int engine_start(struct engine *engine, struct error *e)
     atomic_store(&engine->stats.weights_seconds, now_seconds() - begin);
     if (allocate_tables(engine, e) != 0 || allocate_steps(engine, e) != 0 || allocate_kv(engine, e) != 0)
         return e->code;
-    begin = now_seconds();
     if (warm_up(engine, e) != 0)
         return error_prefix(e, "warming up");
-    atomic_store(&engine->stats.warm_up_seconds, now_seconds() - begin);
     engine_publish_stats(engine);
     if (pthread_create(&engine->thread, NULL, engine_loop, engine) != 0)
         return error_set(e, ERR_NOMEM, "no thread for the engine");

@@ -153,6 +153,7 @@ struct engine_stats {
     double host_seconds, launch_seconds, step_seconds;
     double device_seconds, weights_seconds; // of the start: backend, plan and device; loading the weights
     double warm_up_seconds;             // of the start: the first steps of a device that records them
+    uint64_t warm_up_bytes;             // what they took of the device's memory beyond the plan
     bool busy;                          // has work
     const char *failure;                // why the device failed, borrowed; NULL: it did not
 };

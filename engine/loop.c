@@ -218,6 +218,7 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .device_seconds = SHARED(device_seconds),
         .weights_seconds = SHARED(weights_seconds),
         .warm_up_seconds = SHARED(warm_up_seconds),
+        .warm_up_bytes = SHARED(warm_up_bytes),
         .last_step = busy ? SHARED(last_step) : now_seconds(),
         .busy = busy,
         .failure = atomic_load(&engine->stats.failed) ? engine->failure.message : NULL,

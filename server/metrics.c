@@ -257,6 +257,7 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_start_device_seconds", "gauge", "Of the start: finding the device and planning its memory.", s->device_seconds},
         {"gptd_start_weights_seconds", "gauge", "Of the start: loading the weights.", s->weights_seconds},
         {"gptd_start_warm_up_seconds", "gauge", "Of the start: first steps, which a GPU records.", s->warm_up_seconds},
+        {"gptd_start_warm_up_bytes", "gauge", "What those took of the GPU's memory beyond the plan.", (double)s->warm_up_bytes},
     };
     for (size_t i = 0; i < sizeof(series) / sizeof(series[0]); i++) {
         render_head(out, series[i].name, series[i].type, series[i].help);

@@ -24,7 +24,11 @@ static char *render(void)
                                  .n_preemptions = 4,
                                  .step_seconds = 2.5,
                                  .host_seconds = 0.125,
-                                 .launch_seconds = 0.25, .device_seconds = 0.5, .weights_seconds = 2.5, .warm_up_seconds = 0.125,
+                                 .launch_seconds = 0.25,
+                                 .device_seconds = 0.5,
+                                 .weights_seconds = 2.5,
+                                 .warm_up_seconds = 0.125,
+                                 .warm_up_bytes = 4096,
                                  .prefix_queries = 640,
                                  .prefix_hits = 128,
                                  .prompt_tokens = 1000,
@@ -64,6 +68,7 @@ START_TEST(engine_values)
     ck_assert_double_eq(value_of(text, "gptd_start_device_seconds{" MODEL "}"), 0.5);
     ck_assert_double_eq(value_of(text, "gptd_start_weights_seconds{" MODEL "}"), 2.5);
     ck_assert_double_eq(value_of(text, "gptd_start_warm_up_seconds{" MODEL "}"), 0.125);
+    ck_assert_double_eq(value_of(text, "gptd_start_warm_up_bytes{" MODEL "}"), 4096);
     free(text);
 }
 END_TEST

@@ -338,7 +338,7 @@ def start(bench):
             bench.add("start", what=f"{os.path.basename(os.path.normpath(path))}, {attempt}",
                       **{"exec to ready, s": server.startup,
                          **{f"{part} s": values.get(f"gptd_start_{part}_seconds") for part in ("device", "weights", "warm_up")},
-                         "resident MB": (server.rss() or 0) / 1e6})
+                         "warm_up MB": values.get("gptd_start_warm_up_bytes", 0) / 1e6, "resident MB": (server.rss() or 0) / 1e6})
     bench.served.stop()
 
 
