@@ -61,13 +61,13 @@ struct model_info {
 
 // One step's ragged batch: never padded, decode sequences first. Host arrays, owned and reused by the engine.
 // For each kv group g: block_tables[g] is [n_seqs, max_blocks], slot_mapping[g] is [n_tokens].
+// What the cache has of a sequence with one token, but that token's, was computed by earlier steps: no two rows are of one
+// sequence, and none reads what another computes in the same step (kernels/kernels.h, `stage`).
 struct batch {
     int32_t n_tokens, n_seqs, n_logits_rows;
     // Each sequence has one token, and row i of the logits is its. The last rows may be padding (kernels/kernels.h),
     // so that few different sizes occur.
     bool is_decode;
-    // Of a sequence with one token, what the cache has of the tokens before was computed by earlier steps (kernels/kernels.h,
-    // `stage`): no two rows are of one sequence, none reads what another computes in the same step.
     int32_t max_seqs;             // room of the arrays below, for a device that keeps a place for each; 0: n_seqs
     int32_t max_blocks;           // width of a block table row
     int32_t block_size;           // tokens

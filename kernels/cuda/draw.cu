@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(uint16_t *to, size_t n, u
 
 int cuda_draw(struct device *d, const struct draw_params *p, struct error *e)
 {
-    if ((uintptr_t)p->to % 16) return error_set(e, ERR_INVALID, "draw: its place is not aligned to 16 bytes");
+    if (!is_aligned(p->to)) return error_set(e, ERR_INVALID, "draw: its place is not aligned to 16 bytes");
     if (p->n == 0) return 0;
     const uint4 *table = (const uint4 *)device_array(d, p->table, TABLE_BYTES, e);
     if (!table) return ERR_DEVICE;

@@ -247,7 +247,7 @@ class Run:
         self.scratch.fill_(255)
         self.p.scratch, self.p.scratch_bytes = self.scratch.data_ptr(), self.scratch.numel()
         if self.p.settled:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # what PyTorch wrote is there before the call, not only before its wait
         library.run("decode", self.p)
         return self.results()
 
