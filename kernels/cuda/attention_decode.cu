@@ -7,7 +7,7 @@
  * The keys that a row sees, in stripes of 32 (16 beyond head_dim 128), are cut into splits of a length that depends on how
  * many they are, whatever else is in the batch (row_of). A split's result does not depend on who computes it, and a row's
  * is the sum over its splits in order (add_split), so that it has the same bits however the work is shared.
- * Grid: one block of 4 warps per multiprocessor, whatever the lengths. Every warp works alone, on a contiguous share of
+ * Grid: one block of 4 or 8 warps per multiprocessor, whatever the lengths. Every warp works alone, on a contiguous share of
  * the list of splits, in order of (sequence, head group, split), which it finds from context_lens: one launch serves every
  * length. K and V come through a ring of the warp's own, which runs on over the ends of splits.
  * A row that is all in one share is added up in registers. Of others, splits (fp32, with maximum and sum) go to scratch;
@@ -18,9 +18,13 @@
  * of a KV head, most of it to L2 alone. Bound by memory: a multiprocessor has 160 KB in flight (head_dim 128). Bound by
  * latency where there is little work: hence few instructions before the first fetch, and no barrier before the end.
  * Of up to 8 sequences the rings are smaller, so that the next kernel's blocks, which hold weights, come beside this one's.
- * Keys of earlier steps are on their way while the kernel before still runs, if the caller says that they are there.
+ * Keys of earlier steps are on their way while the kernel before still runs, if the caller says that they are there: a block's
+ * as soon as one of that kernel's makes room.
+ * A warp's work on a stripe is a chain of some 600 (head_dim 64) to 800 instructions (128) that hardly overlap; at 64, four
+ * warps were too slow for an H200 (3.3 TB/s), eight are not (4.3). At 128 eight are not faster where rows are not cut (+1 to
+ * +2 %), and slower by a tenth where they make two pieces of a row (64 sequences).
  * Keys and values leave L2 first and partial results last: else these go to memory and back (8 % at 16 sequences of 8k).
- * Tried, no better: a row's pieces on several multiprocessors.
+ * Tried, no better: a row's pieces on several multiprocessors; rings so small that two calls' blocks fit one.
  */
 #include "kernels/cuda/attention_decode.cuh"
 
@@ -32,7 +36,8 @@ __device__ int32_t library_tickets[MAX_TICKETS];
 // Asks for what the list of work is read from, as far as one line for each warp goes; it may still be written to.
 __device__ __forceinline__ void prefetch_tables(const decode_args &a)
 {
-    size_t at = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * 32, end = (size_t)a.p.n_seqs * (size_t)a.p.max_blocks;
+    size_t at = ((size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 32;
+    size_t end = (size_t)a.p.n_seqs * (size_t)a.p.max_blocks;
     if (threadIdx.x % 32 == 0 && at < end) prefetch(a.p.block_table + at);
     if (threadIdx.x % 32 == 1 && at < (size_t)a.p.n_seqs) prefetch(a.p.context_lens + at);
 }
@@ -470,11 +475,11 @@ template <typename T, int D>
 __device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_job *jobs, float *room, int n_room)
 {
     constexpr int PARTIAL = decode_shape<D>::PARTIAL, AT_ONCE = decode_shape<D>::AT_ONCE;
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, n_warps = (int)blockDim.x / 32;
     combine_state<D> row = {};
     combine_item mine = {};   // lane i: the i-th that is fetched
     int n_fetched = 0, n_floats = 0, n_before = 0; // rows of the jobs before
-    uint32_t left = __ballot_sync(0xffffffffu, lane < WARPS * WARP_JOBS && jobs[lane % (WARPS * WARP_JOBS)].n_splits > 0);
+    uint32_t left = __ballot_sync(0xffffffffu, lane < n_warps * WARP_JOBS && jobs[lane].n_splits > 0);
     auto add_fetched = [&] {
         cp_async_commit();
         cp_async_wait<0>();
@@ -490,7 +495,7 @@ __device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_
     };
     for (; left != 0; left &= left - 1) {
         const decode_job job = jobs[__ffs((int)left) - 1];
-        for (int h = (warp - n_before) & (WARPS - 1); h < job.n_heads; h += WARPS) {
+        for (int h = (warp - n_before) & (n_warps - 1); h < job.n_heads; h += n_warps) {
             for (int32_t first = 0; first < job.n_splits; first += AT_ONCE) {
                 combine_item item = {job.s, job.first_head + h, job.n_splits, first};
                 int floats = splits_in<D>(item) * PARTIAL;
@@ -511,7 +516,7 @@ template <typename T> __device__ __forceinline__ void store_empty_rows(const dec
 {
     for (int32_t s = (int32_t)blockIdx.x; s < a.p.n_seqs; s += (int32_t)gridDim.x) {
         if (!is_decode(a, s) || a.p.context_lens[s] > 0) continue;
-        for (int32_t i = (int32_t)threadIdx.x; i < a.p.n_heads * a.p.head_dim; i += THREADS) {
+        for (int32_t i = (int32_t)threadIdx.x; i < a.p.n_heads * a.p.head_dim; i += (int32_t)blockDim.x) {
             int32_t head = i / a.p.head_dim, column = i % a.p.head_dim;
             result_of<T>(a, s, head)[column] = from_float<T>(0);
             if (column == 0) store_lse(a, s, head, 0, 0);
@@ -522,16 +527,16 @@ template <typename T> __device__ __forceinline__ void store_empty_rows(const dec
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __grid_constant__ decode_args a)
+__global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(const __grid_constant__ decode_args a)
 {
     using shape = decode_shape<D>;
     constexpr int M = shape::STRIPE / 16;
     extern __shared__ __align__(1024) unsigned char smem[];
-    const int n_slots = a.few ? shape::FEW_SLOTS : shape::SLOTS, ring_bytes = n_slots * shape::SLOT;
+    const int n_slots = a.few ? shape::FEW_SLOTS : shape::SLOTS, ring_bytes = n_slots * shape::SLOT; // of a warp
     const uint32_t warp = threadIdx.x / 32, ring = shared_address(smem) + warp * ring_bytes;
     const int lane = (int)threadIdx.x % 32;
-    decode_job *jobs = (decode_job *)(smem + WARPS * ring_bytes);
-    if (a.few) next_kernel_allow();
+    decode_job *jobs = (decode_job *)(smem + (a.few ? shape::FEW_RING_BYTES : shape::RING_BYTES));
+    next_kernel_allow();
     if (lane == 0) jobs[warp * WARP_JOBS].n_splits = jobs[warp * WARP_JOBS + 1].n_splits = 0;
     if (!a.p.settled) {
         prefetch_tables(a);
@@ -593,7 +598,6 @@ __global__ void __launch_bounds__(THREADS, 1) attention_decode_kernel(const __gr
     store_empty_rows<T>(a);
     bool has_job = lane == 0 && jobs[warp * WARP_JOBS].n_splits + jobs[warp * WARP_JOBS + 1].n_splits > 0;
     if (__syncthreads_or(has_job)) combine_jobs<T, D>(a, jobs, (float *)(smem + warp * ring_bytes), ring_bytes / 4);
-    if (!a.few) next_kernel_allow(); // not before: the next kernel's blocks would crowd where blocks without work were
 }
 
 // ---- scratch, launcher ----------------------------------------------------------------------------------------------
@@ -625,10 +629,12 @@ template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_
     int sm, n_sms;
     cudaError_t status = device_figures(&sm, &n_sms);
     if (status != cudaSuccess) return status;
-    a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * WARPS));
+    using shape = decode_shape<D>;
     a.few = a.p.n_seqs <= FEW_ROWS && sm >= 90;
-    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, THREADS, decode_shape<D>::smem(a.few),
-                         decode_shape<D>::smem(false), sm, stream, a);
+    const int n_warps = a.few ? FEW_WARPS : shape::WARPS;
+    const int smem = (a.few ? shape::FEW_RING_BYTES : shape::RING_BYTES) + shape::JOB_BYTES;
+    a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * n_warps));
+    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, n_warps * 32, smem, shape::MOST_SMEM, sm, stream, a);
 }
 
 template <typename T> cudaError_t launch_dim(const decode_args &a, cudaStream_t stream)

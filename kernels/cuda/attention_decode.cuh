@@ -12,8 +12,8 @@
 namespace {
 
 enum {
-    WARPS = 4,
-    THREADS = 128,
+    MAX_WARPS = 8,
+    FEW_WARPS = 4, // of a block where the sequences are few
     MAX_SLOTS = 8,
     GROUP_HEADS = 8,
     MAX_TICKETS = 1 << 16,
@@ -31,7 +31,7 @@ struct decode_args {
     int32_t max_splits;    // of any row
     int32_t block_shift;   // log2 of the block size
     uint32_t share_step;   // 2^32 / warps of the grid
-    bool few;              // up to FEW_ROWS sequences: the next kernel's blocks come early, and find room
+    bool few;              // up to FEW_ROWS sequences: the next kernel's blocks find room beside this one's
     float *partial;        // [S, H, max_splits, D + 4]: result, maximum (in units of log2(e)), sum, nothing
     int32_t *tickets;      // [S, n_groups]
 };
@@ -46,17 +46,24 @@ enum { WARP_JOBS = 2 }; // a share cuts the row that it begins in, and the one t
 template <int D> struct decode_shape {
     static constexpr int STRIPE = D > 128 ? 16 : 32;            // keys of a step
     static constexpr int SLOT = STRIPE * tile_layout<D>::STRIDE; // bytes: K or V of a stripe
-    static constexpr int FITTING = (MAX_BLOCK_SMEM - 1024) / (WARPS * SLOT);
-    static constexpr int FITTING_BESIDE = (ROOM_BESIDE - 1024) / (WARPS * SLOT);
-    static constexpr int SLOTS = FITTING < MAX_SLOTS ? FITTING : MAX_SLOTS; // of a warp's ring
-    static constexpr int FEW_SLOTS = FITTING_BESIDE < SLOTS ? FITTING_BESIDE : SLOTS;
-    static constexpr int JOB_BYTES = WARPS * WARP_JOBS * (int)sizeof(decode_job);
+    // Of a block. A stripe of short heads is few bytes and hardly fewer instructions: four warps would wait for these.
+    static constexpr int WARPS = D > 96 ? 4 : MAX_WARPS;
+    static constexpr int fitting(int room, int n_warps)
+    {
+        int n = (room - 1024) / (n_warps * SLOT);
+        return n < MAX_SLOTS ? n : MAX_SLOTS;
+    }
+    static constexpr int SLOTS = fitting(MAX_BLOCK_SMEM, WARPS); // of a warp's ring
+    static constexpr int FEW_SLOTS = fitting(ROOM_BESIDE, FEW_WARPS);
+    static constexpr int RING_BYTES = WARPS * SLOTS * SLOT, FEW_RING_BYTES = FEW_WARPS * FEW_SLOTS * SLOT; // all of a block's
+    static constexpr int JOB_BYTES = MAX_WARPS * WARP_JOBS * (int)sizeof(decode_job);
     static constexpr int MAX_SPLITS = D > 128 ? 32 : 64; // of a row
     static constexpr int PARTIAL = D + 4;                // floats of a split
     static constexpr int AT_ONCE = D > 128 ? 16 : 32;    // splits that are added up at once
-    static_assert(WARPS * SLOTS * SLOT + JOB_BYTES <= MAX_BLOCK_SMEM, "fits sm_80");
-    static_assert(AT_ONCE * PARTIAL * 4 <= FEW_SLOTS * SLOT, "they fit where the ring was");
-    static constexpr int smem(bool few) { return WARPS * (few ? FEW_SLOTS : SLOTS) * SLOT + JOB_BYTES; }
+    static constexpr int MOST_SMEM = (RING_BYTES > FEW_RING_BYTES ? RING_BYTES : FEW_RING_BYTES) + JOB_BYTES;
+    static_assert(MOST_SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
+    static_assert(AT_ONCE * PARTIAL * 4 <= FEW_SLOTS * SLOT && AT_ONCE * PARTIAL * 4 <= SLOTS * SLOT,
+                  "they fit where a ring was");
 };
 
 // ---- the list of work -----------------------------------------------------------------------------------------------
@@ -154,7 +161,8 @@ template <int D> __device__ __forceinline__ void advance(const decode_args &a, c
 __device__ __forceinline__ void find_ends(const decode_args &a, uint32_t n_units, uint32_t n_rows, uint32_t *begin,
                                           uint32_t *end)
 {
-    uint32_t n_shares = gridDim.x * WARPS, warp = threadIdx.x / 32, share = blockIdx.x * WARPS + warp;
+    uint32_t n_warps = blockDim.x / 32, n_shares = gridDim.x * n_warps, warp = threadIdx.x / 32;
+    uint32_t share = blockIdx.x * n_warps + warp;
     uint32_t pieces = n_rows * 16 > n_shares ? max(n_shares / n_rows, 1) : 1; // of a row; few rows: latency is what counts
     uint32_t used = n_rows < n_shares ? n_rows * pieces : n_rows / ((n_rows + n_shares - 1) / n_shares);
     bool even = pieces > 1 ? used * 10 >= n_shares * 9 : used * 10 >= n_shares * 7 && n_rows % used == 0;
