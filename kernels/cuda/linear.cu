@@ -1,13 +1,17 @@
 /* linear.cu: out[T, N] = x[T, K] w[N, K]^T (+ bias) (+ out).
  *
- * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic for the shape (kept,
- * never timed). Deterministic: cuBLASLt for any number of rows, with one algorithm for all of them, so that a row's bits are
- * the same alone and in any batch. That algorithm must add up an element in one loop over K: no split-K, and no workspace
- * that could hold the partial sums of a shared loop (counters of tiles that have been handed out are there).
+ * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic (kept, never timed)
+ * for the shape, of which the rows count in classes: asking takes a quarter of a millisecond, and prompts have every length.
+ * Deterministic: a row's bits are the same alone and in any batch, as each element is one chain of products (linear_chain.cu,
+ * which also does few rows). An algorithm of cuBLASLt is taken if it has these bits for random x and the weight at hand; else
+ * linear_chain.cu does those rows, too. It must add up an element in one loop over K to be asked: no split-K, and no workspace
+ * that could hold the partial sums of a shared loop (counters of tiles that have been handed out are there). Where rows are no
+ * multiple of 16 bytes, there is no chain: one algorithm does any number of rows.
  * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear_few.cuh"
@@ -17,9 +21,14 @@ enum {
     MAX_ALGOS = 1024,
     WORKSPACE_BYTES = 32 << 20,
     COUNTER_BYTES = 256,   // deterministic: all that an algorithm may have of workspace
-    FIXED_ROWS = 256,      // deterministic: the number of rows that the algorithm is chosen for
+    CLASS_WIDTH = 8,       // rows; of two classes an octave an algorithm took up to 1.47 times as long, at 264 rows
+    LEAST_CLASS = 16,      // the first: 1 to 16 rows
+    FIXED_ROWS = 256,      // deterministic, without a chain: the number of rows that the algorithm is chosen for
+    CHECKED_ROWS = 8,      // of x, where bits are compared
+    CHECK_ALIGNMENT = 4096,
     BIAS_ALIGNMENT = 16,
-    MAX_CANDIDATES = 32,   // of which the first that does is taken
+    MAX_CANDIDATES = 32,   // of which the first that does is taken; deterministic
+    FEW_CANDIDATES = 4,    // the same, otherwise
 };
 
 // One matrix: a run of parts that lie together.
@@ -30,7 +39,7 @@ struct product {
 };
 
 struct gemm_key {
-    size_t T, N, K, ldo;   // T: FIXED_ROWS where the algorithm is one for all
+    size_t T, N, K, ldo;   // T: the most rows of its class; FIXED_ROWS where the algorithm is one for all
     enum dtype x, out;
     uint32_t out_alignment; // bytes
     bool accumulate, biased; // biased: by the product itself, from a bias of out's type at a multiple of BIAS_ALIGNMENT
@@ -40,12 +49,14 @@ struct algo {
     struct gemm_key key;
     cublasLtMatmulAlgo_t algo;
     bool used;
+    bool chain; // none: linear_chain.cu
 };
 
 struct cublas {
     cublasLtHandle_t handle;
     cublasStatus_t status; // of its creation: whoever wants a product is told
     void *workspace;
+    cudaStream_t aside;    // deterministic: for comparisons, which a step that is being recorded leaves out
     struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
 };
 
@@ -118,44 +129,150 @@ static cublasStatus_t ask_heuristic(struct cublas *c, struct gemm *g, const stru
                                                   found, n);
 }
 
-// Whether the algorithm runs with any number of rows, each element summed in one loop.
-static bool serves_all(struct device *d, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo)
+// Whether the algorithm runs with each of these numbers of rows.
+static bool serves(struct device *d, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo, const size_t *rows,
+                   size_t n_rows, size_t workspace_bytes)
 {
-    const size_t rows[] = {1, 2, 7, FIXED_ROWS, 1000, (size_t)d->options.max_tokens};
-    uint32_t n_splits = 0;
-    size_t written;
-    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &n_splits, sizeof n_splits, &written) ||
-        n_splits > 1)
-        return false;
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    for (size_t i = 0; i < n_rows; i++) {
         struct gemm_key k = *key;
         struct gemm g;
         cublasLtMatmulHeuristicResult_t result;
         k.T = rows[i];
         if (describe(&g, &k, NULL) || cublasLtMatmulAlgoCheck(d->cublas->handle, &g.op, &g.w, &g.x, &g.out, &g.out, algo,
-                                                              &result) || result.workspaceSize > COUNTER_BYTES)
+                                                              &result) || result.workspaceSize > workspace_bytes)
             return false;
     }
     return true;
 }
 
-static int find_algo(struct device *d, const struct gemm_key *key, struct algo **found, struct error *e)
+static bool is_one_loop(const cublasLtMatmulAlgo_t *algo)
+{
+    uint32_t n_splits = 0;
+    size_t written;
+    return !cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &n_splits, sizeof n_splits, &written) &&
+           n_splits <= 1;
+}
+
+static cublasStatus_t multiply(struct device *d, struct gemm *g, const struct gemm_key *key, const struct product *m,
+                               const void *x, void *out, const cublasLtMatmulAlgo_t *algo, void *workspace,
+                               size_t workspace_bytes, cudaStream_t stream)
+{
+    const float one = 1, beta = key->accumulate ? 1 : 0;
+    cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
+    if (key->biased) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m->bias, sizeof m->bias);
+    return s ? s : cublasLtMatmul(d->cublas->handle, &g->op, &one, m->w, &g->w, x, &g->x, &beta, out, &g->out, out, &g->out,
+                                  algo, workspace, workspace_bytes, stream);
+}
+
+static struct chain_product chain_of(const struct gemm_key *key, const struct product *m, const void *x, void *out)
+{
+    return {m->w, key->biased ? m->bias : NULL, x, out, key->x, key->out, key->T, key->N, key->K, key->ldo, key->accumulate};
+}
+
+// ---- whether an algorithm has a chain's bits ------------------------------------------------------------------------
+
+// From -1 to 1, the same in every call.
+template <typename T> __global__ void random_kernel(T *out, size_t n)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t x = (uint32_t)i * 0x9E3779B1u ^ 0x85EBCA77u;
+    x = (x ^ x >> 15) * 0x2C1B3C6Du;
+    x = (x ^ x >> 12) * 0x297A2D39u;
+    if (i < n) out[i] = from_float<T>((float)(int32_t)(x ^ x >> 15) * 0x1p-31f);
+}
+
+static void fill_random(enum dtype dtype, void *out, size_t n, cudaStream_t stream)
+{
+    FOR_ACTIVATION_TYPE(dtype, T_, random_kernel<T_><<<(unsigned)((n + 255) / 256), 256, 0, stream>>>((T_ *)out, n));
+}
+
+__global__ void count_unequal_kernel(const uint32_t *a, const uint32_t *b, size_t n, uint32_t *count)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n && a[i] != b[i]) atomicAdd(count, 1u);
+}
+
+static bool has_chain_bits(struct device *d, const struct gemm_key *key, const struct product *m,
+                           const cublasLtMatmulAlgo_t *algo)
+{
+    struct cublas *c = d->cublas;
+    struct device aside = *d;
+    struct gemm_key k = *key;
+    struct gemm g;
+    aside.stream = c->aside;
+    k.T = CHECKED_ROWS, k.ldo = k.N;
+    const size_t n_out = k.T * k.N, out_bytes = n_out * dtype_size(k.out), x_bytes = k.T * k.K * dtype_size(k.x);
+    const size_t sizes[] = {COUNTER_BYTES, COUNTER_BYTES, sizeof(uint32_t), x_bytes, out_bytes, out_bytes};
+    char *at[sizeof sizes / sizeof *sizes], *free_from = (char *)c->workspace; // the first is what products have
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        at[i] = free_from;
+        free_from += (sizes[i] + CHECK_ALIGNMENT - 1) / CHECK_ALIGNMENT * CHECK_ALIGNMENT;
+    }
+    if (free_from > (char *)c->workspace + WORKSPACE_BYTES || describe(&g, &k, NULL)) return false;
+    struct chain_product chain = chain_of(&k, m, at[3], at[4]);
+    uint32_t n_unequal = 1;
+    fill_random(k.x, at[3], k.T * k.K, c->aside);
+    fill_random(k.out, at[4], n_out, c->aside);
+    fill_random(k.out, at[5], n_out, c->aside);
+    bool ran = !linear_chain(&aside, &chain, NULL) &&
+               !multiply(d, &g, &k, m, at[3], at[5], algo, at[1], COUNTER_BYTES, c->aside) &&
+               !cudaMemsetAsync(at[2], 0, sizeof n_unequal, c->aside);
+    if (ran) count_unequal_kernel<<<(unsigned)((out_bytes / 4 + 255) / 256), 256, 0, c->aside>>>(
+        (uint32_t *)at[4], (uint32_t *)at[5], out_bytes / 4, (uint32_t *)at[2]);
+    ran = ran && !cudaMemcpyAsync(&n_unequal, at[2], sizeof n_unequal, cudaMemcpyDeviceToHost, c->aside);
+    return !cudaStreamSynchronize(c->aside) && ran && n_unequal == 0;
+}
+
+// Whether it has shown them for such a product before, of another class of rows.
+static bool is_known(const struct cublas *c, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo)
+{
+    for (const struct algo *slot = c->algos; slot < c->algos + MAX_ALGOS; slot++) {
+        struct gemm_key k = *key;
+        k.T = slot->key.T;
+        if (slot->used && !slot->chain && same_key(&slot->key, &k) && !memcmp(&slot->algo, algo, sizeof *algo)) return true;
+    }
+    return false;
+}
+
+// ---- which algorithm ------------------------------------------------------------------------------------------------
+
+static size_t class_end(size_t T)
+{
+    return T <= LEAST_CLASS ? (size_t)LEAST_CLASS : (T + CLASS_WIDTH - 1) / CLASS_WIDTH * CLASS_WIDTH;
+}
+
+static bool suits(struct device *d, const struct gemm_key *key, const struct product *m, bool chain,
+                  const cublasLtMatmulAlgo_t *algo)
+{
+    const size_t least = key->T <= LEAST_CLASS ? 1 : key->T - CLASS_WIDTH + 1, of_class[] = {least, key->T, CHECKED_ROWS};
+    const size_t any[] = {1, 2, 7, FIXED_ROWS, 1000, (size_t)d->options.max_tokens};
+    if (!d->options.deterministic) return serves(d, key, algo, of_class, 2, WORKSPACE_BYTES);
+    if (!chain) return is_one_loop(algo) && serves(d, key, algo, any, sizeof any / sizeof *any, COUNTER_BYTES);
+    return is_one_loop(algo) && serves(d, key, algo, of_class, 3, COUNTER_BYTES) &&
+           (is_known(d->cublas, key, algo) || has_chain_bits(d, key, m, algo));
+}
+
+// chain: linear_chain.cu can do it.
+static int find_algo(struct device *d, const struct gemm_key *key, const struct product *m, bool chain, struct algo **found,
+                     struct error *e)
 {
     struct algo *slot = &d->cublas->algos[hash(key)];
     *found = slot;
     if (slot->used && same_key(&slot->key, key)) return 0;
-    bool fixed = d->options.deterministic;
     cublasLtMatmulHeuristicResult_t best[MAX_CANDIDATES];
     struct gemm g;
     int n = 0, i = 0;
     if (describe(&g, key, e)) return ERR_DEVICE;
-    cublasStatus_t s = ask_heuristic(d->cublas, &g, key, fixed, best, fixed ? MAX_CANDIDATES : 1, &n);
-    while (!s && i < n && fixed && !serves_all(d, key, &best[i].algo)) i++;
+    cublasStatus_t s = ask_heuristic(d->cublas, &g, key, d->options.deterministic, best,
+                                     d->options.deterministic ? MAX_CANDIDATES : FEW_CANDIDATES, &n);
+    while (!s && i < n && !suits(d, key, m, chain, &best[i].algo)) i++;
     if (!s && i == n) s = CUBLAS_STATUS_NOT_SUPPORTED;
-    if (s)
+    if (s && !chain)
         return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]%s: %s", key->T, key->K, key->N,
-                         key->K, fixed ? " that serves all numbers of rows" : "", cublasLtGetStatusString(s));
-    slot->key = *key, slot->algo = best[i].algo, slot->used = true;
+                         key->K, d->options.deterministic ? " that serves all numbers of rows" : "",
+                         cublasLtGetStatusString(s));
+    slot->key = *key, slot->chain = s != CUBLAS_STATUS_SUCCESS, slot->used = true;
+    if (!s) slot->algo = best[i].algo;
     return 0;
 }
 
@@ -177,21 +294,20 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     bool accumulate = p->accumulate || (m->bias && !biased);
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
                            multiple < 16 ? (uint32_t)multiple : 16, accumulate, biased}, wanted = key;
+    struct chain_product chain = chain_of(&key, m, p->x.data, out);
     struct gemm g;
-    struct algo *algo;
-    if (d->options.deterministic) wanted.T = FIXED_ROWS;
+    struct algo *algo = NULL;
+    bool may_chain = d->options.deterministic && linear_chain_fits(&chain), chained = may_chain && key.T <= FEW_ROWS;
+    wanted.T = d->options.deterministic && !may_chain ? (size_t)FIXED_ROWS : class_end(key.T);
     if (blas_check(d->cublas->status, "cuBLASLt", e)) return ERR_DEVICE;
-    if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
+    if (!chained && (describe(&g, &key, e) || find_algo(d, &wanted, m, may_chain, &algo, e))) return ERR_DEVICE;
     if (m->bias && !biased) {
         FOR_ACTIVATION_TYPE(p->out.dtype, T_, bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
             (T_ *)out, key.ldo, m->bias, m->bias_dtype, (int32_t)m->n_rows, p->accumulate));
         if (launch_check("linear's bias", e)) return ERR_DEVICE;
     }
-    const float one = 1, beta = accumulate ? 1 : 0;
-    cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
-    if (biased) s = cublasLtMatmulDescSetAttribute(&g.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m->bias, sizeof m->bias);
-    if (!s) s = cublasLtMatmul(d->cublas->handle, &g.op, &one, m->w, &g.w, p->x.data, &g.x, &beta, out, &g.out, out, &g.out,
-                               &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
+    if (chained || algo->chain) return linear_chain(d, &chain, e);
+    cublasStatus_t s = multiply(d, &g, &key, m, p->x.data, out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
     return blas_check(s, "a product", e) ? ERR_DEVICE : 0;
 }
 
@@ -254,13 +370,17 @@ int cuda_linear_create(struct device *d, struct error *e)
     if (!d->cublas) return error_set(e, ERR_NOMEM, "device: out of memory");
     d->cublas->status = cublasLtCreate(&d->cublas->handle);
     cudaGetLastError();
-    return cuda_check(cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES), "linear: workspace", e);
+    cudaError_t status = cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES);
+    if (status == cudaSuccess && d->options.deterministic)
+        status = cudaStreamCreateWithFlags(&d->cublas->aside, cudaStreamNonBlocking);
+    return cuda_check(status, "linear: workspace", e);
 }
 
 void cuda_linear_destroy(struct device *d)
 {
     if (!d->cublas) return;
     cudaFree(d->cublas->workspace);
+    if (d->cublas->aside) cudaStreamDestroy(d->cublas->aside);
     if (d->cublas->handle) cublasLtDestroy(d->cublas->handle);
     free(d->cublas);
 }

@@ -1,4 +1,6 @@
-/* linear_few.cuh: products with few rows of activations, and what is fused around them: see linear_few.cu. */
+/* linear_few.cuh: products with few rows of activations, and what is fused around them (linear_few.cu); in one chain an
+ * element (linear_chain.cu).
+ */
 #ifndef GPTD_KERNELS_CUDA_LINEAR_FEW_CUH
 #define GPTD_KERNELS_CUDA_LINEAR_FEW_CUH
 
@@ -27,5 +29,18 @@ bool linear_few_gated_fits(const struct device *d, const struct norm_params *nor
                            const struct activation_params *activation);
 int linear_few_gated(struct device *d, const struct norm_params *norm, const struct linear_params *p,
                      const struct activation_params *activation, struct error *e);
+
+// A product of which every element is one chain (linear_chain.cu), for any T. The bias, if there is one, is of out's type.
+struct chain_product {
+    const void *w, *bias, *x; // [N, K], [N], [T, K]
+    void *out;                // [T, ldo]
+    enum dtype x_dtype, out_dtype;
+    size_t T, N, K, ldo;
+    bool accumulate;
+};
+
+// What it says depends on T in nothing but x.
+bool linear_chain_fits(const struct chain_product *p);
+int linear_chain(const struct device *d, const struct chain_product *p, struct error *e);
 
 #endif

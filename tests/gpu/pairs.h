@@ -109,14 +109,20 @@ static void expect_close(const struct pair *p, double factor, const char *what)
                   p->g.shape[0], p->g.shape[1], d, factor * unit);
 }
 
+static struct device_options device_options(void)
+{
+    return (struct device_options){.max_vocab_size = 128256, .max_context = CONTEXT, .max_dim = 3 * MAX_DIM,
+                                   .max_tokens = MAX_TOKENS, .max_seqs = MAX_SEQS, .n_heads = 16, .n_kv_heads = 16,
+                                   .head_dim = 256, .block_size = 16};
+}
+
 // Both backends' devices; a program that has none ends with status 1.
 static void open_devices(void)
 {
     unsigned seed = (unsigned)time(NULL);
     printf("seed %u\n", seed);
     srand(seed);
-    struct device_options o = {.max_vocab_size = 128256, .max_context = CONTEXT, .max_dim = 3 * MAX_DIM, .max_tokens = MAX_TOKENS,
-                               .max_seqs = MAX_SEQS, .n_heads = 16, .n_kv_heads = 16, .head_dim = 256, .block_size = 16};
+    struct device_options o = device_options();
     cpu = kernels_cpu();
     if (kernels_open(&gpu, "cuda", &e) || gpu->device_create(&gpu_device, &o, &e) || cpu->device_create(&cpu_device, &o, &e)) {
         fprintf(stderr, "%s\n", e.message);

@@ -71,13 +71,16 @@ static struct pair rows_of(const struct pair *p, size_t first, size_t n)
 }
 
 // Parts with and without rows between them: those that meet, with their biases, are one product. Biases of either type.
-START_TEST(linear)
+// The first n_counts numbers of tokens; on `device`, which pairs' device waits for.
+static void expect_linear(struct device *device, size_t n_counts)
 {
-    static const size_t tokens[] = {1, 2, 3, 4, 5, 8, 17, 64, 300, 600}, dims[] = {8, 40, 64, 192, 264, 1000, 2048, 4096};
+    static const size_t tokens[] = {1, 2, 3, 4, 5, 8, 17, 64, 300, 600};
+    static const size_t dims[] = {8, 40, 64, 192, 264, 1000, 2048, 4096};
     const int32_t largest = rounds(6) == 6 ? 7 : 5; // of dims
     for (int round = 0; round < rounds(60); round++) {
         enum dtype dtype = type_of(round);
-        size_t T = tokens[round % 10], K = dims[random_int(0, largest)], n = 0, n_rows[3], gap = random_int(0, 1) ? 8 : 0;
+        size_t T = tokens[(size_t)round % n_counts], K = dims[random_int(0, largest)], n = 0, n_rows[3];
+        size_t gap = random_int(0, 1) ? 8 : 0;
         struct weight gw = {.n_cols = K}, cw = {.n_cols = K};
         gw.n_parts = cw.n_parts = random_int(1, 3);
         bool bias = random_int(0, 2) > 0, accumulate = random_int(0, 1), wide = !accumulate && random_int(0, 1);
@@ -93,7 +96,8 @@ START_TEST(linear)
         struct pair x = pair_of(dtype, T, K), out = pair_of(wide ? DTYPE_F32 : dtype, T, n);
         if (!accumulate) poison(&out);
         struct linear_params g = {out.g, x.g, &gw, accumulate}, c = {out.c, x.c, &cw, accumulate};
-        check(gpu->linear(gpu_device, &g, &e));
+        check(gpu->linear(device, &g, &e));
+        check(gpu->wait(device, gpu->record(device), &e));
         check(cpu->linear(cpu_device, &c, &e));
         char what[64];
         snprintf(what, sizeof what, "linear, K %zu%s%s", K, bias ? ", bias" : "", accumulate ? ", added" : "");
@@ -102,6 +106,20 @@ START_TEST(linear)
             expect_pytorch(&out, dtype, "linear%s%s", bias ? ", bias" : "", accumulate ? ", added" : "");
         pair_free(&x), pair_free(&out), pair_free(&all), pair_free(&biases);
     }
+}
+
+START_TEST(linear) { expect_linear(gpu_device, 10); }
+END_TEST
+
+// Up to 8 rows deterministic products are no one else's.
+START_TEST(linear_deterministic_few)
+{
+    struct device_options o = device_options();
+    struct device *device;
+    o.deterministic = true;
+    check(gpu->device_create(&device, &o, &e));
+    expect_linear(device, 6);
+    gpu->device_destroy(device);
 }
 END_TEST
 
@@ -527,6 +545,7 @@ int main(int argc, char **argv)
     TCase *tc = tcase_create("cuda_ops"), *products = tcase_create("linear"); // apart: it also runs code that is not ours
     tcase_set_timeout(tc, 0), tcase_set_timeout(products, 0);
     tcase_add_test(products, linear);
+    tcase_add_test(tc, linear_deterministic_few);
     tcase_add_test(tc, norm);
     tcase_add_test(tc, activation);
     tcase_add_test(tc, embedding_and_rows);
