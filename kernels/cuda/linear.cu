@@ -10,6 +10,7 @@
  * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -56,6 +57,8 @@ struct cublas {
     cublasLtHandle_t handle;
     cublasStatus_t status; // of its creation: whoever wants a product is told
     void *workspace;
+    pthread_t first_ask;   // of the heuristic, which takes a tenth of a second: it is over by the time weights are loaded
+    bool asking;
     cudaStream_t aside;    // deterministic: for comparisons, which a step that is being recorded leaves out
     struct algo algos[MAX_ALGOS]; // hashed by shape; a newcomer takes the place of what is there
 };
@@ -127,6 +130,23 @@ static cublasStatus_t ask_heuristic(struct cublas *c, struct gemm *g, const stru
         s = cublasLtMatmulPreferenceSetAttribute(&preference, wishes[i].name, wishes[i].value, wishes[i].size);
     return s ? s : cublasLtMatmulAlgoGetHeuristic(c->handle, &g->op, &g->w, &g->x, &g->out, &g->out, &preference, most,
                                                   found, n);
+}
+
+static void *ask_first(void *arg)
+{
+    struct device *d = (struct device *)arg;
+    const struct gemm_key key = {LEAST_CLASS, 4096, 4096, 4096, DTYPE_BF16, DTYPE_BF16, 16, false, false};
+    cublasLtMatmulHeuristicResult_t found;
+    struct gemm g;
+    int n;
+    if (!cudaSetDevice(d->ordinal) && !describe(&g, &key, NULL)) ask_heuristic(d->cublas, &g, &key, false, &found, 1, &n);
+    return NULL;
+}
+
+static void end_first_ask(struct cublas *c)
+{
+    if (c->asking) pthread_join(c->first_ask, NULL);
+    c->asking = false;
 }
 
 // Whether the algorithm runs with each of these numbers of rows.
@@ -259,6 +279,7 @@ static int find_algo(struct device *d, const struct gemm_key *key, const struct 
     struct algo *slot = &d->cublas->algos[hash(key)];
     *found = slot;
     if (slot->used && same_key(&slot->key, key)) return 0;
+    end_first_ask(d->cublas);
     cublasLtMatmulHeuristicResult_t best[MAX_CANDIDATES];
     struct gemm g;
     int n = 0, i = 0;
@@ -373,12 +394,14 @@ int cuda_linear_create(struct device *d, struct error *e)
     cudaError_t status = cudaMalloc(&d->cublas->workspace, WORKSPACE_BYTES);
     if (status == cudaSuccess && d->options.deterministic)
         status = cudaStreamCreateWithFlags(&d->cublas->aside, cudaStreamNonBlocking);
+    d->cublas->asking = !d->cublas->status && !pthread_create(&d->cublas->first_ask, NULL, ask_first, d);
     return cuda_check(status, "linear: workspace", e);
 }
 
 void cuda_linear_destroy(struct device *d)
 {
     if (!d->cublas) return;
+    end_first_ask(d->cublas);
     cudaFree(d->cublas->workspace);
     if (d->cublas->aside) cudaStreamDestroy(d->cublas->aside);
     if (d->cublas->handle) cublasLtDestroy(d->cublas->handle);

@@ -191,8 +191,10 @@ int linear_chain(const struct device *d, const struct chain_product *p, struct e
         a.T = p->T - first < CHAIN_ROWS ? (int32_t)(p->T - first) : CHAIN_ROWS;
         a.x = (const char *)p->x + first * x_row, a.out = (char *)p->out + first * out_row;
         bool wide = p->out_dtype == DTYPE_F32;
-        if (p->x_dtype == DTYPE_BF16) status = wide ? launch<__nv_bfloat16, float>(d, a) : launch<__nv_bfloat16, __nv_bfloat16>(d, a);
-        else status = wide ? launch<__half, float>(d, a) : launch<__half, __half>(d, a);
+        if (p->x_dtype == DTYPE_BF16 && wide) status = launch<__nv_bfloat16, float>(d, a);
+        else if (p->x_dtype == DTYPE_BF16) status = launch<__nv_bfloat16, __nv_bfloat16>(d, a);
+        else if (wide) status = launch<__half, float>(d, a);
+        else status = launch<__half, __half>(d, a);
     }
     return cuda_check(status, "linear", e);
 }

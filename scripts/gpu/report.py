@@ -57,18 +57,21 @@ def plain_line(rows):
 
 def decode_lines(rows, bandwidth):
     large = [r for r in rows if r["KV MB"] >= LARGE_KV_MB]
-    line = Line("paged decode attention, KV >= 256 MB, share of bandwidth", f">= {percent(DECODE_SHARE)}")
-    if large and bandwidth:
-        shares = [r["GB/s"] * 1e9 / bandwidth for r in large]
-        line.measured, line.against = " ".join(percent(s) for s in shares), \
-            "b x s: " + " ".join(f"{r['sequences']}x{r['context']}" for r in large)
-        line.met = min(shares) >= DECODE_SHARE
-    yield line
+    for column, what, asked in (("settled GB/s", "as the engine calls it", f">= {percent(DECODE_SHARE)}"),
+                                ("GB/s", "nothing settled", "")):
+        line = Line(f"paged decode attention, {what}, KV >= 256 MB, share of bandwidth", asked)
+        if large and bandwidth:
+            shares = [r[column] * 1e9 / bandwidth for r in large]
+            line.measured, line.against = " ".join(percent(s) for s in shares), \
+                "b x s: " + " ".join(f"{r['sequences']}x{r['context']}" for r in large)
+            line.met = min(shares) >= DECODE_SHARE if asked else None
+        yield line
     for context, limit in DECODE_US.items():
         line = Line(f"paged decode attention, batch 1, {context} tokens", f"<= {limit:g} us")
         for r in rows:
             if (r["sequences"], r["context"], r["heads"]) == (1, context, "d128 32/8"):
                 line.measured, line.met = f"{r['us']:.1f} us", r["us"] <= limit
+                line.against = f"as the engine calls it {r['settled us']:.1f} us"
         yield line
 
 

@@ -15,7 +15,7 @@
 
 #include "kernels/kernels.h"
 
-enum { MAX_TOKENS = 600, MAX_DIM = 4096, MAX_SEQS = 64, VOCAB = 1000, BLOCK = 64, CONTEXT = 1024 };
+enum { MAX_TOKENS = 600, MAX_DIM = 4096, MAX_SEQS = 64, VOCAB = 1000, BLOCK = 64, CONTEXT = 1024, FEW_ELEMENTS = 64 };
 
 static const struct kernels *gpu, *cpu;
 static struct device *gpu_device, *cpu_device;
@@ -96,6 +96,8 @@ static double distance(const struct pair *p)
         norm += want * want;
     }
     free(bits), free(values);
+    // A few elements may all be next to nothing (an activation's, of the negative), and far from it in their own terms.
+    if (n < FEW_ELEMENTS && norm < 0.25 * (double)n) norm = 0.25 * (double)n;
     return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
 }
 
