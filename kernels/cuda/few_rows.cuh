@@ -83,7 +83,7 @@ template <typename T> struct few_cursor {
 
 template <int APART> __device__ __forceinline__ int32_t first_column()
 {
-    return (int32_t)threadIdx.x / 32 * STEP % APART;
+    return (int32_t)(threadIdx.x / 32 * STEP % APART);
 }
 
 template <int APART> __device__ __forceinline__ int32_t first_tile()

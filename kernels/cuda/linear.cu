@@ -2,11 +2,11 @@
  *
  * Few rows of x: linear_few.cu. More: cuBLASLt, F32 accumulation, the first algorithm of its heuristic (kept, never timed)
  * for the shape, of which the rows count in classes: asking takes a quarter of a millisecond, and prompts have every length.
- * Deterministic: a row's bits are the same alone and in any batch, as each element is one chain of products (linear_chain.cu,
- * which also does few rows). An algorithm of cuBLASLt is taken if it has these bits for random x and the weight at hand; else
- * linear_chain.cu does those rows, too. It must add up an element in one loop over K to be asked: no split-K, and no workspace
- * that could hold the partial sums of a shared loop (counters of tiles that have been handed out are there). Where rows are no
- * multiple of 16 bytes, there is no chain: one algorithm does any number of rows.
+ * Deterministic: a row's bits are the same alone and in any batch, as each element is one chain of products: of few rows in
+ * linear_chain.cu, of more in algorithms of cuBLASLt that have its bits, which is seen by comparing (has_chain_bits). Where
+ * none has, or rows are no multiple of 16 bytes, one algorithm does any number of rows. To be asked at all an algorithm must
+ * add up an element in one loop over K: no split-K, and no workspace that could hold the partial sums of a shared loop
+ * (counters of tiles that have been handed out are there).
  * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
@@ -24,12 +24,13 @@ enum {
     COUNTER_BYTES = 256,   // deterministic: all that an algorithm may have of workspace
     CLASS_WIDTH = 8,       // rows; of two classes an octave an algorithm took up to 1.47 times as long, at 264 rows
     LEAST_CLASS = 16,      // the first: 1 to 16 rows
-    FIXED_ROWS = 256,      // deterministic, without a chain: the number of rows that the algorithm is chosen for
+    ANY_ROWS = 0,
+    FIXED_ROWS = 256,      // deterministic: the number of rows that an algorithm for any number is chosen for
     CHECKED_ROWS = 8,      // of x, where bits are compared
+    CHECKED_COLUMNS = 240, // of out, and what N is beyond a multiple of 16
     CHECK_ALIGNMENT = 4096,
     BIAS_ALIGNMENT = 16,
-    MAX_CANDIDATES = 32,   // of which the first that does is taken; deterministic
-    FEW_CANDIDATES = 4,    // the same, otherwise
+    MAX_CANDIDATES = 32,   // deterministic: of which the first that does is taken
 };
 
 // One matrix: a run of parts that lie together.
@@ -40,17 +41,18 @@ struct product {
 };
 
 struct gemm_key {
-    size_t T, N, K, ldo;   // T: the most rows of its class; FIXED_ROWS where the algorithm is one for all
+    size_t T, N, K, ldo;   // T: the most rows of its class; ANY_ROWS: of an algorithm for any number
     enum dtype x, out;
     uint32_t out_alignment; // bytes
     bool accumulate, biased; // biased: by the product itself, from a bias of out's type at a multiple of BIAS_ALIGNMENT
+    bool may_chain;         // deterministic: linear_chain.cu can do it
 };
 
 struct algo {
     struct gemm_key key;
     cublasLtMatmulAlgo_t algo;
     bool used;
-    bool chain; // none: linear_chain.cu
+    bool chain; // it has a chain's bits
 };
 
 struct cublas {
@@ -101,14 +103,16 @@ static int describe(struct gemm *g, const struct gemm_key *k, struct error *e)
 static size_t hash(const struct gemm_key *k)
 {
     size_t h = k->T * 0x9E3779B97F4A7C15u ^ k->N * 0xC2B2AE3D27D4EB4Fu ^ k->K * 0x165667B19E3779F9u;
-    h ^= (k->ldo * 4 + (size_t)k->out) * 0x27D4EB2F165667C5u ^ (size_t)k->x * 31 ^ (size_t)k->accumulate ^ (size_t)k->biased * 2;
+    h ^= (k->ldo * 4 + (size_t)k->out) * 0x27D4EB2F165667C5u ^ (size_t)k->x * 31 ^ (size_t)k->accumulate ^ (size_t)k->biased * 2 ^
+         (size_t)k->may_chain * 4;
     return (h ^ h >> 29) % MAX_ALGOS;
 }
 
 static bool same_key(const struct gemm_key *a, const struct gemm_key *b)
 {
     return a->T == b->T && a->N == b->N && a->K == b->K && a->ldo == b->ldo && a->x == b->x && a->out == b->out &&
-           a->out_alignment == b->out_alignment && a->accumulate == b->accumulate && a->biased == b->biased;
+           a->out_alignment == b->out_alignment && a->accumulate == b->accumulate && a->biased == b->biased &&
+           a->may_chain == b->may_chain;
 }
 
 // The heuristic's algorithms for g, best first: `most` at most, n of them.
@@ -135,7 +139,7 @@ static cublasStatus_t ask_heuristic(struct cublas *c, struct gemm *g, const stru
 static void *ask_first(void *arg)
 {
     struct device *d = (struct device *)arg;
-    const struct gemm_key key = {LEAST_CLASS, 4096, 4096, 4096, DTYPE_BF16, DTYPE_BF16, 16, false, false};
+    const struct gemm_key key = {LEAST_CLASS, 4096, 4096, 4096, DTYPE_BF16, DTYPE_BF16, 16, false, false, false};
     cublasLtMatmulHeuristicResult_t found;
     struct gemm g;
     int n;
@@ -173,74 +177,88 @@ static bool is_one_loop(const cublasLtMatmulAlgo_t *algo)
            n_splits <= 1;
 }
 
-static cublasStatus_t multiply(struct device *d, struct gemm *g, const struct gemm_key *key, const struct product *m,
-                               const void *x, void *out, const cublasLtMatmulAlgo_t *algo, void *workspace,
-                               size_t workspace_bytes, cudaStream_t stream)
+static cublasStatus_t multiply(struct device *d, struct gemm *g, const struct gemm_key *key, const struct chain_product *p,
+                               const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes, cudaStream_t stream)
 {
     const float one = 1, beta = key->accumulate ? 1 : 0;
     cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
-    if (key->biased) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m->bias, sizeof m->bias);
-    return s ? s : cublasLtMatmul(d->cublas->handle, &g->op, &one, m->w, &g->w, x, &g->x, &beta, out, &g->out, out, &g->out,
-                                  algo, workspace, workspace_bytes, stream);
+    if (key->biased) s = cublasLtMatmulDescSetAttribute(&g->op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
+    return s ? s : cublasLtMatmul(d->cublas->handle, &g->op, &one, p->w, &g->w, p->x, &g->x, &beta, p->out, &g->out, p->out,
+                                  &g->out, algo, workspace, workspace_bytes, stream);
 }
 
-static struct chain_product chain_of(const struct gemm_key *key, const struct product *m, const void *x, void *out)
+static struct chain_product chain_of(const struct gemm_key *key, const void *w, const void *bias, const void *x, void *out)
 {
-    return {m->w, key->biased ? m->bias : NULL, x, out, key->x, key->out, key->T, key->N, key->K, key->ldo, key->accumulate};
+    return {w, key->biased ? bias : NULL, x, out, key->x, key->out, key->T, key->N, key->K, key->ldo, key->accumulate};
 }
 
 // ---- whether an algorithm has a chain's bits ------------------------------------------------------------------------
 
-// From -1 to 1, the same in every call.
-template <typename T> __global__ void random_kernel(T *out, size_t n)
+// Rows of K elements from -scale to scale, of many magnitudes, the same in every call. Turned: the second half of a row is the first half backwards,
+// with the other sign if negative.
+template <typename T>
+__global__ void random_kernel(T *out, size_t n, size_t K, float scale, bool turned, bool negative)
 {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    uint32_t x = (uint32_t)i * 0x9E3779B1u ^ 0x85EBCA77u;
+    size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / K, k = at % K;
+    bool second = turned && k >= K - K / 2;
+    uint32_t x = (uint32_t)(row * K + (second ? K - 1 - k : k)) * 0x9E3779B1u ^ 0x85EBCA77u;
     x = (x ^ x >> 15) * 0x2C1B3C6Du;
     x = (x ^ x >> 12) * 0x297A2D39u;
-    if (i < n) out[i] = from_float<T>((float)(int32_t)(x ^ x >> 15) * 0x1p-31f);
+    float u = (float)(int32_t)(x ^ x >> 15) * 0x1p-31f, value = u * u * u * scale;
+    if (at < n) out[at] = from_float<T>(second && negative ? -value : value);
 }
 
-static void fill_random(enum dtype dtype, void *out, size_t n, cudaStream_t stream)
+static void fill_random(enum dtype dtype, void *out, size_t rows, size_t K, float scale, bool turned, bool negative,
+                        cudaStream_t stream)
 {
-    FOR_ACTIVATION_TYPE(dtype, T_, random_kernel<T_><<<(unsigned)((n + 255) / 256), 256, 0, stream>>>((T_ *)out, n));
+    const size_t n = rows * K;
+    FOR_ACTIVATION_TYPE(dtype, T_, random_kernel<T_><<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(
+        (T_ *)out, n, K, scale, turned, negative));
 }
 
-__global__ void count_unequal_kernel(const uint32_t *a, const uint32_t *b, size_t n, uint32_t *count)
+__global__ void count_unequal_kernel(const uint16_t *a, const uint16_t *b, size_t n, uint32_t *count)
 {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n && a[i] != b[i]) atomicAdd(count, 1u);
 }
 
-static bool has_chain_bits(struct device *d, const struct gemm_key *key, const struct product *m,
-                           const cublasLtMatmulAlgo_t *algo)
+// Compares the two on fewer columns, where each sum is zero but for its roundings, so that its bits tell of their order, and
+// the bias and what is added to are as small. What sums are made of does not depend on T and N, nor on the values.
+static bool has_chain_bits(struct device *d, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo)
 {
     struct cublas *c = d->cublas;
     struct device aside = *d;
     struct gemm_key k = *key;
     struct gemm g;
     aside.stream = c->aside;
-    k.T = CHECKED_ROWS, k.ldo = k.N;
-    const size_t n_out = k.T * k.N, out_bytes = n_out * dtype_size(k.out), x_bytes = k.T * k.K * dtype_size(k.x);
-    const size_t sizes[] = {COUNTER_BYTES, COUNTER_BYTES, sizeof(uint32_t), x_bytes, out_bytes, out_bytes};
+    k.T = CHECKED_ROWS, k.N = key->N < CHECKED_COLUMNS ? key->N : CHECKED_COLUMNS + key->N % 16;
+    const size_t element = dtype_size(k.x), out_element = dtype_size(k.out), shift = k.out_alignment < 16 ? k.out_alignment : 0;
+    const size_t x_bytes = k.T * k.K * element, w_bytes = k.N * k.K * element, out_bytes = k.T * k.ldo * out_element + shift;
+    const size_t sizes[] = {COUNTER_BYTES, COUNTER_BYTES, sizeof(uint32_t), x_bytes, w_bytes, k.N * out_element, out_bytes,
+                            out_bytes};
     char *at[sizeof sizes / sizeof *sizes], *free_from = (char *)c->workspace; // the first is what products have
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         at[i] = free_from;
         free_from += (sizes[i] + CHECK_ALIGNMENT - 1) / CHECK_ALIGNMENT * CHECK_ALIGNMENT;
     }
     if (free_from > (char *)c->workspace + WORKSPACE_BYTES || describe(&g, &k, NULL)) return false;
-    struct chain_product chain = chain_of(&k, m, at[3], at[4]);
+    const float small = 0x1p-6f; // 64 * 64 * 2^-24 * sqrt(K): about what roundings come to
+    fill_random(k.x, at[3], k.T, k.K, 64, true, true, c->aside);
+    fill_random(k.x, at[4], k.N, k.K, 64, true, false, c->aside);
+    fill_random(k.out, at[5], 1, k.N, small, false, false, c->aside);
+    for (int i = 6; i < 8; i++) fill_random(k.out, at[i] + shift, k.T, k.ldo, small, false, false, c->aside);
+    struct chain_product chain = chain_of(&k, at[4], at[5], at[3], at[6] + shift), other = chain;
+    other.out = at[7] + shift;
     uint32_t n_unequal = 1;
-    fill_random(k.x, at[3], k.T * k.K, c->aside);
-    fill_random(k.out, at[4], n_out, c->aside);
-    fill_random(k.out, at[5], n_out, c->aside);
-    bool ran = !linear_chain(&aside, &chain, NULL) &&
-               !multiply(d, &g, &k, m, at[3], at[5], algo, at[1], COUNTER_BYTES, c->aside) &&
-               !cudaMemsetAsync(at[2], 0, sizeof n_unequal, c->aside);
-    if (ran) count_unequal_kernel<<<(unsigned)((out_bytes / 4 + 255) / 256), 256, 0, c->aside>>>(
-        (uint32_t *)at[4], (uint32_t *)at[5], out_bytes / 4, (uint32_t *)at[2]);
+    bool ran = !cudaMemsetAsync(at[2], 0, sizeof n_unequal, c->aside) && !linear_chain(&aside, &chain, NULL) &&
+               !multiply(d, &g, &k, &other, algo, at[1], COUNTER_BYTES, c->aside);
+    const size_t n = k.T * k.ldo * out_element / 2;
+    if (ran) count_unequal_kernel<<<(unsigned)((n + 255) / 256), 256, 0, c->aside>>>(
+        (const uint16_t *)chain.out, (const uint16_t *)other.out, n, (uint32_t *)at[2]);
     ran = ran && !cudaMemcpyAsync(&n_unequal, at[2], sizeof n_unequal, cudaMemcpyDeviceToHost, c->aside);
-    return !cudaStreamSynchronize(c->aside) && ran && n_unequal == 0;
+    ran = !cudaStreamSynchronize(c->aside) && ran;
+    if (!ran) cudaGetLastError(); // an error that stays shows in the next op
+    return ran && n_unequal == 0;
 }
 
 // Whether it has shown them for such a product before, of another class of rows.
@@ -249,7 +267,7 @@ static bool is_known(const struct cublas *c, const struct gemm_key *key, const c
     for (const struct algo *slot = c->algos; slot < c->algos + MAX_ALGOS; slot++) {
         struct gemm_key k = *key;
         k.T = slot->key.T;
-        if (slot->used && !slot->chain && same_key(&slot->key, &k) && !memcmp(&slot->algo, algo, sizeof *algo)) return true;
+        if (slot->used && slot->chain && same_key(&slot->key, &k) && !memcmp(&slot->algo, algo, sizeof *algo)) return true;
     }
     return false;
 }
@@ -261,39 +279,59 @@ static size_t class_end(size_t T)
     return T <= LEAST_CLASS ? (size_t)LEAST_CLASS : (T + CLASS_WIDTH - 1) / CLASS_WIDTH * CLASS_WIDTH;
 }
 
-static bool suits(struct device *d, const struct gemm_key *key, const struct product *m, bool chain,
-                  const cublasLtMatmulAlgo_t *algo)
+// Deterministic: for any number of rows, one with a chain's bits before one without. *taken: which; `n`: there is none.
+static bool find_for_any(struct device *d, const struct gemm_key *key, const cublasLtMatmulHeuristicResult_t *best, int n,
+                         int *taken)
 {
-    const size_t least = key->T <= LEAST_CLASS ? 1 : key->T - CLASS_WIDTH + 1, of_class[] = {least, key->T, CHECKED_ROWS};
-    const size_t any[] = {1, 2, 7, FIXED_ROWS, 1000, (size_t)d->options.max_tokens};
-    if (!d->options.deterministic) return serves(d, key, algo, of_class, 2, WORKSPACE_BYTES);
-    if (!chain) return is_one_loop(algo) && serves(d, key, algo, any, sizeof any / sizeof *any, COUNTER_BYTES);
-    return is_one_loop(algo) && serves(d, key, algo, of_class, 3, COUNTER_BYTES) &&
-           (is_known(d->cublas, key, algo) || has_chain_bits(d, key, m, algo));
+    const size_t rows[] = {1, 2, 7, CHECKED_ROWS, FIXED_ROWS, 1000, (size_t)d->options.max_tokens};
+    int first = n;
+    for (int i = 0; i < n; i++) {
+        const cublasLtMatmulAlgo_t *algo = &best[i].algo;
+        if (!is_one_loop(algo) || !serves(d, key, algo, rows, sizeof rows / sizeof *rows, COUNTER_BYTES)) continue;
+        if (key->may_chain && has_chain_bits(d, key, algo)) return *taken = i, true;
+        if (first == n) first = i;
+    }
+    return *taken = first, false;
 }
 
-// chain: linear_chain.cu can do it.
-static int find_algo(struct device *d, const struct gemm_key *key, const struct product *m, bool chain, struct algo **found,
-                     struct error *e)
+// Deterministic: for a class of rows, with a chain's bits.
+static int find_chained(struct device *d, const struct gemm_key *key, const cublasLtMatmulHeuristicResult_t *best, int n)
+{
+    const size_t rows[] = {key->T <= LEAST_CLASS ? 1 : key->T - CLASS_WIDTH + 1, key->T, CHECKED_ROWS};
+    int i = 0;
+    while (i < n && !(is_one_loop(&best[i].algo) && serves(d, key, &best[i].algo, rows, 3, COUNTER_BYTES) &&
+                      (is_known(d->cublas, key, &best[i].algo) || has_chain_bits(d, key, &best[i].algo)))) i++;
+    return i;
+}
+
+static int find_algo(struct device *d, const struct gemm_key *key, struct algo **found, struct error *e)
 {
     struct algo *slot = &d->cublas->algos[hash(key)];
     *found = slot;
     if (slot->used && same_key(&slot->key, key)) return 0;
     end_first_ask(d->cublas);
     cublasLtMatmulHeuristicResult_t best[MAX_CANDIDATES];
+    struct gemm_key shape = *key;
     struct gemm g;
+    bool fixed = d->options.deterministic, chain = fixed && key->T != ANY_ROWS;
     int n = 0, i = 0;
-    if (describe(&g, key, e)) return ERR_DEVICE;
-    cublasStatus_t s = ask_heuristic(d->cublas, &g, key, d->options.deterministic, best,
-                                     d->options.deterministic ? MAX_CANDIDATES : FEW_CANDIDATES, &n);
-    while (!s && i < n && !suits(d, key, m, chain, &best[i].algo)) i++;
+    if (key->T == ANY_ROWS) shape.T = FIXED_ROWS;
+    if (describe(&g, &shape, e)) return ERR_DEVICE;
+    cublasStatus_t s = ask_heuristic(d->cublas, &g, &shape, fixed, best, fixed ? MAX_CANDIDATES : 1, &n);
+    if (!s && key->T == ANY_ROWS) chain = find_for_any(d, &shape, best, n, &i);
+    else if (!s && fixed) i = find_chained(d, key, best, n);
     if (!s && i == n) s = CUBLAS_STATUS_NOT_SUPPORTED;
-    if (s && !chain)
-        return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]%s: %s", key->T, key->K, key->N,
-                         key->K, d->options.deterministic ? " that serves all numbers of rows" : "",
-                         cublasLtGetStatusString(s));
-    slot->key = *key, slot->chain = s != CUBLAS_STATUS_SUCCESS, slot->used = true;
-    if (!s) slot->algo = best[i].algo;
+    if (s == CUBLAS_STATUS_NOT_SUPPORTED && fixed && key->T != ANY_ROWS) { // the one for any number of rows
+        struct gemm_key any = *key;
+        struct algo *other;
+        any.T = ANY_ROWS;
+        if (find_algo(d, &any, &other, e)) return ERR_DEVICE;
+        best[0].algo = other->algo, i = 0, s = CUBLAS_STATUS_SUCCESS;
+    }
+    if (s)
+        return error_set(e, ERR_DEVICE, "linear: no algorithm for [%zu, %zu] x [%zu, %zu]%s: %s", shape.T, key->K, key->N,
+                         key->K, fixed ? " that serves all numbers of rows" : "", cublasLtGetStatusString(s));
+    slot->key = *key, slot->chain = chain, slot->algo = best[i].algo, slot->used = true;
     return 0;
 }
 
@@ -314,21 +352,25 @@ static int run_gemm(struct device *d, const struct linear_params *p, const struc
     bool biased = m->bias && m->bias_dtype == p->out.dtype && (uintptr_t)m->bias % BIAS_ALIGNMENT == 0;
     bool accumulate = p->accumulate || (m->bias && !biased);
     struct gemm_key key = {p->x.shape[0], m->n_rows, p->weight->n_cols, p->out.shape[1], p->x.dtype, p->out.dtype,
-                           multiple < 16 ? (uint32_t)multiple : 16, accumulate, biased}, wanted = key;
-    struct chain_product chain = chain_of(&key, m, p->x.data, out);
+                           multiple < 16 ? (uint32_t)multiple : 16, accumulate, biased, false};
+    struct chain_product product = chain_of(&key, m->w, m->bias, p->x.data, out);
     struct gemm g;
-    struct algo *algo = NULL;
-    bool may_chain = d->options.deterministic && linear_chain_fits(&chain), chained = may_chain && key.T <= FEW_ROWS;
-    wanted.T = d->options.deterministic && !may_chain ? (size_t)FIXED_ROWS : class_end(key.T);
+    struct algo *algo;
+    key.may_chain = d->options.deterministic && linear_chain_fits(&product);
     if (blas_check(d->cublas->status, "cuBLASLt", e)) return ERR_DEVICE;
-    if (!chained && (describe(&g, &key, e) || find_algo(d, &wanted, m, may_chain, &algo, e))) return ERR_DEVICE;
+    struct gemm_key wanted = key;
+    wanted.T = d->options.deterministic ? (size_t)ANY_ROWS : class_end(key.T);
+    if (describe(&g, &key, e) || find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
+    const bool chain = d->options.deterministic && algo->chain, few = key.T <= FEW_ROWS;
+    wanted.T = class_end(key.T);
+    if (chain && !few && find_algo(d, &wanted, &algo, e)) return ERR_DEVICE;
     if (m->bias && !biased) {
         FOR_ACTIVATION_TYPE(p->out.dtype, T_, bias_kernel<T_><<<(unsigned)key.T, 256, 0, d->stream>>>(
             (T_ *)out, key.ldo, m->bias, m->bias_dtype, (int32_t)m->n_rows, p->accumulate));
         if (launch_check("linear's bias", e)) return ERR_DEVICE;
     }
-    if (chained || algo->chain) return linear_chain(d, &chain, e);
-    cublasStatus_t s = multiply(d, &g, &key, m, p->x.data, out, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
+    if (chain && few) return linear_chain(d, &product, e);
+    cublasStatus_t s = multiply(d, &g, &key, &product, &algo->algo, d->cublas->workspace, WORKSPACE_BYTES, d->stream);
     return blas_check(s, "a product", e) ? ERR_DEVICE : 0;
 }
 

@@ -30,12 +30,12 @@ bool linear_few_gated_fits(const struct device *d, const struct norm_params *nor
 int linear_few_gated(struct device *d, const struct norm_params *norm, const struct linear_params *p,
                      const struct activation_params *activation, struct error *e);
 
-// A product of which every element is one chain (linear_chain.cu), for any T. The bias, if there is one, is of out's type.
+// A product of which every element is one chain (linear_chain.cu). The bias, if there is one, is of out's type.
 struct chain_product {
     const void *w, *bias, *x; // [N, K], [N], [T, K]
     void *out;                // [T, ldo]
     enum dtype x_dtype, out_dtype;
-    size_t T, N, K, ldo;
+    size_t T, N, K, ldo; // T <= FEW_ROWS for linear_chain
     bool accumulate;
 };
 

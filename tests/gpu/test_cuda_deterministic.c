@@ -73,6 +73,8 @@ static const struct product products[] = {
     {44, {30}, .bias = false}, {264, {1000, 1000}, .bias = false}, {1000, {264}, .accumulate = true},
     {2048, {32000}, .wide = true}, {4096, {4096, 1024, 1024}, .bias = false}, {4096, {4096}, .accumulate = true},
     {4096, {14336, 14336}, .bias = false}, {14336, {4096}, .accumulate = true},
+    {1024, {6144}, .bias = true}, {1000, {97}, .accumulate = true}, {512, {256}, .bias = true, .accumulate = true},
+    {192, {36}, .accumulate = true},
 };
 enum { N_PRODUCTS = sizeof products / sizeof *products, ALONE = 300 };
 

@@ -78,7 +78,7 @@ static void expect_linear(struct device *device, size_t n_counts)
     static const size_t dims[] = {8, 40, 64, 192, 264, 1000, 2048, 4096};
     const int32_t largest = rounds(6) == 6 ? 7 : 5; // of dims
     for (int round = 0; round < rounds(60); round++) {
-        enum dtype dtype = type_of(round);
+        enum dtype dtype = type_of(round / (int)n_counts);
         size_t T = tokens[(size_t)round % n_counts], K = dims[random_int(0, largest)], n = 0, n_rows[3];
         size_t gap = random_int(0, 1) ? 8 : 0;
         struct weight gw = {.n_cols = K}, cw = {.n_cols = K};
