@@ -194,8 +194,8 @@ static struct chain_product chain_of(const struct gemm_key *key, const void *w, 
 
 // ---- whether an algorithm has a chain's bits ------------------------------------------------------------------------
 
-// Rows of K elements from -scale to scale, of many magnitudes, the same in every call. Turned: the second half of a row is the first half backwards,
-// with the other sign if negative.
+// Rows of K elements from -scale to scale, of many magnitudes, the same in every call. Turned: the second half of a row is the
+// first half backwards, with the other sign if negative.
 template <typename T>
 __global__ void random_kernel(T *out, size_t n, size_t K, float scale, bool turned, bool negative)
 {
