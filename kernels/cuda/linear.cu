@@ -10,6 +10,7 @@
  * Parts of a weight that lie one after the other in memory, with one type and alike in bias, are one product.
  */
 #include <cublasLt.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -222,8 +223,9 @@ __global__ void count_unequal_kernel(const uint16_t *a, const uint16_t *b, size_
     if (i < n && a[i] != b[i]) atomicAdd(count, 1u);
 }
 
-// Compares the two on fewer columns, where each sum is zero but for its roundings, so that its bits tell of their order, and
-// the bias and what is added to are as small. What sums are made of does not depend on T and N, nor on the values.
+// Compares the two on fewer columns; what a sum is made of does not depend on T and N, nor on the values. First each sum is
+// zero but for its roundings, so that its bits tell of their order; then it is as large as what it is added to, so that they
+// tell where it is rounded.
 static bool has_chain_bits(struct device *d, const struct gemm_key *key, const cublasLtMatmulAlgo_t *algo)
 {
     struct cublas *c = d->cublas;
@@ -242,19 +244,22 @@ static bool has_chain_bits(struct device *d, const struct gemm_key *key, const c
         free_from += (sizes[i] + CHECK_ALIGNMENT - 1) / CHECK_ALIGNMENT * CHECK_ALIGNMENT;
     }
     if (free_from > (char *)c->workspace + WORKSPACE_BYTES || describe(&g, &k, NULL)) return false;
-    const float small = 0x1p-6f; // 64 * 64 * 2^-24 * sqrt(K): about what roundings come to
-    fill_random(k.x, at[3], k.T, k.K, 64, true, true, c->aside);
-    fill_random(k.x, at[4], k.N, k.K, 64, true, false, c->aside);
-    fill_random(k.out, at[5], 1, k.N, small, false, false, c->aside);
-    for (int i = 6; i < 8; i++) fill_random(k.out, at[i] + shift, k.T, k.ldo, small, false, false, c->aside);
     struct chain_product chain = chain_of(&k, at[4], at[5], at[3], at[6] + shift), other = chain;
     other.out = at[7] + shift;
-    uint32_t n_unequal = 1;
-    bool ran = !cudaMemsetAsync(at[2], 0, sizeof n_unequal, c->aside) && !linear_chain(&aside, &chain, NULL) &&
-               !multiply(d, &g, &k, &other, algo, at[1], COUNTER_BYTES, c->aside);
     const size_t n = k.T * k.ldo * out_element / 2;
-    if (ran) count_unequal_kernel<<<(unsigned)((n + 255) / 256), 256, 0, c->aside>>>(
-        (const uint16_t *)chain.out, (const uint16_t *)other.out, n, (uint32_t *)at[2]);
+    uint32_t n_unequal = 1;
+    bool ran = !cudaMemsetAsync(at[2], 0, sizeof n_unequal, c->aside);
+    for (int turned = 1; turned >= 0 && ran; turned--) {
+        // The deviation of a cube is 0.378; roundings come to about 64 * 64 * 2^-24 * sqrt(K).
+        const float scale = turned ? 64 : 1, added = turned ? 0x1p-6f : 0.378f * sqrtf((float)k.K);
+        fill_random(k.x, at[3], k.T, k.K, scale, turned, true, c->aside);
+        fill_random(k.x, at[4], k.N, k.K, scale, turned, false, c->aside);
+        fill_random(k.out, at[5], 1, k.N, added, false, false, c->aside);
+        for (int i = 6; i < 8; i++) fill_random(k.out, at[i] + shift, k.T, k.ldo, added, false, false, c->aside);
+        ran = !linear_chain(&aside, &chain, NULL) && !multiply(d, &g, &k, &other, algo, at[1], COUNTER_BYTES, c->aside);
+        count_unequal_kernel<<<(unsigned)((n + 255) / 256), 256, 0, c->aside>>>(
+            (const uint16_t *)chain.out, (const uint16_t *)other.out, n, (uint32_t *)at[2]);
+    }
     ran = ran && !cudaMemcpyAsync(&n_unequal, at[2], sizeof n_unequal, cudaMemcpyDeviceToHost, c->aside);
     ran = !cudaStreamSynchronize(c->aside) && ran;
     if (!ran) cudaGetLastError(); // an error that stays shows in the next op

@@ -545,7 +545,7 @@ int main(int argc, char **argv)
     TCase *tc = tcase_create("cuda_ops"), *products = tcase_create("linear"); // apart: it also runs code that is not ours
     tcase_set_timeout(tc, 0), tcase_set_timeout(products, 0);
     tcase_add_test(products, linear);
-    tcase_add_test(tc, linear_deterministic_few);
+    tcase_add_test(products, linear_deterministic_few);
     tcase_add_test(tc, norm);
     tcase_add_test(tc, activation);
     tcase_add_test(tc, embedding_and_rows);

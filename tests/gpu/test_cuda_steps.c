@@ -172,11 +172,12 @@ static void layer_take(struct ahead_layer *l, char *to)
 START_TEST(attention_reads_ahead)
 {
     static const char owners[6];
-    for (int round = 0; round < (rounds(6) == 6 ? 6 : 2); round++) {
+    const bool is_short = rounds(6) < 6; // then without cuBLASLt, which has the products of many
+    for (int round = 0; round < (is_short ? 2 : 6); round++) {
         static struct ahead_step s;
         struct ahead_layer layers[AHEAD_LAYERS];
         const size_t dim = round % 3 ? 64 : 128;
-        s.n = round % 2 ? AHEAD_SEQS : random_int(1, 8);
+        s.n = round % 2 && !is_short ? AHEAD_SEQS : random_int(1, 8);
         for (int i = 0; i < AHEAD_LAYERS; i++) layer_make(&layers[i], (size_t)s.n, dim);
         for (int step = 0; step < 5; step++) {
             for (int32_t i = 0; i < AHEAD_SEQS * WIDTH; i++) s.table[i] = (i * 7 + step) % (AHEAD_SEQS * WIDTH); // all of them
