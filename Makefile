@@ -63,7 +63,7 @@ SIMD_OBJ := $(foreach isa,$(ISAS),$(patsubst kernels/cpu/simd/%.c,$(BUILD)/obj/k
 LIBS_GPTD := $(addprefix $(BUILD)/lib,$(addsuffix .a,server engine models tokenizer kernels))
 # As unpacked from the tarball, with libraries of its own; an RPATH, for it also holds for the libraries' libraries.
 RPATH := -Wl,--disable-new-dtags,-rpath,'$$ORIGIN/lib'
-LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd sentencepiece) -lcjson -lstdc++ -lm -ldl
+LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd sentencepiece libpcre2-8 libutf8proc) -lcjson -lstdc++ -lm -ldl
 
 # ---- the CUDA backend: a library of its own beside the program, where there is nvcc ----
 
@@ -160,7 +160,7 @@ $(FAULTY): $(BUILD)/obj/pic/tests/e2e/faulty_backend.c.o $(BUILD)/obj/pic/kernel
 $(BUILD)/tests/test_backend: $(FAULTY)
 
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
-.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist lint
+.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist check-tokenizer lint
 check:
 	@./scripts/setup.sh check
 	@$(MAKE) --no-print-directory check-all
@@ -168,6 +168,7 @@ check-all:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory -j$$(nproc) all tests
 	@$(MAKE) --no-print-directory check-unit
+	@$(MAKE) --no-print-directory check-tokenizer
 	@$(MAKE) --no-print-directory check-asan
 	@$(MAKE) --no-print-directory check-tsan
 	@$(MAKE) --no-print-directory check-fuzz
@@ -181,6 +182,14 @@ lint:
 tests: $(TESTS) $(FAULTY)
 check-unit: $(TESTS)
 	@set -e; for t in $(TESTS); do $$t; done
+
+# tokenizer.json against Hugging Face's own library, on a megabyte and more of mixed text for each kind.
+$(BUILD)/tests/tokenizer/encode: $(BUILD)/obj/tests/tokenizer/encode.c.o $(BUILD)/libtokenizer.a
+	@mkdir -p $(@D)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
+check-tokenizer: $(BUILD)/tests/tokenizer/encode
+	@build/venv/bin/python tests/tokenizer/compare.py $<
 
 # Address and undefined-behaviour sanitizers over every suite and the running server.
 check-asan:

@@ -28,6 +28,8 @@ ONLY_IN = {
     r"sentencepiece_processor\.h": r"tokenizer/sentencepiece_wrapper\.cc|tests/.*",
     r"(cjson/)?cJSON\.h": r"server/.*|models/.*|tokenizer/.*|tests/.*",
     r"cuda.*|cublas.*": r"kernels/cuda/.*",
+    r"pcre2\.h": r"tokenizer/regex\.c",
+    r"utf8proc\.h": r"tokenizer/(unicode\.h|normalizer\.c)",
 }
 MAX_FILE_LINES = 800
 MAX_COLUMNS = 132

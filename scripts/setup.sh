@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="gcc g++ libc6-dev make pkg-config curl libmicrohttpd-dev libcjson-dev libsentencepiece-dev"
+packages="gcc g++ libc6-dev make pkg-config curl libmicrohttpd-dev libcjson-dev libsentencepiece-dev libpcre2-dev libutf8proc-dev"
 if [ "${1:-run}" = check ]; then
     # Sanitizers and fuzzing need clang's runtime; the end-to-end tests are Python.
     packages="$packages check clang libclang-rt-dev python3 python3-venv"
@@ -16,7 +16,7 @@ if command -v dpkg-query >/dev/null 2>&1; then
         dpkg-query -W -f='${Status}\n' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
     done
 else
-    for p in libmicrohttpd libcjson sentencepiece; do
+    for p in libmicrohttpd libcjson sentencepiece libpcre2-8 libutf8proc; do
         pkg-config --exists $p 2>/dev/null || missing="$missing $p"
     done
     [ -z "$missing" ] && exit 0
@@ -42,15 +42,16 @@ if [ -n "$missing" ]; then
     rm -f "$log"
 fi
 
-# The official OpenAI client, for the end-to-end tests, in a virtual environment of the build's own.
-if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai' 2>/dev/null; then
-    echo "setup: installing the openai Python package into build/venv"
+# What the tests hold ours against, in a virtual environment of the build's own: the official OpenAI client, Hugging Face's
+# tokenizers.
+if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai, tokenizers' 2>/dev/null; then
+    echo "setup: installing the Python packages openai and tokenizers into build/venv"
     mkdir -p build
     for python in python3 /usr/bin/python3; do
         "$python" -m venv build/venv && break
     done
-    build/venv/bin/pip install --quiet --disable-pip-version-check openai || {
-        echo "setup: pip could not install openai: the tests with the official client cannot run" >&2
+    build/venv/bin/pip install --quiet --disable-pip-version-check openai tokenizers || {
+        echo "setup: pip could not install openai and tokenizers: the tests with them cannot run" >&2
         [ -z "${CI:-}" ] || exit 1 # elsewhere they are skipped, and counted as such
     }
 fi

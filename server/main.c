@@ -217,7 +217,7 @@ static enum exit_status run(struct options *o, double started)
     }
     log_plan(plan, o);
     if (tokenizer_create(&tokenizer, o->engine.model_dir, e.message, sizeof(e.message)) < 0) goto fail;
-    if (!tokenizer) log_message(LOG_LEVEL_WARNING, "no tokenizer.model: prompts and answers are token ids");
+    if (!tokenizer) log_message(LOG_LEVEL_WARNING, "no tokenizer.model or tokenizer.json: prompts and answers are token ids");
     raise_file_limit(&o->server);
     status = serve(o, engine, tokenizer, started);
     tokenizer_destroy(tokenizer);

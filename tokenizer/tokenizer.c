@@ -1,11 +1,14 @@
 #include "tokenizer/tokenizer.h"
 
 #include "tokenizer/detokenizer.h"
+#include "tokenizer/fail.h"
+#include "tokenizer/id_list.h"
+#include "tokenizer/json_tokenizer.h"
 #include "tokenizer/sentencepiece_wrapper.h"
+#include "tokenizer/tokens.h"
 
 #include <cjson/cJSON.h>
 #include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,20 +18,11 @@ enum {
     MAX_ADDED_TOKENS = 1 << 16, // ids beyond SentencePiece's own
 };
 
-struct token {
-    char *bytes; // [length], NUL-terminated, malloc'd; NULL: an id that no file names
-    size_t length;
-    bool special;    // left out by skip_special
-    bool space_mark; // the piece begins with U+2581
-    bool mark;       // never comes out of SentencePiece: control tokens and most added ones
-};
-
-// How SentencePiece's decode treats the U+2581 of the first pieces.
-enum strip { STRIP_NONE, STRIP_ONE, STRIP_UNTIL_TEXT };
-
 struct tokenizer {
+    struct json_tokenizer *json; // of tokenizer.json; NULL: what follows is of tokenizer.model
     struct spm *spm;
     int32_t spm_size, vocab_size; // the second with added tokens
+    int32_t bos_id, eos_id;       // -1: none
     bool adds_bos;
     enum strip strip;
     struct token *tokens; // [vocab_size]
@@ -40,16 +34,6 @@ struct tokenizer {
 };
 
 static const char space_mark[] = "\xE2\x96\x81";
-
-static int fail(char *error, size_t error_size, const char *format, ...) __attribute__((format(printf, 3, 4)));
-static int fail(char *error, size_t error_size, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(error, error_size, format, args);
-    va_end(args);
-    return -1;
-}
 
 // ---- files ----
 
@@ -194,6 +178,25 @@ static int apply_config(struct tokenizer *t, const cJSON *config, char *error, s
     return add_added_tokens(t, added, error, error_size);
 }
 
+// The id of a token that the configuration names, or describes: {"content": name}. -1: it does not.
+static int32_t named_id(const struct tokenizer *t, const cJSON *config, const char *role)
+{
+    const cJSON *entry = cJSON_GetObjectItemCaseSensitive(config, role);
+    const char *name = cJSON_GetStringValue(cJSON_IsObject(entry) ? cJSON_GetObjectItemCaseSensitive(entry, "content") : entry);
+    return name ? json_tokenizer_id(t->json, name) : -1;
+}
+
+// What tokenizer.json does not say; what it says counts.
+static int apply_names(struct tokenizer *t, const cJSON *config, char *error, size_t error_size)
+{
+    size_t n;
+    const int32_t *prefix = json_tokenizer_prefix(t->json, &n);
+    if (!cJSON_IsObject(config)) return fail(error, error_size, "not a JSON object");
+    t->bos_id = named_id(t, config, "bos_token"), t->eos_id = named_id(t, config, "eos_token");
+    t->adds_bos = n > 0 && prefix[0] == t->bos_id;
+    return 0;
+}
+
 static int read_config(struct tokenizer *t, const char *path, char *error, size_t error_size)
 {
     char *text, message[200];
@@ -201,8 +204,8 @@ static int read_config(struct tokenizer *t, const char *path, char *error, size_
     int result = read_file(path, &text, &size, error, error_size);
     if (result) return result == TOKENIZER_ABSENT ? 0 : -1;
     cJSON *config = cJSON_ParseWithLengthOpts(text, size + 1, NULL, true);
-    result = utf8_valid(text, size) ? apply_config(t, config, message, sizeof message)
-                                    : fail(message, sizeof message, "not UTF-8");
+    if (!utf8_valid(text, size)) result = fail(message, sizeof message, "not UTF-8");
+    else result = t->json ? apply_names(t, config, message, sizeof message) : apply_config(t, config, message, sizeof message);
     if (result) fail(error, error_size, "%s: %s", path, message);
     cJSON_Delete(config);
     free(text);
@@ -251,40 +254,59 @@ static int collect_marks(struct tokenizer *t)
     return 0;
 }
 
-int tokenizer_create(struct tokenizer **out, const char *dir, char *error, size_t error_size)
+// Of dir/tokenizer.model. Returns 0, TOKENIZER_ABSENT or -1.
+static int load_model(struct tokenizer *t, const char *dir, char *error, size_t error_size)
 {
     char path[4096], message[200], *model;
     size_t size;
-    *out = NULL;
     snprintf(path, sizeof path, "%s/tokenizer.model", dir);
     int result = read_file(path, &model, &size, error, error_size);
     if (result) return result;
-    struct tokenizer *t = calloc(1, sizeof *t);
-    if (!t || spm_create(&t->spm, model, size, message, sizeof message)) {
-        free(model);
-        fail(error, error_size, "%s: not a SentencePiece model: %s", path, t ? message : "out of memory");
-        goto fail;
-    }
+    result = spm_create(&t->spm, model, size, message, sizeof message);
     free(model);
+    if (result) return fail(error, error_size, "%s: not a SentencePiece model: %s", path, message);
     t->spm_size = t->vocab_size = spm_size(t->spm);
-    t->adds_bos = tokenizer_bos_id(t) >= 0;
+    t->bos_id = spm_bos_id(t->spm), t->eos_id = spm_eos_id(t->spm);
+    t->adds_bos = t->bos_id >= 0;
     t->tokens = calloc((size_t)t->vocab_size, sizeof *t->tokens);
-    if (!t->tokens || add_pieces(t)) {
-        fail(error, error_size, "%s: out of memory", path);
-        goto fail;
-    }
+    if (!t->tokens || add_pieces(t)) return fail(error, error_size, "%s: out of memory", path);
     t->strip = find_strip(t);
+    return 0;
+}
+
+// Of dir/tokenizer.json. Returns 0, TOKENIZER_ABSENT or -1.
+static int load_json(struct tokenizer *t, const char *dir, char *error, size_t error_size)
+{
+    char path[4096], message[300], *json;
+    size_t size;
+    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
+    int result = read_file(path, &json, &size, error, error_size);
+    if (result) return result;
+    if (utf8_valid(json, size))
+        result = json_tokenizer_create(&t->json, json, size, &t->tokens, &t->vocab_size, &t->strip, message, sizeof message);
+    else result = fail(message, sizeof message, "not UTF-8");
+    free(json);
+    return result ? fail(error, error_size, "%s: %s", path, message) : 0;
+}
+
+int tokenizer_create(struct tokenizer **out, const char *dir, char *error, size_t error_size)
+{
+    char path[4096];
+    struct tokenizer *t = calloc(1, sizeof *t);
+    *out = NULL;
+    if (!t) return fail(error, error_size, "%s: out of memory", dir);
+    t->bos_id = t->eos_id = -1;
+    int result = load_model(t, dir, error, error_size);
+    if (result == TOKENIZER_ABSENT) result = load_json(t, dir, error, error_size);
     snprintf(path, sizeof path, "%s/tokenizer_config.json", dir);
-    if (read_config(t, path, error, error_size)) goto fail;
-    if (collect_marks(t)) {
-        fail(error, error_size, "%s: out of memory", path);
-        goto fail;
+    if (!result) result = read_config(t, path, error, error_size);
+    if (!result && !t->json && collect_marks(t)) result = fail(error, error_size, "%s: out of memory", path);
+    if (result) {
+        tokenizer_destroy(t);
+        return result;
     }
     *out = t;
     return 0;
-fail:
-    tokenizer_destroy(t);
-    return -1;
 }
 
 void tokenizer_destroy(struct tokenizer *t)
@@ -294,12 +316,13 @@ void tokenizer_destroy(struct tokenizer *t)
     free(t->tokens);
     free(t->marks);
     spm_destroy(t->spm);
+    json_tokenizer_destroy(t->json);
     free(t);
 }
 
 int32_t tokenizer_vocab_size(const struct tokenizer *t) { return t->vocab_size; }
-int32_t tokenizer_bos_id(const struct tokenizer *t) { return spm_bos_id(t->spm); }
-int32_t tokenizer_eos_id(const struct tokenizer *t) { return spm_eos_id(t->spm); }
+int32_t tokenizer_bos_id(const struct tokenizer *t) { return t->bos_id; }
+int32_t tokenizer_eos_id(const struct tokenizer *t) { return t->eos_id; }
 bool tokenizer_adds_bos(const struct tokenizer *t) { return t->adds_bos; }
 
 bool tokenizer_is_special(const struct tokenizer *t, int32_t id)
@@ -316,25 +339,6 @@ const char *tokenizer_token_bytes(const struct tokenizer *t, int32_t id, size_t 
 }
 
 // ---- encode ----
-
-struct id_list {
-    int32_t *ids; // [n]
-    size_t n, capacity;
-};
-
-static int id_list_append(struct id_list *list, const int32_t *ids, size_t n)
-{
-    if (n > list->capacity - list->n) {
-        size_t capacity = (list->n + n) * 2;
-        int32_t *grown = realloc(list->ids, capacity * sizeof *grown);
-        if (!grown) return -1;
-        list->ids = grown;
-        list->capacity = capacity;
-    }
-    if (n > 0) memcpy(list->ids + list->n, ids, n * sizeof *ids);
-    list->n += n;
-    return 0;
-}
 
 // The mark whose name text begins with, the longest; -1: none.
 static int32_t find_mark(const struct tokenizer *t, const char *text, size_t length, bool parse_special)
@@ -383,13 +387,15 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t length,
                      int32_t **ids, size_t *n, char *error, size_t error_size)
 {
     struct id_list list = {0};
-    int32_t bos = tokenizer_bos_id(t);
+    int result;
     *ids = NULL;
     *n = 0;
     size_t valid = utf8_valid_prefix(text, length);
     if (valid < length) return fail(error, error_size, "the text is not UTF-8 at byte %zu", valid);
-    if (id_list_append(&list, &bos, add_special && t->adds_bos)) return fail(error, error_size, "out of memory");
-    if (encode_text(t, text, length, parse_special, &list, error, error_size)) {
+    if (t->json) result = json_tokenizer_encode(t->json, text, length, add_special, parse_special, &list, error, error_size);
+    else if (id_list_append(&list, &t->bos_id, add_special && t->adds_bos)) result = fail(error, error_size, "out of memory");
+    else result = encode_text(t, text, length, parse_special, &list, error, error_size);
+    if (result) {
         free(list.ids);
         return -1;
     }
@@ -408,11 +414,13 @@ static size_t join_tokens(const struct tokenizer *t, const int32_t *ids, size_t 
     for (size_t i = 0; i < n; i++) {
         const struct token *token = &t->tokens[ids[i]];
         if (skip_special && token->special) continue;
-        bool drop = at_start && token->space_mark && !token->mark;
+        bool first = t->strip == STRIP_FIRST, space = first ? token->length > 0 && token->bytes[0] == ' ' : token->space_mark;
+        bool drop = at_start && space && (first || !token->mark);
         size_t length = token->length - drop;
         if (length > 0) memcpy(out + written, token->bytes + drop, length);
         written += length;
-        if (!token->mark && (length > 0 || (drop && t->strip == STRIP_ONE))) at_start = false;
+        if (first) at_start &= token->length == 0;
+        else if (!token->mark && (length > 0 || (drop && t->strip == STRIP_ONE))) at_start = false;
     }
     return written;
 }

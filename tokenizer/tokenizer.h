@@ -19,7 +19,8 @@ struct tokenizer;
 
 enum { TOKENIZER_ABSENT = 1 }; // tokenizer_create: the directory has no tokenizer we read
 
-// Reads dir/tokenizer.model and, if there, tokenizer_config.json (add_bos_token, added tokens).
+// Reads dir/tokenizer.model (SentencePiece), or where there is none dir/tokenizer.json (json_tokenizer.h); and, if there,
+// tokenizer_config.json: beside the first add_bos_token and added tokens, beside the second the names of BOS and EOS.
 // Returns 0; TOKENIZER_ABSENT when there is none (*out is NULL, not an error); -1 with a message in error.
 int tokenizer_create(struct tokenizer **out, const char *dir, char *error, size_t error_size);
 void tokenizer_destroy(struct tokenizer *t);
