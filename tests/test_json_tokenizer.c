@@ -74,11 +74,13 @@ static const char characters[] =
     " \"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\", \"type_id\": 0}},"
     " {\"Sequence\": {\"id\": \"A\", \"type_id\": 0}}], \"special_tokens\": {\"<s>\": {\"id\": \"<s>\", \"ids\": [1]}}},"
     " \"decoder\": {\"type\": \"Sequence\", \"decoders\": [{\"type\": \"Strip\", \"content\": \" \", \"start\": 1}]},"
-    " \"added_tokens\": [{\"id\": 0, \"content\": \"<unk>\", \"special\": true}, {\"id\": 1, \"content\": \"<s>\", \"special\": true},"
+    " \"added_tokens\": [{\"id\": 0, \"content\": \"<unk>\", \"special\": true},"
+    " {\"id\": 1, \"content\": \"<s>\", \"special\": true},"
     " {\"id\": 2, \"content\": \"</s>\", \"special\": true, \"rstrip\": true}, {\"id\": 12, \"content\": \"<tool>\"},"
     " {\"id\": 13, \"content\": \"ab\", \"single_word\": true}],"
     " \"model\": {\"type\": \"BPE\", \"unk_token\": \"<unk>\", \"fuse_unk\": true, \"byte_fallback\": true,"
-    " \"vocab\": {\"<unk>\": 0, \"<s>\": 1, \"</s>\": 2, \"<0xC3>\": 3, \"<0xA9>\": 4, \"\xE2\x96\x81\": 5, \"a\": 6, \"b\": 7, \"c\": 8,"
+    " \"vocab\": {\"<unk>\": 0, \"<s>\": 1, \"</s>\": 2, \"<0xC3>\": 3, \"<0xA9>\": 4, \"\xE2\x96\x81\": 5, \"a\": 6,"
+    " \"b\": 7, \"c\": 8,"
     " \"\xE2\x96\x81\x61\": 9, \"bc\": 10, \"\xE2\x96\x81\x61\x62\": 11},"
     " \"merges\": [\"\xE2\x96\x81 a\", [\"b\", \"c\"], \"\xE2\x96\x81\x61 b\"]}}";
 
@@ -139,10 +141,12 @@ START_TEST(refused)
         {"{\"model\": {\"vocab\": {\"a\": 0}, \"merges\": [], \"end_of_word_suffix\": \"</w>\"}}", "end_of_word_suffix"},
         {"{\"normalizer\": {\"type\": \"BertNormalizer\"}, " MODEL "}", "BertNormalizer"},
         {"{\"pre_tokenizer\": {\"type\": \"BertPreTokenizer\"}, " MODEL "}", "BertPreTokenizer"},
-        {"{\"pre_tokenizer\": {\"type\": \"Split\", \"behavior\": \"Isolated\", \"pattern\": {\"Regex\": \"(a\"}}, " MODEL "}", "(a"},
+        {"{\"pre_tokenizer\": {\"type\": \"Split\", \"behavior\": \"Isolated\", \"pattern\": {\"Regex\": \"(a\"}}, "
+         MODEL "}", "(a"},
         {"{\"pre_tokenizer\": {\"type\": \"Split\", \"behavior\": \"Cut\", \"pattern\": {\"Regex\": \"a\"}}, " MODEL "}", "Cut"},
         {"{\"post_processor\": {\"type\": \"BertProcessing\"}, " MODEL "}", "BertProcessing"},
-        {"{\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"x\"}}]}, " MODEL "}", "ids"},
+        {"{\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"x\"}}]}, "
+         MODEL "}", "ids"},
         {"{\"added_tokens\": [{\"content\": \"x\"}], " MODEL "}", "added token"},
     };
     struct tokenizer *t = NULL;
@@ -157,7 +161,8 @@ enum { N_REFUSED = 17 };
 START_TEST(long_word)
 {
     enum { LENGTH = 1 << 20 };
-    struct tokenizer *t = created("{\"model\": {\"vocab\": {\"a\": 0, \"aa\": 1, \"aaaa\": 2}, \"merges\": [\"a a\", \"aa aa\"]}}", NULL);
+    struct tokenizer *t = created("{\"model\": {\"vocab\": {\"a\": 0, \"aa\": 1, \"aaaa\": 2},"
+                                  " \"merges\": [\"a a\", \"aa aa\"]}}", NULL);
     char *text = malloc(LENGTH);
     int32_t *ids;
     size_t n;

@@ -270,7 +270,8 @@ static int load(struct json_tokenizer *t, const cJSON *json, char *error, size_t
     const cJSON *added = cJSON_GetObjectItemCaseSensitive(json, "added_tokens");
     if (!cJSON_IsObject(json) || !cJSON_IsObject(model)) return fail(error, error_size, "not a tokenizer: no \"model\"");
     if (normalizer_create(&t->normalizer, cJSON_GetObjectItemCaseSensitive(json, "normalizer"), error, error_size)) return -1;
-    if (pretokenizer_create(&t->pretokenizer, cJSON_GetObjectItemCaseSensitive(json, "pre_tokenizer"), error, error_size)) return -1;
+    const cJSON *words = cJSON_GetObjectItemCaseSensitive(json, "pre_tokenizer");
+    if (pretokenizer_create(&t->pretokenizer, words, error, error_size)) return -1;
     if (json_vocab_load(&t->vocab, model, added, pretokenizer_is_byte_level(t->pretokenizer), error, error_size)) return -1;
     t->bpe = json_vocab_bpe(&t->vocab, model, error, error_size);
     if (!t->bpe || read_added(t, added, error, error_size)) return -1;

@@ -71,7 +71,8 @@ static int to_form(const struct step *s, const char *text, size_t length, struct
 {
     utf8proc_uint8_t *mapped = NULL;
     if (is_ascii(text, length)) return add(out, text, length) ? fail(error, error_size, "out of memory") : 0;
-    utf8proc_ssize_t n = utf8proc_map((const utf8proc_uint8_t *)text, (utf8proc_ssize_t)length, &mapped, (utf8proc_option_t)s->form);
+    utf8proc_ssize_t n = utf8proc_map((const utf8proc_uint8_t *)text, (utf8proc_ssize_t)length, &mapped,
+                                      (utf8proc_option_t)s->form);
     int rc = n < 0 ? fail(error, error_size, "normalizing: %s", utf8proc_errmsg(n)) : 0;
     if (!rc && add(out, (const char *)mapped, (size_t)n)) rc = fail(error, error_size, "out of memory");
     free(mapped);

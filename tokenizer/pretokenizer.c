@@ -244,7 +244,8 @@ static int add_stage(struct pretokenizer *t, const cJSON *spec, char *error, siz
     if (strcmp(type, "Split") == 0) return add_split(stage, spec, error, error_size);
     if (strcmp(type, "Metaspace") == 0) return add_metaspace(stage, spec, error, error_size);
     if (strcmp(type, "Digits") == 0)
-        return add_pattern(stage, "\\p{N}", flag(spec, "individual_digits", false) ? ISOLATED : CONTIGUOUS, false, error, error_size);
+        return add_pattern(stage, "\\p{N}", flag(spec, "individual_digits", false) ? ISOLATED : CONTIGUOUS, false, error,
+                           error_size);
     if (strcmp(type, "Whitespace") == 0) return add_pattern(stage, "\\w+|[^\\w\\s]+", REMOVED, true, error, error_size);
     if (strcmp(type, "WhitespaceSplit") == 0) return add_pattern(stage, "\\s", REMOVED, false, error, error_size);
     if (strcmp(type, "ByteLevel") == 0) {

@@ -12,8 +12,8 @@ try:
 except ImportError:
     tokenizers = None
 
-TEXTS = ["the quick brown fox", "  two  spaces\n\nand lines\t", "na\u00efve caf\u00e9 \u2014 \u4f60\u597d \U0001f600", "it's 12345 of I'LL", "",
-         "before<|end|>behind"]
+TEXTS = ["the quick brown fox", "  two  spaces\n\nand lines\t", "it's 12345 of I'LL", "", "before<|end|>behind",
+         "na\u00efve caf\u00e9 \u2014 \u4f60\u597d \U0001f600"]
 
 
 def trained(size):
@@ -61,7 +61,8 @@ class JsonTokenizer(harness.ServerTest):
             self.assertEqual(back["prompt"], self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def test_text_of_an_answer(self):
-        fields = {"prompt": "the quick", "max_tokens": 60, "seed": 7, "temperature": 1.5, "return_token_ids": True, "ignore_eos": True}
+        fields = {"prompt": "the quick", "max_tokens": 60, "seed": 7, "temperature": 1.5, "return_token_ids": True,
+                  "ignore_eos": True}
         choice = self.server.complete(**fields)["choices"][0]
         self.assertEqual(len(choice["token_ids"]), 60)
         self.assertEqual(choice["prompt_token_ids"], self.tokenizer.encode("the quick").ids)

@@ -1,5 +1,5 @@
-// data: a tokenizer.json, byte 0, a text. What the file says can make a tokenizer fail to load, never misbehave: every id it gives is
-// in its vocabulary, and ids decode to valid text.
+// data: a tokenizer.json, byte 0, a text. What the file says can make a tokenizer fail to load, never misbehave: every id it
+// gives is in its vocabulary, and ids decode to valid text.
 #include "tests/fuzz/tokenizer_fuzz.h"
 
 #include <unistd.h>

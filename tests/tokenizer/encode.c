@@ -2,7 +2,8 @@
  *
  *   encode DIR <texts >ids      texts: a length in bytes, a newline, the text, and so on
  *
- * A line of ids a text, then what they decode to, with special tokens and without, as texts come. With --seconds: how long all of them took, at the end.
+ * A line of ids a text, then what they decode to, with special tokens and without, as texts come. With --seconds: how long
+ * encoding took, at the end.
  */
 #include "tokenizer/tokenizer.h"
 
