@@ -148,6 +148,9 @@ START_TEST(refused)
         {"{\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"x\"}}]}, "
          MODEL "}", "ids"},
         {"{\"added_tokens\": [{\"content\": \"x\"}], " MODEL "}", "added token"},
+        {"{\"model\": {\"type\": \"Unigram\", \"vocab\": [[\"a\"]]}}", "score"},
+        {"{\"model\": {\"type\": \"Unigram\", \"vocab\": [5]}}", "id of"},
+        {"{\"model\": {\"type\": \"Unigram\", \"unk_id\": 1, \"vocab\": [[\"a\", 0]]}}", "unk_id"},
     };
     struct tokenizer *t = NULL;
     ck_assert_int_eq(create(&t, cases[_i][0], NULL), -1);
@@ -155,7 +158,28 @@ START_TEST(refused)
     ck_assert_ptr_null(t);
 }
 END_TEST
-enum { N_REFUSED = 17 };
+enum { N_REFUSED = 20 };
+
+START_TEST(unigram)
+{
+    const char *json = "{\"model\": {\"type\": \"Unigram\", \"unk_id\": %s, \"vocab\": [[\"<unk>\", 0], [\"a\", -2], [\"b\", -2],"
+                       " [\"ab\", -3], [\"aba\", -4.5]]}}";
+    char text[400];
+    int32_t *ids;
+    size_t n;
+    snprintf(text, sizeof text, json, "0");
+    struct tokenizer *t = created(text, NULL);
+    ck_assert_str_eq(encoded(t, "aba", true, true), "4");    // -4.5, not -3 - 2
+    ck_assert_str_eq(encoded(t, "abab", true, true), "3 3"); // -6, not -4.5 - 2
+    ck_assert_str_eq(encoded(t, "axyb", true, true), "1 0 2");
+    tokenizer_destroy(t);
+    snprintf(text, sizeof text, json, "null");
+    t = created(text, NULL);
+    ck_assert_int_eq(tokenizer_encode(t, "axb", 3, true, true, &ids, &n, error, sizeof error), -1);
+    ck_assert_str_eq(error, "the text has a character that the tokenizer does not know");
+    tokenizer_destroy(t);
+}
+END_TEST
 
 // A word of a megabyte: by a heap, not by looking at all of it after each merge.
 START_TEST(long_word)
@@ -190,6 +214,7 @@ int main(void)
     tcase_set_timeout(tc, 60);
     tcase_add_test(tc, characters_and_added_tokens);
     tcase_add_test(tc, bytes);
+    tcase_add_test(tc, unigram);
     tcase_add_loop_test(tc, refused, 0, N_REFUSED);
     tcase_add_test(tc, long_word);
     suite_add_tcase(suite, tc);

@@ -32,7 +32,8 @@ struct json_tokenizer {
     struct normalizer *normalizer;
     struct pretokenizer *pretokenizer;
     struct json_vocab vocab;
-    struct bpe *bpe;
+    struct bpe *bpe;         // or
+    struct unigram *unigram;
     struct added_list raw, normalized;
     int32_t prefix[MAX_EXTRA], suffix[MAX_EXTRA];
     size_t n_prefix, n_suffix;
@@ -46,10 +47,14 @@ static int encode_words(const struct json_tokenizer *t, const char *text, size_t
 {
     struct pieces words = {0};
     int rc = pretokenizer_split(t->pretokenizer, text, length, is_first, &words, error, error_size);
-    for (size_t i = 0, begin = 0; i < words.n && !rc; begin = words.ends[i++])
-        if (bpe_encode(t->bpe, words.text + begin, words.ends[i] - begin, list)) rc = fail(error, error_size, "out of memory");
+    for (size_t i = 0, begin = 0; i < words.n && !rc; begin = words.ends[i++]) {
+        const char *word = words.text + begin;
+        rc = t->bpe ? bpe_encode(t->bpe, word, words.ends[i] - begin, list)
+                    : unigram_encode(t->unigram, word, words.ends[i] - begin, list);
+        if (rc) fail(error, error_size, rc < 0 ? "out of memory" : "the text has a character that the tokenizer does not know");
+    }
     pieces_deinit(&words);
-    return rc;
+    return rc ? -1 : 0;
 }
 
 // The longest added token that the text at `at` begins with; NULL: none.
@@ -273,8 +278,9 @@ static int load(struct json_tokenizer *t, const cJSON *json, char *error, size_t
     const cJSON *words = cJSON_GetObjectItemCaseSensitive(json, "pre_tokenizer");
     if (pretokenizer_create(&t->pretokenizer, words, error, error_size)) return -1;
     if (json_vocab_load(&t->vocab, model, added, pretokenizer_is_byte_level(t->pretokenizer), error, error_size)) return -1;
-    t->bpe = json_vocab_bpe(&t->vocab, model, error, error_size);
-    if (!t->bpe || read_added(t, added, error, error_size)) return -1;
+    if (json_vocab_is_unigram(model)) t->unigram = json_vocab_unigram(&t->vocab, model, error, error_size);
+    else t->bpe = json_vocab_bpe(&t->vocab, model, error, error_size);
+    if ((!t->bpe && !t->unigram) || read_added(t, added, error, error_size)) return -1;
     return read_post_processor(t, cJSON_GetObjectItemCaseSensitive(json, "post_processor"), error, error_size);
 }
 
@@ -306,6 +312,7 @@ void json_tokenizer_destroy(struct json_tokenizer *t)
     free(t->raw.added);
     free(t->normalized.added);
     bpe_destroy(t->bpe);
+    unigram_destroy(t->unigram);
     json_vocab_deinit(&t->vocab);
     pretokenizer_destroy(t->pretokenizer);
     normalizer_destroy(t->normalizer);

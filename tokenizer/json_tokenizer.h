@@ -2,7 +2,8 @@
  * post-processor.
  *
  * Called by tokenizer.c, which knows what ids stand for and decodes. Immutable after creation; any number of threads may encode
- * at once. Ids are those of the tokenizers library. Models: BPE, of bytes or of characters. What we do not know is refused by name.
+ * at once. Ids are those of the tokenizers library. Models: BPE of bytes or of characters, Unigram. What we do not know is refused
+ * by name.
  */
 #ifndef GPTD_TOKENIZER_JSON_TOKENIZER_H
 #define GPTD_TOKENIZER_JSON_TOKENIZER_H

@@ -90,16 +90,31 @@ static int32_t id_of(const cJSON *id)
     return cJSON_IsNumber(id) && id->valuedouble >= 0 && id->valuedouble < MAX_TOKENS ? id->valueint : -1;
 }
 
+bool json_vocab_is_unigram(const cJSON *model)
+{
+    const char *type = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(model, "type"));
+    return type && strcmp(type, "Unigram") == 0;
+}
+
+// A name of the vocabulary and its id: {name: id}, or [[name, score]], where ids are counted. NULL: it is none.
+static const char *name_of(const cJSON *entry, size_t index, bool is_list, int32_t *id)
+{
+    *id = is_list ? index < MAX_TOKENS ? (int32_t)index : -1 : id_of(entry);
+    return is_list ? cJSON_GetStringValue(cJSON_GetArrayItem(entry, 0)) : entry->string;
+}
+
 static int count(struct json_vocab *v, const cJSON *names, const cJSON *added, size_t *n, size_t *bytes, char *error,
                  size_t error_size)
 {
+    const bool is_list = cJSON_IsArray(names);
     const cJSON *each;
     cJSON_ArrayForEach(each, names)
     {
-        int32_t id = id_of(each);
-        if (id < 0) return fail(error, error_size, "the id of \"%.40s\" is none", each->string);
+        int32_t id;
+        const char *name = name_of(each, *n, is_list, &id);
+        if (!name || id < 0) return fail(error, error_size, "the id of \"%.40s\" is none", name ? name : "");
         if (id >= v->n_tokens) v->n_tokens = id + 1;
-        *n += 1, *bytes += strlen(each->string);
+        *n += 1, *bytes += strlen(name);
     }
     cJSON_ArrayForEach(each, added)
     {
@@ -131,10 +146,12 @@ int json_vocab_load(struct json_vocab *v, const cJSON *model, const cJSON *added
     const cJSON *names = cJSON_GetObjectItemCaseSensitive(model, "vocab"), *each;
     const char *type = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(model, "type"));
     bool byte_fallback = cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(model, "byte_fallback"));
-    size_t n = 0, bytes = 0;
+    const bool is_list = json_vocab_is_unigram(model);
+    size_t n = 0, bytes = 0, index = 0;
     int rc = 0;
-    if ((type && strcmp(type, "BPE") != 0) || !cJSON_IsObject(names) || !cJSON_GetObjectItemCaseSensitive(model, "merges"))
-        return fail(error, error_size, "unknown model \"%.40s\"", type ? type : "");
+    bool is_bpe = (!type || strcmp(type, "BPE") == 0) && cJSON_IsObject(names) && cJSON_GetObjectItemCaseSensitive(model, "merges");
+    if (!is_bpe && !(is_list && cJSON_IsArray(names))) return fail(error, error_size, "unknown model \"%.40s\"", type ? type : "");
+    if (is_list && byte_level) return fail(error, error_size, "Unigram behind a ByteLevel pre-tokenizer");
     v->byte_level = byte_level, v->owns_tokens = true;
     for (int b = 0; b < 256; b++) v->byte_ids[b] = -1;
     if (count(v, names, added, &n, &bytes, error, error_size)) return -1;
@@ -143,8 +160,10 @@ int json_vocab_load(struct json_vocab *v, const cJSON *model, const cJSON *added
     if (!v->tokens || !v->names || !v->pieces) return fail(error, error_size, "out of memory");
     cJSON_ArrayForEach(each, names)
     {
-        vocab_add(v->names, each->string, strlen(each->string), each->valueint);
-        rc |= add_piece(v, each->string, each->valueint, byte_fallback);
+        int32_t id;
+        const char *name = name_of(each, index++, is_list, &id);
+        vocab_add(v->names, name, strlen(name), id);
+        rc |= add_piece(v, name, id, byte_fallback);
     }
     cJSON_ArrayForEach(each, added) rc |= add_added(v, each);
     return rc ? fail(error, error_size, "out of memory") : 0;
@@ -226,4 +245,31 @@ struct bpe *json_vocab_bpe(const struct json_vocab *v, const cJSON *model, char 
     if (!rc && !(bpe = bpe_create(&options, v->pieces, v->byte_ids, merges, n))) fail(error, error_size, "out of memory");
     free(merges);
     return bpe;
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+struct unigram *json_vocab_unigram(const struct json_vocab *v, const cJSON *model, char *error, size_t error_size)
+{
+    const cJSON *list = cJSON_GetObjectItemCaseSensitive(model, "vocab"), *each;
+    const cJSON *unknown = cJSON_GetObjectItemCaseSensitive(model, "unk_id");
+    const bool fallback = cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(model, "byte_fallback"));
+    struct unigram_piece *pieces = malloc(((size_t)cJSON_GetArraySize(list) + 1) * sizeof *pieces);
+    struct unigram *u = NULL;
+    size_t n = 0;
+    int rc = pieces ? 0 : fail(error, error_size, "out of memory");
+    cJSON_ArrayForEach(each, list)
+    {
+        const char *name = cJSON_GetStringValue(cJSON_GetArrayItem(each, 0));
+        const cJSON *score = cJSON_GetArrayItem(each, 1);
+        if (!rc && !cJSON_IsNumber(score)) rc = fail(error, error_size, "\"%.40s\" has no score", name);
+        if (!rc) pieces[n] = (struct unigram_piece){name, strlen(name), score->valuedouble, (int32_t)n};
+        n += !rc;
+    }
+    int32_t unk_id = cJSON_IsNumber(unknown) ? id_of(unknown) : -1;
+    if (!rc && unk_id >= (int32_t)n) rc = fail(error, error_size, "\"unk_id\" is outside the vocabulary");
+    if (!rc && !(u = unigram_create(pieces, n, v->pieces, fallback ? v->byte_ids : NULL, unk_id)))
+        fail(error, error_size, "out of memory");
+    free(pieces);
+    return u;
 }

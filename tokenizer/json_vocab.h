@@ -1,4 +1,4 @@
-/* json_vocab.h: the vocabulary and the merges of a tokenizer.json. Called by json_tokenizer.c. */
+/* json_vocab.h: the vocabulary of a tokenizer.json, its merges and scores. Called by json_tokenizer.c. */
 #ifndef GPTD_TOKENIZER_JSON_VOCAB_H
 #define GPTD_TOKENIZER_JSON_VOCAB_H
 
@@ -10,6 +10,7 @@
 
 #include "tokenizer/bpe.h"
 #include "tokenizer/tokens.h"
+#include "tokenizer/unigram.h"
 #include "tokenizer/vocab.h"
 
 struct json_vocab {
@@ -28,7 +29,10 @@ int json_vocab_load(struct json_vocab *v, const cJSON *model, const cJSON *added
 void json_vocab_deinit(struct json_vocab *v);
 
 int32_t json_vocab_id(const struct json_vocab *v, const char *name); // -1: none
-// The model with its merges; v outlives it. NULL with a message.
+// Whether the model is Unigram, not BPE.
+bool json_vocab_is_unigram(const cJSON *model);
+// The model with its merges, or its scores; v outlives it. NULL with a message.
 struct bpe *json_vocab_bpe(const struct json_vocab *v, const cJSON *model, char *error, size_t error_size);
+struct unigram *json_vocab_unigram(const struct json_vocab *v, const cJSON *model, char *error, size_t error_size);
 
 #endif

@@ -117,7 +117,31 @@ def gemma(texts):
     return t
 
 
-KINDS = {f.__name__: f for f in (gpt2, llama3, qwen2, neox, mistral, metaspace, gemma)}
+def unigram(texts):
+    t = Tokenizer(models.Unigram())
+    t.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    few = ["".join(c for c in x if ord(c) < 0x250) for x in texts]  # all characters that it sees become pieces
+    t.train_from_iterator(few, trainers.UnigramTrainer(vocab_size=3000, special_tokens=["<unk>", "<s>", "</s>"],
+                                                       unk_token="<unk>", show_progress=False))
+    t.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>",
+                                                     special_tokens=[("</s>", t.token_to_id("</s>"))])
+    return t
+
+
+def unigram_bytes(texts):
+    """With byte pieces, which the trainer knows nothing of."""
+    d = json.loads(unigram(texts).to_str())
+    vocab = d["model"]["vocab"]
+    d["model"]["vocab"] = vocab[:3] + [[f"<0x{b:02X}>", 0.0] for b in range(256)] + vocab[3:]
+    d["model"]["byte_fallback"] = True
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    d["normalizer"], d["pre_tokenizer"] = None, space
+    d["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, space]}
+    return Tokenizer.from_str(json.dumps(d))
+
+
+KINDS = {f.__name__: f for f in (gpt2, llama3, qwen2, neox, mistral, metaspace, gemma, unigram, unigram_bytes)}
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
