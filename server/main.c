@@ -194,13 +194,40 @@ fail:
     return e.code == ERR_DEVICE ? EXIT_DEVICE : status;
 }
 
+// A tokenizer that is loaded while the engine looks for its device: a large tokenizer.json takes a third of a second.
+struct tokenizer_load {
+    const char *dir;
+    pthread_t thread;
+    bool begun;
+    struct tokenizer *tokenizer;
+    int rc;
+    struct error error;
+};
+
+static void *load_tokenizer(void *arg)
+{
+    struct tokenizer_load *l = arg;
+    l->rc = tokenizer_create(&l->tokenizer, l->dir, l->error.message, sizeof l->error.message);
+    return NULL;
+}
+
+// Returns 0, TOKENIZER_ABSENT, or -1 with e; the tokenizer, where there is one, is the caller's.
+static int end_load(struct tokenizer_load *l, struct error *e)
+{
+    if (l->begun) pthread_join(l->thread, NULL);
+    else load_tokenizer(l);
+    if (l->rc < 0) *e = l->error;
+    return l->rc;
+}
+
 // Plans, and serves what was planned.
 static enum exit_status run(struct options *o, double started)
 {
     struct error e;
     struct engine *engine = NULL;
-    struct tokenizer *tokenizer = NULL;
+    struct tokenizer_load load = {.dir = o->engine.model_dir};
     enum exit_status status = EXIT_MODEL;
+    load.begun = !o->dry_run && pthread_create(&load.thread, NULL, load_tokenizer, &load) == 0;
     if (engine_create(&engine, &o->engine, &e)) {
         const char *dir = o->engine.model_dir;
         if (e.code == ERR_DEVICE)
@@ -216,14 +243,17 @@ static enum exit_status run(struct options *o, double started)
         return EXIT_DONE;
     }
     log_plan(plan, o);
-    if (tokenizer_create(&tokenizer, o->engine.model_dir, e.message, sizeof(e.message)) < 0) goto fail;
-    if (!tokenizer) log_message(LOG_LEVEL_WARNING, "no tokenizer.model or tokenizer.json: prompts and answers are token ids");
+    if (end_load(&load, &e) < 0) goto fail_loaded;
+    if (!load.tokenizer) log_message(LOG_LEVEL_WARNING, "no tokenizer.model or tokenizer.json: prompts and answers are token ids");
     raise_file_limit(&o->server);
-    status = serve(o, engine, tokenizer, started);
-    tokenizer_destroy(tokenizer);
+    status = serve(o, engine, load.tokenizer, started);
+    tokenizer_destroy(load.tokenizer);
     engine_destroy(engine);
     return status;
 fail:
+    if (load.begun) pthread_join(load.thread, NULL);
+    tokenizer_destroy(load.tokenizer);
+fail_loaded:
     log_message(LOG_LEVEL_ERROR, "%s", e.message);
     engine_destroy(engine);
     return status;
