@@ -20,14 +20,25 @@ static size_t append(char *out, size_t n, const char *text, size_t length)
     return n + length;
 }
 
-// The pattern with \s and \S written out, into `out` if it is there. Returns its length.
+// What does not count in a class of classes: brackets of a class within, which is one with the outer, as Oniguruma has it, where
+// PCRE2 would take them for themselves. A class within that is negated is left for PCRE2 to refuse.
+static bool is_inner_bracket(const char *pattern, size_t length, size_t i, int *depth)
+{
+    if (pattern[i] == '[' && i + 1 < length && pattern[i + 1] != ':' && pattern[i + 1] != '^') return ++*depth > 0;
+    if (pattern[i] == ']' && *depth > 0) return (*depth)-- > 0;
+    return false;
+}
+
+// The pattern with \s and \S written out and classes of classes as one, into `out` if it is there. Returns its length.
 static size_t write_out(const char *pattern, size_t length, char *out)
 {
     size_t n = 0;
     bool in_class = false;
+    int depth = 0; // of classes within the class
     for (size_t i = 0; i < length; i++) {
         bool escape = pattern[i] == '\\' && i + 1 < length;
         char next = escape ? pattern[i + 1] : 0;
+        if (in_class && !escape && is_inner_bracket(pattern, length, i, &depth)) continue;
         if (escape && (next == 's' || (next == 'S' && !in_class))) {
             if (!in_class) n = append(out, n, next == 's' ? "[" : "[^", next == 's' ? 1 : 2);
             n = append(out, n, white_space, sizeof white_space - 1);

@@ -20,6 +20,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+         r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
+PUNCTUATED = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -60,6 +66,26 @@ def qwen2(texts):
     t.add_special_tokens([AddedToken("<|im_start|>", normalized=False), AddedToken("<|im_end|>", normalized=False)])
     t.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("</tool_call>", normalized=False)])
     return t
+
+
+def of_pattern(texts, *patterns):
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in patterns),
+                                               pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder = decoders.ByteLevel()
+    return trained(t, texts, ["<|end|>"], alphabet=BYTES)
+
+
+def o200k(texts):
+    return of_pattern(texts, O200K)
+
+
+def bloom(texts):
+    return of_pattern(texts, BLOOM)
+
+
+def deepseek(texts):
+    return of_pattern(texts, r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", PUNCTUATED)
 
 
 def neox(texts):
@@ -141,7 +167,8 @@ def unigram_bytes(texts):
     return Tokenizer.from_str(json.dumps(d))
 
 
-KINDS = {f.__name__: f for f in (gpt2, llama3, qwen2, neox, mistral, metaspace, gemma, unigram, unigram_bytes)}
+KINDS = {f.__name__: f for f in (gpt2, llama3, qwen2, o200k, bloom, deepseek, neox, mistral, metaspace, gemma, unigram,
+                                 unigram_bytes)}
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
