@@ -160,7 +160,8 @@ $(FAULTY): $(BUILD)/obj/pic/tests/e2e/faulty_backend.c.o $(BUILD)/obj/pic/kernel
 $(BUILD)/tests/test_backend: $(FAULTY)
 
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
-.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist check-tokenizer lint
+.PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist lint
+.PHONY: check-tokenizer check-jinja
 check:
 	@./scripts/setup.sh check
 	@$(MAKE) --no-print-directory check-all
@@ -169,6 +170,7 @@ check-all:
 	@$(MAKE) --no-print-directory -j$$(nproc) all tests
 	@$(MAKE) --no-print-directory check-unit
 	@$(MAKE) --no-print-directory check-tokenizer
+	@$(MAKE) --no-print-directory check-jinja
 	@$(MAKE) --no-print-directory check-asan
 	@$(MAKE) --no-print-directory check-tsan
 	@$(MAKE) --no-print-directory check-fuzz
@@ -190,6 +192,14 @@ $(BUILD)/tests/tokenizer/encode: $(BUILD)/obj/tests/tokenizer/encode.c.o $(BUILD
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
 check-tokenizer: $(BUILD)/tests/tokenizer/encode
 	@build/venv/bin/python tests/tokenizer/compare.py $<
+
+# Templates against Python's jinja2.
+$(BUILD)/tests/jinja/render: $(BUILD)/obj/tests/jinja/render.c.o $(BUILD)/libtokenizer.a
+	@mkdir -p $(@D)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
+check-jinja: $(BUILD)/tests/jinja/render
+	@build/venv/bin/python tests/jinja/compare.py --renderer $< --random 500
 
 # Address and undefined-behaviour sanitizers over every suite and the running server.
 check-asan:
