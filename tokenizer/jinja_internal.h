@@ -450,7 +450,7 @@ bool jinja_skip_name(struct parser *p, const char *name);
 const struct token *jinja_expect(struct parser *p, int32_t kind, const char *what);
 struct node *jinja_parse_expression(struct parser *p);
 struct node *jinja_parse_primary(struct parser *p, bool members);
-enum { TUPLE_NO_CONDITION = 1, TUPLE_TARGET = 2, TUPLE_MEMBERS = 4, TUPLE_UNTIL_IN = 8, TUPLE_EMPTY = 16 };
+enum { TUPLE_NO_CONDITION = 1, TUPLE_TARGET = 2, TUPLE_MEMBERS = 4, TUPLE_EMPTY = 8 };
 struct node *jinja_parse_tuple(struct parser *p, int32_t flags);
 struct node *jinja_parse_filters(struct parser *p, struct node *node, bool inside); // inside: the first has no |
 void jinja_describe(const struct token *token, char out[64]);

@@ -109,7 +109,7 @@ struct value jinja_item(struct jinja *j, struct value object, struct value key)
 // ---- slices ----
 
 struct bounds {
-    int64_t start, step;
+    int64_t start, stop, step;
     size_t n;
 };
 
@@ -137,7 +137,7 @@ static struct bounds bounds_of(struct jinja *j, struct value start, struct value
     int64_t from = from_start ? (by < 0 ? most : least) : clamp(slice_part(j, start, 0), least, most, length);
     int64_t to = to_stop ? (by < 0 ? least : most) : clamp(slice_part(j, stop, 0), least, most, length);
     int64_t count = by > 0 ? (to - from + by - 1) / by : (from - to - by - 1) / -by;
-    return (struct bounds){from, by, count > 0 ? (size_t)count : 0};
+    return (struct bounds){from, to, by, count > 0 ? (size_t)count : 0};
 }
 
 static struct value slice_string(struct jinja *j, const struct string *s, struct bounds b)
@@ -163,8 +163,8 @@ static struct value slice_string(struct jinja *j, const struct string *s, struct
 static struct value slice_range(struct jinja *j, const struct range *range, struct bounds b)
 {
     struct range *part = jinja_alloc(j, sizeof *part);
-    *part = (struct range){range->start + b.start * range->step, 0, range->step * b.step, (int64_t)b.n};
-    part->stop = part->start + part->n * part->step;
+    *part = (struct range){range->start + b.start * range->step, range->start + b.stop * range->step, range->step * b.step,
+                           (int64_t)b.n};
     return (struct value){.kind = V_RANGE, .range = part};
 }
 

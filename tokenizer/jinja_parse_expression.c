@@ -519,10 +519,9 @@ struct node *jinja_parse_expression(struct parser *p)
     return value;
 }
 
-static bool ends_tuple(const struct parser *p, int32_t flags)
+static bool ends_tuple(const struct parser *p)
 {
-    int32_t kind = p->at->kind;
-    return kind == T_PRINT_END || kind == T_BLOCK_END || kind == ')' || ((flags & TUPLE_UNTIL_IN) && jinja_at_name(p, "in"));
+    return p->at->kind == T_PRINT_END || p->at->kind == T_BLOCK_END || p->at->kind == ')';
 }
 
 static struct node *tuple_part(struct parser *p, int32_t flags)
@@ -539,7 +538,7 @@ struct node *jinja_parse_tuple(struct parser *p, int32_t flags)
 {
     struct node *tuple = jinja_node(p, N_TUPLE, p->at->line);
     bool comma = false;
-    while (!ends_tuple(p, flags)) {
+    while (!ends_tuple(p)) {
         jinja_push(p->j, &tuple->list, tuple_part(p, flags));
         if (!jinja_skip(p, ',')) break;
         comma = true;

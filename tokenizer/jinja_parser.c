@@ -51,7 +51,7 @@ static struct node *parse_for(struct parser *p)
     static const char *const ends[] = {"endfor", "else", NULL}, *const else_ends[] = {"endfor", NULL};
     struct node *node = jinja_node(p, N_FOR, (p->at++)->line);
     p->n_for++;
-    node->a = parse_target(p, TUPLE_UNTIL_IN);
+    node->a = parse_target(p, 0);
     if (!jinja_skip_name(p, "in")) jinja_expect(p, T_END, "in");
     node->b = jinja_parse_tuple(p, TUPLE_NO_CONDITION);
     if (jinja_skip_name(p, "if")) node->c = jinja_parse_expression(p);

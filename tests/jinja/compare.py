@@ -121,7 +121,8 @@ class Renderer:
 
 # What jinja2 can and we refuse, knowingly. (It can slice numbers, if they are constants: to nothing.)
 REFUSED = ("integer overflow", "beyond 64 bits", "not supported", "cannot be shown as text", "of 64 bits", "too many steps",
-           "bytes of memory", "cannot be sliced", "unknown filter", "unknown test", "unknown function")
+           "bytes of memory", "cannot be sliced", "unknown filter", "unknown test", "unknown function",
+           "nested too deeply")
 
 
 def agree(expected, ours):
