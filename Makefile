@@ -191,7 +191,7 @@ $(BUILD)/tests/tokenizer/encode: $(BUILD)/obj/tests/tokenizer/encode.c.o $(BUILD
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
 check-tokenizer: $(BUILD)/tests/tokenizer/encode
-	@build/venv/bin/python tests/tokenizer/compare.py $<
+	@build/venv/bin/python tests/tokenizer/compare.py $< --megabytes 0.2
 
 # Templates against Python's jinja2.
 $(BUILD)/tests/jinja/render: $(BUILD)/obj/tests/jinja/render.c.o $(BUILD)/libtokenizer.a
@@ -199,7 +199,7 @@ $(BUILD)/tests/jinja/render: $(BUILD)/obj/tests/jinja/render.c.o $(BUILD)/libtok
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LIBS_SYSTEM)
 check-jinja: $(BUILD)/tests/jinja/render
-	@build/venv/bin/python tests/jinja/compare.py --renderer $< --random 500
+	@build/venv/bin/python tests/jinja/compare.py --renderer $< --random 200
 
 # Address and undefined-behaviour sanitizers over every suite and the running server.
 check-asan:
