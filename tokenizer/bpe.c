@@ -1,5 +1,8 @@
 #include "tokenizer/bpe.h"
 
+#include "tokenizer/hash.h"
+#include "tokenizer/unicode.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,13 +24,6 @@ struct bpe {
 
 // ---- tables ---------------------------------------------------------------------------------------------------------
 
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 32;
-    x *= 0xD6E8FEB86659FD93u;
-    return x ^ x >> 32;
-}
-
 static size_t table_mask(size_t n)
 {
     size_t size = 16;
@@ -37,7 +33,7 @@ static size_t table_mask(size_t n)
 
 static struct pair_entry *find_pair(const struct bpe *bpe, int32_t left, int32_t right)
 {
-    size_t at = mix((uint64_t)(uint32_t)left << 32 | (uint32_t)right) & bpe->pair_mask;
+    size_t at = hash_mix((uint64_t)(uint32_t)left << 32 | (uint32_t)right) & bpe->pair_mask;
     for (;; at = (at + 1) & bpe->pair_mask) {
         struct pair_entry *p = &bpe->pairs[at];
         if (p->rank == UINT32_MAX || (p->left == left && p->right == right)) return p;
@@ -83,12 +79,6 @@ void bpe_destroy(struct bpe *bpe)
 
 // ---- symbols --------------------------------------------------------------------------------------------------------
 
-// Bytes of the UTF-8 character that begins with `first`; the text is valid.
-static size_t character_length(unsigned char first)
-{
-    return first < 0xC0 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-}
-
 static bool has_bytes(const struct bpe *bpe, const char *bytes, size_t length)
 {
     for (size_t i = 0; i < length; i++)
@@ -103,7 +93,7 @@ static size_t begin_symbols(const struct bpe *bpe, const char *word, size_t leng
     size_t n = 0, step;
     bool after_unknown = false;
     for (size_t i = 0; i < length; i += step) {
-        step = o->byte_level ? 1 : character_length((unsigned char)word[i]);
+        step = o->byte_level ? 1 : unicode_length((unsigned char)word[i]);
         if (step > length - i) step = length - i;
         int32_t id = o->byte_level ? bpe->byte_symbols[(unsigned char)word[i]] : vocab_find(bpe->vocab, word + i, step);
         bool unknown = id < 0;

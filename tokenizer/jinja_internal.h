@@ -76,7 +76,6 @@ void jinja_add_char(struct builder *b, uint32_t c);
 // The character at data, which has length > 0 bytes; *size: its bytes. A byte that is no UTF-8 is a character of its own.
 uint32_t jinja_decode(const char *data, size_t length, size_t *size);
 size_t jinja_encode(uint32_t c, char out[4]);
-bool jinja_is_utf8(const char *data, size_t length);
 size_t jinja_count_chars(const char *data, size_t length);
 size_t jinja_skip_chars(const char *data, size_t length, size_t n_chars); // bytes that they take
 bool jinja_is_space(uint32_t c);

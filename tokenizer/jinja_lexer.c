@@ -1,4 +1,5 @@
 /* Jinja2's lexer, with trim_blocks and lstrip_blocks on and the usual delimiters. */
+#include "tokenizer/detokenizer.h"
 #include "tokenizer/jinja_internal.h"
 
 #include <stdlib.h>
@@ -388,7 +389,7 @@ static void lex_from(struct lexer *l, size_t at)
 
 struct token *jinja_tokenize(struct jinja *j, const char *source, size_t length)
 {
-    if (!jinja_is_utf8(source, length)) jinja_fail(j, "the template is not UTF-8");
+    if (!utf8_valid(source, length)) jinja_fail(j, "the template is not UTF-8");
     struct lexer l = {.j = j, .line = 1, .line_starting = true};
     l.source = normalize(j, source, &length);
     l.length = length;

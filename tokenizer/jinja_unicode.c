@@ -36,15 +36,6 @@ size_t jinja_encode(uint32_t c, char out[4])
     return n;
 }
 
-bool jinja_is_utf8(const char *data, size_t length)
-{
-    for (size_t i = 0, size; i < length; i += size) {
-        jinja_decode(data + i, length - i, &size);
-        if (size == 1 && (unsigned char)data[i] >= 0x80) return false;
-    }
-    return true;
-}
-
 size_t jinja_count_chars(const char *data, size_t length)
 {
     size_t n = 0;

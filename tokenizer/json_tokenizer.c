@@ -300,7 +300,6 @@ int json_tokenizer_create(struct json_tokenizer **out, const char *text, size_t 
         return -1;
     }
     *out = t, *tokens = t->vocab.tokens, *n_tokens = t->vocab.n_tokens;
-    t->vocab.owns_tokens = false;
     return 0;
 }
 

@@ -17,8 +17,7 @@
 
 struct json_tokenizer;
 
-// json: [length], the file. tokens: [*n_tokens], malloc'd with their bytes, what the ids stand for: the caller's. Returns 0, or -1
-// with a message.
+// json: [length], the file. tokens: [*n_tokens], what the ids stand for, borrowed. Returns 0, or -1 with a message.
 int json_tokenizer_create(struct json_tokenizer **out, const char *json, size_t length, struct token **tokens, int32_t *n_tokens,
                           enum strip *strip, char *error, size_t error_size);
 void json_tokenizer_destroy(struct json_tokenizer *t);

@@ -152,7 +152,7 @@ int json_vocab_load(struct json_vocab *v, const cJSON *model, const cJSON *added
     bool is_bpe = (!type || strcmp(type, "BPE") == 0) && cJSON_IsObject(names) && cJSON_GetObjectItemCaseSensitive(model, "merges");
     if (!is_bpe && !(is_list && cJSON_IsArray(names))) return fail(error, error_size, "unknown model \"%.40s\"", type ? type : "");
     if (is_list && byte_level) return fail(error, error_size, "Unigram behind a ByteLevel pre-tokenizer");
-    v->byte_level = byte_level, v->owns_tokens = true;
+    v->byte_level = byte_level;
     for (int b = 0; b < 256; b++) v->byte_ids[b] = -1;
     if (count(v, names, added, &n, &bytes, error, error_size)) return -1;
     v->tokens = calloc((size_t)v->n_tokens, sizeof *v->tokens);
@@ -171,8 +171,8 @@ int json_vocab_load(struct json_vocab *v, const cJSON *model, const cJSON *added
 
 void json_vocab_deinit(struct json_vocab *v)
 {
-    for (int32_t i = 0; v->owns_tokens && v->tokens && i < v->n_tokens; i++) free(v->tokens[i].bytes);
-    if (v->owns_tokens) free(v->tokens);
+    for (int32_t i = 0; v->tokens && i < v->n_tokens; i++) free(v->tokens[i].bytes);
+    free(v->tokens);
     vocab_destroy(v->names);
     vocab_destroy(v->pieces);
 }

@@ -16,7 +16,6 @@
 struct json_vocab {
     struct token *tokens;    // [n_tokens], what ids stand for in text
     int32_t n_tokens;
-    bool owns_tokens;
     bool byte_level;         // names are bytes, each written as a character that can be seen
     struct vocab *names;     // as the file has them, added tokens' too
     struct vocab *pieces;    // as they occur in words: the model's alone

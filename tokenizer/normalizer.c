@@ -140,13 +140,8 @@ static int set_text(struct step *s, const cJSON *spec, const char *name, char *e
 
 static int add_replace(struct step *s, const cJSON *spec, char *error, size_t error_size)
 {
-    const cJSON *pattern = cJSON_GetObjectItemCaseSensitive(spec, "pattern");
-    const char *regex = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(pattern, "Regex"));
-    const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(pattern, "String"));
     s->kind = REPLACE;
-    if (!regex && !text) return fail(error, error_size, "a Replace without \"Regex\" or \"String\"");
-    s->regex = regex ? regex_create(regex, strlen(regex), error, error_size)
-                     : regex_create_literal(text, strlen(text), error, error_size);
+    s->regex = regex_of_pattern(cJSON_GetObjectItemCaseSensitive(spec, "pattern"), error, error_size);
     return s->regex ? set_text(s, spec, "content", error, error_size) : -1;
 }
 

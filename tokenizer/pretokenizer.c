@@ -181,14 +181,9 @@ static int read_behavior(const cJSON *spec, enum behavior *out, char *error, siz
 
 static int add_split(struct stage *stage, const cJSON *spec, char *error, size_t error_size)
 {
-    const cJSON *pattern = cJSON_GetObjectItemCaseSensitive(spec, "pattern");
-    const char *regex = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(pattern, "Regex"));
-    const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(pattern, "String"));
     stage->invert = flag(spec, "invert", false);
     if (read_behavior(spec, &stage->behavior, error, error_size)) return -1;
-    if (!regex && !text) return fail(error, error_size, "a Split without \"Regex\" or \"String\"");
-    stage->regex = regex ? regex_create(regex, strlen(regex), error, error_size)
-                         : regex_create_literal(text, strlen(text), error, error_size);
+    stage->regex = regex_of_pattern(cJSON_GetObjectItemCaseSensitive(spec, "pattern"), error, error_size);
     return stage->regex ? 0 : -1;
 }
 

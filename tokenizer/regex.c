@@ -1,5 +1,7 @@
 #include "tokenizer/regex.h"
 
+#include "tokenizer/fail.h"
+
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 #include <stdbool.h>
@@ -92,6 +94,16 @@ struct regex *regex_create(const char *pattern, size_t length, char *error, size
 struct regex *regex_create_literal(const char *text, size_t length, char *error, size_t error_size)
 {
     return compile(text, length, PCRE2_LITERAL, error, error_size);
+}
+
+struct regex *regex_of_pattern(const cJSON *pattern, char *error, size_t error_size)
+{
+    const char *regex = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(pattern, "Regex"));
+    const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(pattern, "String"));
+    if (regex) return regex_create(regex, strlen(regex), error, error_size);
+    if (text) return regex_create_literal(text, strlen(text), error, error_size);
+    fail(error, error_size, "a pattern without \"Regex\" or \"String\"");
+    return NULL;
 }
 
 void regex_destroy(struct regex *r)

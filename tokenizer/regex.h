@@ -4,11 +4,15 @@
 
 #include <stddef.h>
 
+#include <cjson/cJSON.h>
+
 struct regex;
 struct regex_match; // where a thread's matches go
 
 // What tokenizers' own engine (Oniguruma) takes, as far as PCRE2 does; \s is white space as Unicode has it. NULL with a message.
 struct regex *regex_create(const char *pattern, size_t length, char *error, size_t error_size);
+// What the "pattern" of a normalizer or pre-tokenizer says: {"Regex": ..}, or {"String": ..}, to be found as it stands.
+struct regex *regex_of_pattern(const cJSON *pattern, char *error, size_t error_size);
 // A string to be found as it stands.
 struct regex *regex_create_literal(const char *text, size_t length, char *error, size_t error_size);
 void regex_destroy(struct regex *r);

@@ -25,7 +25,7 @@ struct tokenizer {
     int32_t bos_id, eos_id;       // -1: none
     bool adds_bos;
     enum strip strip;
-    struct token *tokens; // [vocab_size]
+    struct token *tokens; // [vocab_size]; of tokenizer.json: json's
     // Ids whose names are looked for in the text, by first byte, the longest first.
     int32_t *marks;          // [n_marks]
     size_t n_marks;
@@ -312,8 +312,8 @@ int tokenizer_create(struct tokenizer **out, const char *dir, char *error, size_
 void tokenizer_destroy(struct tokenizer *t)
 {
     if (!t) return;
-    for (int32_t id = 0; t->tokens && id < t->vocab_size; id++) free(t->tokens[id].bytes);
-    free(t->tokens);
+    for (int32_t id = 0; !t->json && t->tokens && id < t->vocab_size; id++) free(t->tokens[id].bytes);
+    if (!t->json) free(t->tokens);
     free(t->marks);
     spm_destroy(t->spm);
     json_tokenizer_destroy(t->json);

@@ -8,6 +8,12 @@
 
 #include <utf8proc.h>
 
+// Bytes of the character that begins with `first`.
+static inline size_t unicode_length(unsigned char first)
+{
+    return first < 0xC0 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+}
+
 // The character that text begins with, and its bytes; length > 0.
 static inline int32_t unicode_first(const char *text, size_t length, size_t *n)
 {

@@ -1,5 +1,7 @@
 #include "tokenizer/unigram.h"
 
+#include "tokenizer/unicode.h"
+
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -129,12 +131,10 @@ static void offer(struct place *p, double score, size_t begin, int32_t id)
     if (p->begin == SIZE_MAX || score > p->score) *p = (struct place){score, begin, id};
 }
 
-static size_t character_length(unsigned char first) { return first < 0xC0 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4; }
-
 // All pieces that begin at `at`, and the character there as an unknown one if it is no piece.
 static void extend(const struct unigram *u, const char *word, size_t length, size_t at, struct place *places)
 {
-    size_t character = character_length((unsigned char)word[at]);
+    size_t character = unicode_length((unsigned char)word[at]);
     bool is_piece = false;
     if (character > length - at) character = length - at;
     const struct node *node = u->nodes;

@@ -1,5 +1,7 @@
 #include "tokenizer/vocab.h"
 
+#include "tokenizer/hash.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,23 +17,16 @@ struct vocab {
     char *text;
 };
 
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 32;
-    x *= 0xD6E8FEB86659FD93u;
-    return x ^ x >> 32;
-}
-
 static uint64_t hash_bytes(const char *bytes, size_t length)
 {
     uint64_t h = length * 0x9E3779B97F4A7C15u, word = 0;
     for (; length >= 8; bytes += 8, length -= 8) {
         memcpy(&word, bytes, 8);
-        h = mix(h ^ word) * 0x9E3779B97F4A7C15u;
+        h = hash_mix(h ^ word) * 0x9E3779B97F4A7C15u;
     }
     word = 0;
     memcpy(&word, bytes, length);
-    return mix(h ^ word);
+    return hash_mix(h ^ word);
 }
 
 struct vocab *vocab_create(size_t n_pieces, size_t n_bytes)

@@ -90,7 +90,8 @@ def reference(env, template, variables):
 
 def compile_renderer(folder):
     out = os.path.join(folder, "render")
-    sources = [str(ROOT / "tests/jinja/render.c"), *sorted(glob.glob(str(ROOT / "tokenizer/jinja*.c")))]
+    sources = [str(ROOT / "tests/jinja/render.c"), str(ROOT / "tokenizer/detokenizer.c"),
+               *sorted(glob.glob(str(ROOT / "tokenizer/jinja*.c")))]
     subprocess.run(["gcc", "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", f"-I{ROOT}",
                     "-o", out, *sources, "-lcjson", "-lm"], check=True)
     return out
