@@ -101,8 +101,10 @@ static struct value affix(struct jinja *j, struct value self, const struct value
     int64_t from;
     bool result = false, inside = part(j, self.string, given[1], given[2], &s, &from);
     if (given[0].kind == V_TUPLE) {
-        for (size_t i = 0; i < given[0].list->n && !result; i++)
-            result = begins_or_ends(&s, jinja_string_argument(j, given[0].list->items[i]), begins) && inside;
+        for (size_t i = 0; i < given[0].list->n && !result; i++) {
+            const struct string *with = jinja_string_argument(j, given[0].list->items[i]);
+            result = inside && begins_or_ends(&s, with, begins);
+        }
     } else {
         const struct string *with = jinja_string_argument(j, given[0]);
         result = inside && begins_or_ends(&s, with, begins);
