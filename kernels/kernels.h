@@ -67,6 +67,7 @@ struct device_options {
     int32_t max_seqs;       // likewise: the most sequences in one batch
     int32_t n_heads, n_kv_heads, head_dim; // of the model's attention
     int32_t block_size;     // tokens of a KV block
+    int32_t n_tables;       // block tables of a step, one for each KV group; 0: one
 };
 
 // A host array that ops of the coming step will be given, so that it is copied to the device once, not by every op.
@@ -76,7 +77,7 @@ struct stage_array {
     size_t capacity;        // bytes it may have in any step: its place on the device is fixed
 };
 
-// The step's block table, [n_seqs, width], of which the ops read the entries of blocks that a query of this step sees.
+// A block table of the step, [n_seqs, width], of which the ops read the entries of blocks that a query of this step sees.
 struct stage_table {
     const int32_t *host, *cu_seqlens_q, *context_lens; // as in attention_params
     int32_t n_seqs, width, block_size;
@@ -124,12 +125,13 @@ enum norm_kind { NORM_RMS, NORM_LAYER };
 
 struct norm_params {
     struct tensor out;       // [T, dim]; may be x itself
-    struct tensor x;         // [T, dim]: the residual stream
-    struct tensor residual;  // [T, dim] added into x first (x is updated in place); data NULL: none
+    struct tensor x;         // [T, dim]
     struct tensor weight;    // [dim] any weight type
     struct tensor bias;      // [dim]; data NULL: none
     enum norm_kind kind;
     float eps;
+    float weight_offset;     // added to each weight: 1 where checkpoints keep weight - 1 (Gemma), else 0
+    bool accumulate;         // out += instead of out =
 };
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
@@ -174,10 +176,13 @@ struct kv_layer {
     struct tensor k, v;
 };
 
-// Rotates q and k in place (half-split layout as Hugging Face's Llama: element i pairs with i + rope_dim/2; dims beyond
-// rope_dim pass through) and writes k, v of each token to its slot.
+// Where q_norm and k_norm are given, each head of q and of k is RMS normed first. Then rotates q and k in place (half-split
+// layout as Hugging Face's Llama: element i pairs with i + rope_dim/2; dims beyond rope_dim pass through) and writes k, v
+// of each token to its slot.
 struct rope_kv_write_params {
-    struct tensor qkv;            // [T, (H + 2 KV) * D]: q heads, k heads, v heads; q and k rotated in place
+    struct tensor qkv;            // [T, (H + 2 KV) * D]: q heads, k heads, v heads; q and k changed in place
+    struct tensor q_norm, k_norm; // [D] any weight type; data NULL, both: none
+    float norm_eps, norm_weight_offset; // as in norm_params
     struct tensor cos_sin;        // from rope_table; data NULL: no rotation (learned positions, ALiBi)
     struct kv_layer cache;
     const int32_t *slot_mapping;  // host [T]: block * block_size + offset in the block; -1: a row of padding, not kept
@@ -216,7 +221,49 @@ struct activation_params {
     bool gated;
 };
 
+// ---- mixture of experts ---------------------------------------------------------------------------------------------
+
+// Each token goes to its K likeliest of E experts: P = T * K pairs of token and expert. Products take the pairs sorted by
+// expert, those of one expert by token, so that an expert's rows lie together.
+struct expert_plan {
+    float *weights;        // device [T, K]: of a token's experts, which are in ascending order
+    int32_t *rows;         // device [T, K]: where each of its pairs is in the sorted order
+    int32_t *tokens;       // device [P]: by that order
+    int32_t *offsets;      // device [E + 1]: expert e has the pairs offsets[e] .. offsets[e+1]
+    int32_t n_experts, n_chosen; // E, K
+};
+
+// Fills the plan: softmax of the logits over all experts, the K highest (ties to the lower id; what is NaN counts as the
+// lowest), their probabilities divided by their sum if `renormalize`.
+struct route_params {
+    struct tensor logits;  // [T, E] F32
+    struct expert_plan plan;
+    bool renormalize;
+};
+
+// out[i] = W_e x[row of pair i], e the expert of pair i. Each element is summed over the columns in one order, whatever the
+// other rows.
+struct linear_experts_params {
+    struct tensor out;     // [P, sum of part rows], in the plan's order
+    struct tensor x;       // [P, n_cols] in that order, or [T, n_cols]: each token's row serves its pairs
+    const struct weight *weights; // [E], all of one shape and type; on a GPU each at one distance from the one before
+    struct expert_plan plan;
+};
+
+// out[t] += sum over t's experts, in ascending order, of weight * x[row of the pair].
+struct combine_experts_params {
+    struct tensor out;     // [T, dim]
+    struct tensor x;       // [P, dim]
+    struct expert_plan plan;
+};
+
 // ---- rows, logits ---------------------------------------------------------------------------------------------------
+
+// x = cap * tanh(x / cap)
+struct softcap_params {
+    struct tensor x;        // [n, V] F32
+    float cap;
+};
 
 struct gather_rows_params {
     struct tensor out;      // [n, dim]
@@ -306,11 +353,12 @@ struct kernels {
     uint64_t (*record)(struct device *device);
     int (*wait)(struct device *device, uint64_t ticket, struct error *e);
 
-    // From here to the next call, an op that is given one of these host arrays reads the device's copy, made now. table
-    // NULL: none. The function NULL: the backend reads host arrays where they are. What attention reads of a sequence with one
-    // query, but its last key and value, has been written by then: it may be read while the ops before still run.
-    int (*stage)(struct device *device, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
-                 struct error *e);
+    // From here to the next call, an op that is given one of these host arrays reads the device's copy, made now. Tables:
+    // at most device_options.n_tables, each always in its place. The function NULL: the backend reads host arrays where they
+    // are. What attention reads of a sequence with one query, but its last key and value, has been written by then: it may be
+    // read while the ops before still run.
+    int (*stage)(struct device *device, const struct stage_array *arrays, int32_t n, const struct stage_table *tables,
+                 int32_t n_tables, struct error *e);
 
     // Ops of a decode step, recorded once and then launched whole. From graph_begin on, ops on staged arrays are recorded
     // until graph_end, which launches them; `keep` false: one of them failed, and all are forgotten. *launched false: there
@@ -343,7 +391,11 @@ struct kernels {
     int (*norm_linear_activation)(struct device *device, const struct norm_params *norm,
                                   const struct linear_params *linear, const struct activation_params *activation,
                                   struct error *e);
+    int (*route)(struct device *device, const struct route_params *p, struct error *e);
+    int (*linear_experts)(struct device *device, const struct linear_experts_params *p, struct error *e);
+    int (*combine_experts)(struct device *device, const struct combine_experts_params *p, struct error *e);
     int (*gather_rows)(struct device *device, const struct gather_rows_params *p, struct error *e);
+    int (*softcap)(struct device *device, const struct softcap_params *p, struct error *e);
     int (*sample)(struct device *device, const struct sample_params *p, struct error *e);
 };
 
