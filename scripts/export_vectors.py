@@ -15,7 +15,8 @@ Checkpoints in BF16 or F16 are computed in float32 on the rounded weights, and s
 asked of gptd there is its own rounding, not how far a random network amplifies it. Cases of one shape that differ in
 config.json alone share a weights file through a link. A prompt is drawn again until the least distance between the best
 and the second logit on the greedy path is at least MARGIN of the row's standard deviation, so that rounding cannot
-change a token, and the continuation has at least DISTINCT different tokens.
+change a token, and the continuation has at least DISTINCT different tokens. Where experts are chosen, the last one
+taken and the first one left stand EXPERT_MARGIN apart, likewise.
 """
 import argparse
 import json
@@ -27,10 +28,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 MARGIN = 2e-3
+EXPERT_MARGIN = 2e-3
 DISTINCT = 8
 N_GENERATED = 64
 
@@ -83,20 +85,20 @@ class FlashGPT(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def randomize(model, seed, gain=1.2):
-    """Weights that make every part matter: scores of spread about gain^2, norms and biases away from 1 and 0,
-    embeddings small enough that a tied model does not only repeat its last token."""
+def randomize(model, seed, gain=1.2, embed=0.15, norm=1):
+    """Weights that make every part matter: scores of spread about gain^2, norms' weights (whose neutral value is norm)
+    and biases away from doing nothing, embeddings small enough that a tied model does not only repeat its last token."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
         if p.dim() == 1:
-            p.data = noise * 0.2 + (1 if "weight" in name else 0)
+            p.data = noise * 0.2 + (norm if "weight" in name else 0)
         elif "pos_embed" in name or "wpe" in name:
             p.data = noise * 0.5
         elif "embed" in name or "wte" in name or "lm_head" in name:
-            p.data = noise * 0.15
+            p.data = noise * embed
         else:
-            p.data = noise * (gain / min(p.shape) ** 0.5)
+            p.data = noise * (gain / min(p.shape[-2:]) ** 0.5)  # all experts of a layer are one tensor
     return model
 
 
@@ -122,10 +124,11 @@ def flashgpt(directory, seed, names=("token_embed.weight",), dtype=torch.float32
     write_json(directory / "config.json", {"architectures": ["FlashGPT"], **config})
 
 
-def hugging_face(model_class, config_class):
+def hugging_face(model_class, config_class, norm=1):
     def make(directory, seed, edit=None, choose=None, shard=None, weights_of=None, base=False,
-             gain=1.2, **config):
-        model = randomize(model_class(config_class(bos_token_id=1, eos_token_id=2, **config)), seed, gain)
+             gain=1.2, embed=0.15, **config):
+        model = model_class(config_class(bos_token_id=1, eos_token_id=2, pad_token_id=None, **config))
+        randomize(model, seed, gain, embed, norm)
         part = model.base_model if base else model
         part.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
         if choose:
@@ -141,11 +144,14 @@ def hugging_face(model_class, config_class):
     return make
 
 
-def old_rope(scaling):
+def old_rope(scaling, drop=(), **keys):
     """config.json as transformers before 5 wrote it."""
     def edit(config):
         theta = config.pop("rope_parameters")["rope_theta"]
         config.update(rope_theta=theta, rope_scaling=scaling, torch_dtype=config.pop("dtype", "float32"))
+        config.update(keys)
+        for key in drop:
+            del config[key]
     return edit
 
 
@@ -171,6 +177,8 @@ def old_gpt2(directory, seed, **config):
 gpt2 = hugging_face(GPT2LMHeadModel, GPT2Config)
 llama = hugging_face(LlamaForCausalLM, LlamaConfig)
 mistral = hugging_face(MistralForCausalLM, MistralConfig)
+qwen2 = hugging_face(Qwen2ForCausalLM, Qwen2Config)
+qwen3 = hugging_face(Qwen3ForCausalLM, Qwen3Config)
 
 GPT2 = dict(vocab_size=97, n_positions=144, n_embd=32, n_layer=2, n_head=2)
 LLAMA = dict(vocab_size=101, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=2,
@@ -178,6 +186,10 @@ LLAMA = dict(vocab_size=101, hidden_size=32, intermediate_size=44, num_hidden_la
 ROPE = dict(seed=31, weights_of="llama-mqa", **LLAMA)
 MISTRAL = dict(vocab_size=103, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=256)
+QWEN2 = dict(seed=51, vocab_size=101, hidden_size=24, intermediate_size=44, num_hidden_layers=3, num_attention_heads=3,
+             num_key_value_heads=1, max_position_embeddings=170)
+QWEN3 = dict(seed=61, vocab_size=101, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+             num_key_value_heads=1, head_dim=16, max_position_embeddings=160)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
 
 # name: (maker, arguments, tokens in the prompt, what else)
@@ -230,12 +242,51 @@ CASES = {
     "mistral-window-wide": (mistral, dict(seed=41, weights_of="mistral-window", sliding_window=200, **MISTRAL), 90, {}),
     "mistral-window-bf16": (mistral, dict(seed=42, gain=0.8, sliding_window=37, choose=all_to(torch.bfloat16),
                                           **MISTRAL), 90, {}),
+    "qwen2": (qwen2, dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **QWEN2), 75, {}),
+    "qwen2-window-off": (qwen2, dict(weights_of="qwen2", edit=old_rope(None, ["layer_types", "rope_theta", "rope_scaling"],
+                                                                       sliding_window=24, max_window_layers=1),
+                                     **QWEN2), 75, {}),
+    "qwen2-window": (qwen2, dict(weights_of="qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=1,
+                                 edit=old_rope(None, ["layer_types"]), **QWEN2), 75, {}),
+    "qwen2-window-types": (qwen2, dict(weights_of="qwen2", use_sliding_window=True, sliding_window=19,
+                                       layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                                       **QWEN2), 75, {}),
+    "qwen2-tied": (qwen2, dict(seed=52, tie_word_embeddings=True, vocab_size=103, hidden_size=40, intermediate_size=52,
+                               num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=5, rms_norm_eps=1e-5,
+                               edit=old_rope(None, ["layer_types"]), max_position_embeddings=180), 80, {}),
+    "qwen2-bf16": (qwen2, dict(gain=0.7, choose=all_to(torch.bfloat16),
+                               edit=old_rope(None, ["layer_types"], torch_dtype="bfloat16"), **{**QWEN2, "seed": 53}),
+                   75, {}),
+    "qwen3": (qwen3, dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **QWEN3), 72, {}),
+    "qwen3-window": (qwen3, dict(weights_of="qwen3", use_sliding_window=True, sliding_window=24, max_window_layers=2,
+                                 edit=old_rope(None, ["layer_types"]), **QWEN3), 72, {}),
+    "qwen3-yarn": (qwen3, dict(weights_of="qwen3", edit=old_rope({"rope_type": "yarn", "factor": 4.0,
+                                                                  "original_max_position_embeddings": 40},
+                                                                 ["layer_types"], sliding_window=24, max_window_layers=1),
+                               **QWEN3), 72, {}),
+    "qwen3-tied-bf16": (qwen3, dict(seed=62, gain=0.8, embed=0.1, choose=all_to(torch.bfloat16), tie_word_embeddings=True,
+                                    vocab_size=107, hidden_size=40, intermediate_size=56, num_hidden_layers=2,
+                                    num_attention_heads=6, num_key_value_heads=2, head_dim=24,
+                                    edit=old_rope(None, ["layer_types"], torch_dtype="bfloat16"),
+                                    max_position_embeddings=150), 70, {}),
 }
 
 
 # ---- expectations ---------------------------------------------------------------------------------------------------
 
+def expert_margin(model, ids):
+    """The least distance between an expert taken and one left, in standard deviations."""
+    if not hasattr(model.config, "num_experts_per_tok"):
+        return float("inf")
+    n_taken, least = model.config.num_experts_per_tok, float("inf")
+    for scores in model.base_model(torch.tensor([ids]), use_cache=False, output_router_logits=True).router_logits:
+        best = scores.topk(n_taken + 1).values
+        least = min(least, float((best[:, n_taken - 1] - best[:, n_taken]).min()) / float(scores.std()))
+    return least
+
+
 def reference(directory):
+    """Two functions: token ids to logits, and a list of ids to its expert_margin."""
     config = json.loads((directory / "config.json").read_text())
     if config["architectures"] == ["FlashGPT"]:
         del config["architectures"]
@@ -243,13 +294,12 @@ def reference(directory):
         tensors = {name: t.float() for name, t in load_file(directory / "model.safetensors").items()}
         tied = tensors.get("token_embed.weight", tensors.get("lm_head.weight"))
         model.load_state_dict({**tensors, "token_embed.weight": tied, "lm_head.weight": tied})
-        return model.eval()
+        return model.eval(), lambda ids: float("inf")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     model = model.eval()
-    return lambda ids: model(ids, use_cache=False).logits
+    return lambda ids: model(ids, use_cache=False).logits, lambda ids: expert_margin(model, ids)
 
 
-@torch.no_grad()
 def greedy(forward, prompt, n):
     """The continuation, and its least margin in standard deviations."""
     ids, least = list(prompt), float("inf")
@@ -261,22 +311,23 @@ def greedy(forward, prompt, n):
     return ids[len(prompt):], least
 
 
-def export(directory, vocab_size, prompt_len, max_model_len=None):
-    forward = reference(directory)
+@torch.no_grad()
+def export(directory, vocab_size, prompt_len, max_model_len=None, least_expert_margin=EXPERT_MARGIN):
+    forward, experts = reference(directory)
     single_pass = max_model_len == prompt_len  # transformers' dynamic scaling would change with every token
     for attempt in range(100):
         generator = torch.Generator().manual_seed(1000 + attempt)
         prompt = torch.randint(vocab_size, (prompt_len,), generator=generator).tolist()
         generated, margin = greedy(forward, prompt, 0 if single_pass else N_GENERATED)
         if margin >= MARGIN and (single_pass or len(set(generated)) >= DISTINCT):
-            break
+            if experts(prompt + generated) >= least_expert_margin:
+                break
     else:
         raise SystemExit(f"{directory}: no prompt with a margin of {MARGIN} and {DISTINCT} distinct tokens")
     total, last = prompt_len + len(generated), prompt_len - 1
     later = {row for row in (prompt_len, prompt_len + 17, total - 2, total - 1) if row < total}
     rows = sorted({0, 1, last // 2, last} | later)
-    with torch.no_grad():
-        logits = forward(torch.tensor([prompt + generated]))[0]
+    logits = forward(torch.tensor([prompt + generated]))[0]
     tensors = {"prompt": torch.tensor(prompt, dtype=torch.int32), "rows": torch.tensor(rows, dtype=torch.int32),
                "generated": torch.tensor(generated, dtype=torch.int32), "logits": logits[rows].float().contiguous()}
     save_file(tensors, directory / "expected.safetensors",
