@@ -74,6 +74,7 @@ static int open_model(struct engine *engine, const struct engine_options *o, str
         .n_heads = engine->info->n_heads,
         .n_kv_heads = engine->info->n_kv_heads,
         .head_dim = engine->info->head_dim,
+        .n_tables = engine->info->n_kv_groups,
         .block_size = o->block_size,
     };
     return engine->kernels->device_create(&engine->device, &dopt, e);

@@ -225,6 +225,8 @@ struct activation_params {
 
 // Each token goes to its K likeliest of E experts: P = T * K pairs of token and expert. Products take the pairs sorted by
 // expert, those of one expert by token, so that an expert's rows lie together.
+enum { MAX_CHOSEN_EXPERTS = 16 };
+
 struct expert_plan {
     float *weights;        // device [T, K]: of a token's experts, which are in ascending order
     int32_t *rows;         // device [T, K]: where each of its pairs is in the sorted order
@@ -245,7 +247,8 @@ struct route_params {
 // other rows.
 struct linear_experts_params {
     struct tensor out;     // [P, sum of part rows], in the plan's order
-    struct tensor x;       // [P, n_cols] in that order, or [T, n_cols]: each token's row serves its pairs
+    struct tensor x;       // [P, n_cols] in that order; by_token: [T, n_cols], a token's row serves its pairs
+    bool by_token;
     const struct weight *weights; // [E], all of one shape and type; on a GPU each at one distance from the one before
     struct expert_plan plan;
 };

@@ -4,17 +4,15 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "models/json.h"
+#include "models/layer_kinds.h"
 
 enum {
     MAX_FILE = 1 << 20,       // bytes
     MAX_VOCAB = 1 << 24,
-    MAX_LAYERS = 1 << 10,
     MAX_WIDTH = 1 << 18,      // hidden_dim
-    MAX_HEADS = 1 << 12,
     MAX_MLP_WIDTH = 1 << 22,
-    MAX_POSITIONS = 1 << 24,  // float counts exactly up to here
-    MAX_HEAD_DIM = 256,
+    MAX_EXPERTS = 1 << 10,
+    MAX_HEAD_DIM = ROPE_MAX_DIM,
 };
 
 // ---- what is refused ------------------------------------------------------------------------------------------------
@@ -37,7 +35,7 @@ static const struct family *family_parse(struct json_reader *r)
 // Options that would change the answers and that nothing here implements.
 static void refuse_unimplemented(struct json_reader *r, const struct family *family)
 {
-    static const char *const keys[] = {"quantization_config", "compression_config", "layer_types"};
+    static const char *const keys[] = {"quantization_config", "compression_config"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         if (json_field(r, keys[i])) json_fail(r, ERR_UNSUPPORTED, keys[i], "not implemented");
     }
@@ -72,6 +70,7 @@ static enum activation activation_parse(struct json_reader *r, const struct fami
     };
     const char *key = family->activation_key;
     const char *name = key ? json_string(r, key, family->activation) : family->activation;
+    if (family->gelu_is_tanh && strcmp(name, "gelu") == 0) return ACT_GELU_TANH;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (strcmp(names[i].name, name) == 0) return names[i].activation;
     }
@@ -80,109 +79,37 @@ static enum activation activation_parse(struct json_reader *r, const struct fami
     return ACT_SILU;
 }
 
-// ---- rope -----------------------------------------------------------------------------------------------------------
-
-static enum rope_type rope_type_parse(struct json_reader *r)
-{
-    static const char *const names[] = {
-        [ROPE_DEFAULT] = "default", [ROPE_LINEAR] = "linear", [ROPE_DYNAMIC] = "dynamic",
-        [ROPE_LLAMA3] = "llama3", [ROPE_YARN] = "yarn",
-    };
-    const char *key = json_field(r, "rope_type") ? "rope_type" : "type";
-    const char *name = json_string(r, key, "default");
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (strcmp(names[i], name) == 0) return (enum rope_type)i;
-    }
-    json_fail(r, ERR_UNSUPPORTED, key, "%.40s is none of default, linear, dynamic, llama3, yarn", name);
-    return ROPE_DEFAULT;
-}
-
-static double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1; }
-
-static void yarn_parse(struct rope_config *rope, struct json_reader *r)
-{
-    rope->factor = json_number(r, "factor", 1, 1e6, (double)rope->max_positions / rope->original_max_positions);
-    rope->beta_fast = json_number(r, "beta_fast", 1e-3, 1e6, 32);
-    rope->beta_slow = json_number(r, "beta_slow", 1e-3, 1e6, 1);
-    rope->truncate = json_bool(r, "truncate", true);
-    double mscale = json_number(r, "mscale", 0, 1e3, 0), all_dim = json_number(r, "mscale_all_dim", 0, 1e3, 0);
-    double attention_factor = yarn_mscale(rope->factor, 1);
-    if (mscale > 0 && all_dim > 0) {
-        attention_factor = yarn_mscale(rope->factor, mscale) / yarn_mscale(rope->factor, all_dim);
-    }
-    rope->attention_factor = json_number(r, "attention_factor", 1e-3, 1e3, attention_factor);
-}
-
-static void llama3_parse(struct rope_config *rope, struct json_reader *r)
-{
-    rope->factor = json_number(r, "factor", 1, 1e6, JSON_REQUIRED);
-    rope->low_freq_factor = json_number(r, "low_freq_factor", 1e-3, 1e6, JSON_REQUIRED);
-    rope->high_freq_factor = json_number(r, "high_freq_factor", 1e-3, 1e6, JSON_REQUIRED);
-    if (rope->high_freq_factor <= rope->low_freq_factor) {
-        json_fail(r, ERR_FORMAT, "high_freq_factor", "%g is not above low_freq_factor", rope->high_freq_factor);
-    }
-}
-
-// "rope_scaling" with "rope_theta" beside it, or the newer "rope_parameters" that holds both.
-static void rope_parse(struct rope_config *rope, int32_t dim, int32_t max_positions, struct json_reader *top)
-{
-    const char *key = json_field(top, "rope_scaling") ? "rope_scaling" : "rope_parameters";
-    char prefix[32];
-    snprintf(prefix, sizeof prefix, "%s.", key);
-    struct json_reader r = *top;
-    r.object = json_field(top, key), r.prefix = prefix;
-    if (r.object && !cJSON_IsObject(r.object)) json_fail(top, ERR_FORMAT, key, "not an object");
-    struct json_reader *theta_from = json_field(&r, "rope_theta") ? &r : top;
-    struct json_reader *partial_from = json_field(&r, "partial_rotary_factor") ? &r : top;
-    *rope = (struct rope_config){.dim = dim, .factor = 1, .attention_factor = 1, .max_positions = max_positions};
-    rope->type = rope_type_parse(&r);
-    rope->theta = json_number(theta_from, "rope_theta", 2, 1e12, 10000);
-    if (json_number(partial_from, "partial_rotary_factor", 0, 1, 1) != 1) {
-        json_fail(partial_from, ERR_UNSUPPORTED, "partial_rotary_factor", "other than 1 is not implemented");
-    }
-    const char *original = "original_max_position_embeddings";
-    struct json_reader *original_from = json_field(top, original) ? top : &r;
-    rope->original_max_positions = json_integer(original_from, original, 1, MAX_POSITIONS, max_positions);
-    if (rope->type == ROPE_LINEAR || rope->type == ROPE_DYNAMIC) {
-        rope->factor = json_number(&r, "factor", 1, 1e6, JSON_REQUIRED);
-    }
-    if (rope->type == ROPE_LLAMA3) llama3_parse(rope, &r);
-    if (rope->type == ROPE_YARN) yarn_parse(rope, &r);
-}
-
-// How many tokens the scaled positions are made for (as vLLM reads the same keys). Yarn's factor multiplies the
-// original context, linear's and dynamic's the configured one; llama3's max_position_embeddings is stretched already.
-static int32_t rope_max_model_len(const struct rope_config *rope)
-{
-    double length = rope->max_positions;
-    if (rope->type == ROPE_LINEAR || rope->type == ROPE_DYNAMIC) length *= rope->factor;
-    if (rope->type == ROPE_YARN) length = rope->original_max_positions * rope->factor;
-    return length < MAX_POSITIONS ? (int32_t)length : MAX_POSITIONS;
-}
-
 // ---- shapes ---------------------------------------------------------------------------------------------------------
+
+static bool is_null(const struct json_reader *r, const char *key)
+{
+    return cJSON_IsNull(cJSON_GetObjectItemCaseSensitive(r->object, key));
+}
 
 static void heads_parse(struct model_config *c, struct json_reader *r)
 {
     const struct family *f = c->family;
-    c->n_heads = json_integer(r, f->n_heads_key, 1, MAX_HEADS, JSON_REQUIRED);
+    const char *n_heads_key = config_key(r, f->n_heads_key);
+    c->n_heads = json_integer(r, n_heads_key, 1, MAX_HEADS, JSON_REQUIRED);
     c->n_kv_heads = c->n_heads;
     if (f->n_kv_heads_key) {
-        c->n_kv_heads = json_integer(r, f->n_kv_heads_key, 1, MAX_HEADS, f->n_kv_heads ? f->n_kv_heads : c->n_heads);
+        int32_t absent = f->n_kv_heads && !is_null(r, f->n_kv_heads_key) ? f->n_kv_heads : c->n_heads;
+        c->n_kv_heads = json_integer(r, f->n_kv_heads_key, 1, MAX_HEADS, absent);
     }
     if (c->n_heads % c->n_kv_heads) {
         json_fail(r, ERR_FORMAT, f->n_kv_heads_key, "%d does not divide %d heads", c->n_kv_heads, c->n_heads);
     }
-    if (f->head_dim_key && json_field(r, f->head_dim_key)) {
-        c->head_dim = json_integer(r, f->head_dim_key, 1, MAX_HEAD_DIM, JSON_REQUIRED);
+    if (f->head_dim_key && (json_field(r, f->head_dim_key) || (f->head_dim && !is_null(r, f->head_dim_key)))) {
+        c->head_dim = json_integer(r, f->head_dim_key, 1, MAX_HEAD_DIM, f->head_dim ? f->head_dim : JSON_REQUIRED);
     } else {
         c->head_dim = c->hidden_dim / c->n_heads;
         if (c->hidden_dim % c->n_heads) {
-            json_fail(r, ERR_FORMAT, f->hidden_dim_key, "%d is not a multiple of %d heads", c->hidden_dim, c->n_heads);
+            json_fail(r, ERR_FORMAT, config_key(r, f->hidden_dim_key), "%d is not a multiple of %d heads", c->hidden_dim,
+                      c->n_heads);
         }
     }
     if (c->head_dim % 8 || c->head_dim > MAX_HEAD_DIM || c->head_dim == 0) {
-        json_fail(r, ERR_UNSUPPORTED, f->head_dim_key ? f->head_dim_key : f->n_heads_key,
+        json_fail(r, ERR_UNSUPPORTED, f->head_dim_key ? f->head_dim_key : n_heads_key,
                   "a head of %d elements is not a multiple of 8 up to 256", c->head_dim);
     }
 }
@@ -198,10 +125,46 @@ static void intermediate_dim_parse(struct model_config *c, struct json_reader *r
     if (f->mlp_ratio_key) ratio = json_number(r, f->mlp_ratio_key, 1e-3, 1024, ratio);
     double width = floor(c->hidden_dim * ratio);
     if (width < 1 || width > MAX_MLP_WIDTH) {
-        json_fail(r, ERR_FORMAT, f->mlp_ratio_key ? f->mlp_ratio_key : f->hidden_dim_key, "an MLP of width %g", width);
+        const char *key = f->mlp_ratio_key ? f->mlp_ratio_key : config_key(r, f->hidden_dim_key);
+        json_fail(r, ERR_FORMAT, key, "an MLP of width %g", width);
         width = 1;
     }
     c->intermediate_dim = (int32_t)width;
+}
+
+static void experts_parse(struct model_config *c, struct json_reader *r)
+{
+    const struct family *f = c->family;
+    if (!f->router) return;
+    c->n_experts = json_integer(r, config_key(r, f->n_experts_key), 1, MAX_EXPERTS, f->n_experts);
+    c->n_chosen = json_integer(r, f->n_chosen_key, 1, MAX_CHOSEN_EXPERTS, f->n_chosen);
+    c->expert_dim = c->intermediate_dim;
+    if (f->expert_dim_key) c->expert_dim = json_integer(r, f->expert_dim_key, 1, MAX_MLP_WIDTH, f->expert_dim);
+    c->renormalize = f->renormalize_key ? json_bool(r, f->renormalize_key, f->renormalize) : f->renormalize;
+    if (c->n_chosen > c->n_experts) json_fail(r, ERR_FORMAT, f->n_chosen_key, "%d of %d experts", c->n_chosen, c->n_experts);
+    if (json_integer(r, "decoder_sparse_step", 0, INT32_MAX, 1) != 1) {
+        json_fail(r, ERR_UNSUPPORTED, "decoder_sparse_step", "other than 1 is not implemented");
+    }
+    const cJSON *dense = json_field(r, "mlp_only_layers");
+    if (dense && (!cJSON_IsArray(dense) || dense->child)) {
+        json_fail(r, ERR_UNSUPPORTED, "mlp_only_layers", "layers without experts are not implemented");
+    }
+}
+
+// 0: none, also where the key is null.
+static float softcap_parse(struct json_reader *r, const char *key, double absent)
+{
+    if (!key || is_null(r, key) || (absent == 0 && !json_field(r, key))) return 0;
+    return (float)json_number(r, key, 1e-3, 1e6, absent);
+}
+
+static void scores_parse(struct model_config *c, struct json_reader *r)
+{
+    const struct family *f = c->family;
+    c->attn_scale = 1 / sqrtf((float)c->head_dim);
+    if (f->query_scale_key) c->attn_scale = 1 / sqrtf((float)json_number(r, f->query_scale_key, 1e-3, 1e6, f->query_scale));
+    c->attn_softcap = softcap_parse(r, f->attn_softcap_key, f->attn_softcap);
+    c->logit_softcap = softcap_parse(r, f->logit_softcap_key, f->logit_softcap);
 }
 
 static void eos_add(struct model_config *c, struct json_reader *r, const cJSON *id)
@@ -236,22 +199,19 @@ static void parse(struct model_config *c, struct json_reader *r)
     refuse_unimplemented(r, f);
     c->dtype = dtype_parse(r);
     c->vocab_size = json_integer(r, "vocab_size", 1, MAX_VOCAB, JSON_REQUIRED);
-    c->hidden_dim = json_integer(r, f->hidden_dim_key, 1, MAX_WIDTH, JSON_REQUIRED);
-    c->n_layers = json_integer(r, f->n_layers_key, 1, MAX_LAYERS, JSON_REQUIRED);
+    c->hidden_dim = json_integer(r, config_key(r, f->hidden_dim_key), 1, MAX_WIDTH, JSON_REQUIRED);
+    c->n_layers = json_integer(r, config_key(r, f->n_layers_key), 1, MAX_LAYERS, JSON_REQUIRED);
     heads_parse(c, r);
     intermediate_dim_parse(c, r);
-    c->max_positions = json_integer(r, f->max_positions_key, 1, MAX_POSITIONS, JSON_REQUIRED);
+    experts_parse(c, r);
+    c->max_positions = json_integer(r, f->max_positions_key, 1, CONFIG_MAX_POSITIONS,
+                                    f->max_positions ? f->max_positions : JSON_REQUIRED);
     c->max_model_len = c->max_positions;
-    if (f->positions == POSITIONS_ROPE) {
-        rope_parse(&c->rope, c->head_dim, c->max_positions, r);
-        c->max_model_len = rope_max_model_len(&c->rope);
-    }
+    layer_kinds_parse(c, r);
+    scores_parse(c, r);
+    if (f->parallel_key) c->parallel = json_bool(r, f->parallel_key, f->parallel);
     c->norm_eps = (float)(f->norm_eps_key ? json_number(r, f->norm_eps_key, 1e-20, 1, f->norm_eps) : f->norm_eps);
     c->activation = activation_parse(r, f);
-    if (f->window_key) {
-        bool is_null = cJSON_IsNull(cJSON_GetObjectItemCaseSensitive(r->object, f->window_key));
-        c->window = is_null ? 0 : json_integer(r, f->window_key, 1, MAX_POSITIONS, f->window);
-    }
     c->qkv_bias = f->qkv_bias_key ? json_bool(r, f->qkv_bias_key, f->qkv_bias) : f->qkv_bias;
     c->attn_out_bias = f->attn_out_bias_key ? json_bool(r, f->attn_out_bias_key, f->attn_out_bias) : f->attn_out_bias;
     c->mlp_bias = f->mlp_bias_key ? json_bool(r, f->mlp_bias_key, f->mlp_bias) : f->mlp_bias;

@@ -1,9 +1,11 @@
 /* forward.c: the one forward pass: a pre-norm decoder, whatever the family.
  *
- *   x = embed(tokens) [+ positions]
- *   each layer:  x += W_o attention(rope(W_qkv norm(x)))
- *                x += W_out act(W_in norm(x))
- *   logits = W_vocab norm(x)   of the wanted rows only
+ *   x = [norm] (embed(tokens) [+ positions])
+ *   each layer:  x += [norm] W_o attention(rope([norm] W_qkv norm(x)))
+ *                x += [norm] W_out act(W_in norm(x))      or the weighted sum of the token's experts' such products
+ *   logits = [softcap] W_vocab norm(x)   of the wanted rows only
+ *
+ * Parallel layers read the same x in both halves.
  */
 #include <math.h>
 
@@ -38,35 +40,52 @@ static void finish(struct pass *p, const char *op, int rc)
         if (!(p)->status) finish(p, #op, (p)->kernels->op((p)->device, __VA_ARGS__, (p)->error));                     \
     } while (0)
 
-static void embed(struct pass *p, const struct weights *w)
-{
-    const struct embedding_params params = {
-        .out = matrix(p->ws->x, p->ws->dtype, p->batch->n_tokens, (size_t)p->config->hidden_dim),
-        .token_table = w->token_embed, .pos_table = w->pos_embed, .tokens = p->batch->tokens,
-        .positions = p->batch->positions, .history_rows = p->batch->history_rows, .history = p->batch->history,
-        .scale = 1,
-    };
-    RUN(p, embedding, &params);
-}
-
-static void rope(struct pass *p)
-{
-    const struct rope_config *r = &p->config->rope;
-    if (p->config->family->positions != POSITIONS_ROPE) return;
-    const struct rope_table_params params = {
-        .cos_sin = matrix(p->ws->cos_sin, DTYPE_F32, p->batch->n_tokens, (size_t)r->dim),
-        .positions = p->batch->positions, .inv_freq = p->ws->inv_freq, .attention_factor = (float)r->attention_factor,
-    };
-    RUN(p, rope_table, &params);
-}
-
 static struct norm_params norm_of(const struct pass *p, void *out, void *x, int32_t n_rows, const struct norm_weights *w)
 {
     size_t dim = (size_t)p->config->hidden_dim;
     return (struct norm_params){
         .out = matrix(out, p->ws->dtype, n_rows, dim), .x = matrix(x, p->ws->dtype, n_rows, dim), .weight = w->weight,
         .bias = w->bias, .kind = p->config->family->norm, .eps = p->config->norm_eps,
+        .weight_offset = p->config->family->norm_weight_offset,
     };
+}
+
+// What transformers multiplies with: rounded to the activations' type.
+static float embedding_scale(const struct pass *p)
+{
+    float scale = p->config->family->scales_embedding ? sqrtf((float)p->config->hidden_dim) : 1;
+    uint16_t rounded;
+    if (p->ws->dtype == DTYPE_F32) return scale;
+    dtype_convert(&rounded, p->ws->dtype, &scale, DTYPE_F32, 1);
+    dtype_convert(&scale, DTYPE_F32, &rounded, p->ws->dtype, 1);
+    return scale;
+}
+
+static void embed(struct pass *p, const struct weights *w)
+{
+    const struct embedding_params params = {
+        .out = matrix(p->ws->x, p->ws->dtype, p->batch->n_tokens, (size_t)p->config->hidden_dim),
+        .token_table = w->token_embed, .pos_table = w->pos_embed, .tokens = p->batch->tokens,
+        .positions = p->batch->positions, .history_rows = p->batch->history_rows, .history = p->batch->history,
+        .scale = embedding_scale(p),
+    };
+    RUN(p, embedding, &params);
+    if (!w->embed_norm.weight.data) return;
+    const struct norm_params norm = norm_of(p, p->ws->x, p->ws->x, p->batch->n_tokens, &w->embed_norm);
+    RUN(p, norm, &norm);
+}
+
+static void rope(struct pass *p)
+{
+    for (int32_t i = 0; i < p->config->n_kinds; i++) {
+        const struct rope_config *r = &p->config->kinds[i].rope;
+        const struct rope_table_params params = {
+            .cos_sin = matrix(p->ws->cos_sin[i], DTYPE_F32, p->batch->n_tokens, (size_t)r->dim),
+            .positions = p->batch->positions, .inv_freq = p->ws->inv_freq[i],
+            .attention_factor = (float)r->attention_factor,
+        };
+        if (p->config->family->positions == POSITIONS_ROPE) RUN(p, rope_table, &params);
+    }
 }
 
 // out = W x, or out += W x.
@@ -81,21 +100,22 @@ static struct linear_params linear_of(const struct pass *p, void *out, enum dtyp
     };
 }
 
-static struct rope_kv_write_params rope_kv_write_of(const struct pass *p, const struct kv_layer *cache, int32_t group)
+static struct rope_kv_write_params rope_kv_write_of(const struct pass *p, const struct layer_weights *w,
+                                                    const struct kv_layer *cache, int32_t kind)
 {
     const struct model_config *c = p->config;
     size_t qkv_dim = (size_t)(c->n_heads + 2 * c->n_kv_heads) * (size_t)c->head_dim;
-    bool rotates = c->family->positions == POSITIONS_ROPE;
-    int32_t rope_dim = rotates ? c->rope.dim : 0;
+    int32_t rope_dim = c->kinds[kind].rope.dim;
     return (struct rope_kv_write_params){
-        .qkv = matrix(p->ws->qkv, p->ws->dtype, p->batch->n_tokens, qkv_dim),
-        .cos_sin = matrix(rotates ? p->ws->cos_sin : NULL, DTYPE_F32, p->batch->n_tokens, (size_t)rope_dim),
-        .cache = *cache, .slot_mapping = p->batch->slot_mapping[group], .n_heads = c->n_heads,
+        .qkv = matrix(p->ws->qkv, p->ws->dtype, p->batch->n_tokens, qkv_dim), .q_norm = w->q_norm.weight,
+        .k_norm = w->k_norm.weight, .norm_eps = c->norm_eps, .norm_weight_offset = c->family->norm_weight_offset,
+        .cos_sin = matrix(p->ws->cos_sin[kind], DTYPE_F32, p->batch->n_tokens, (size_t)rope_dim),
+        .cache = *cache, .slot_mapping = p->batch->slot_mapping[kind], .n_heads = c->n_heads,
         .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .rope_dim = rope_dim,
     };
 }
 
-static void attention(struct pass *p, const struct kv_layer *cache, int32_t group)
+static void attention(struct pass *p, const struct kv_layer *cache, int32_t kind)
 {
     const struct model_config *c = p->config;
     const struct batch *b = p->batch;
@@ -103,10 +123,10 @@ static void attention(struct pass *p, const struct kv_layer *cache, int32_t grou
     const struct attention_params params = {
         .out = matrix(p->ws->attn, p->ws->dtype, b->n_tokens, q_dim),
         .qkv = matrix(p->ws->qkv, p->ws->dtype, b->n_tokens, q_dim + 2 * kv_dim), .cache = *cache,
-        .cu_seqlens_q = b->cu_seqlens_q, .context_lens = b->context_lens, .block_table = b->block_tables[group],
+        .cu_seqlens_q = b->cu_seqlens_q, .context_lens = b->context_lens, .block_table = b->block_tables[kind],
         .n_seqs = b->n_seqs, .max_blocks = b->max_blocks, .block_size = b->block_size, .n_heads = c->n_heads,
-        .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .window = c->window,
-        .scale = 1 / sqrtf((float)c->head_dim),
+        .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .window = c->kinds[kind].window,
+        .scale = c->attn_scale, .softcap = c->attn_softcap, .alibi_slopes = p->ws->alibi_slopes,
     };
     RUN(p, attention, &params);
 }
@@ -114,24 +134,23 @@ static void attention(struct pass *p, const struct kv_layer *cache, int32_t grou
 static struct activation_params activation_of(const struct pass *p)
 {
     const struct model_config *c = p->config;
-    size_t dim = (size_t)c->intermediate_dim;
+    size_t dim = (size_t)(c->n_experts ? c->expert_dim : c->intermediate_dim);
+    int32_t n = p->batch->n_tokens * (c->n_experts ? c->n_chosen : 1);
     bool gated = c->family->gated;
     return (struct activation_params){
-        .out = matrix(p->ws->mlp_out, p->ws->dtype, p->batch->n_tokens, dim),
-        .x = matrix(p->ws->mlp_in, p->ws->dtype, p->batch->n_tokens, gated ? 2 * dim : dim), .kind = c->activation,
-        .gated = gated,
+        .out = matrix(p->ws->mlp_out, p->ws->dtype, n, dim),
+        .x = matrix(p->ws->mlp_in, p->ws->dtype, n, gated ? 2 * dim : dim), .kind = c->activation, .gated = gated,
     };
 }
 
-// x += W_o attention(rope(W_qkv norm(x)))
-static void attention_half(struct pass *p, const struct layer_weights *w, const struct kv_layer *cache, int32_t group)
+// attn = attention(rope(W_qkv norm(x)))
+static void attend(struct pass *p, const struct layer_weights *w, const struct kv_layer *cache, int32_t kind)
 {
     const struct workspace *ws = p->ws;
     const int32_t n = p->batch->n_tokens;
     const struct norm_params norm = norm_of(p, ws->normed, ws->x, n, &w->norm1);
     const struct linear_params qkv = linear_of(p, ws->qkv, ws->dtype, false, ws->normed, n, &w->qkv);
-    const struct linear_params out = linear_of(p, ws->x, ws->dtype, true, ws->attn, n, &w->attn_out);
-    const struct rope_kv_write_params rope_kv_write = rope_kv_write_of(p, cache, group);
+    const struct rope_kv_write_params rope_kv_write = rope_kv_write_of(p, w, cache, kind);
     if (p->kernels->norm_linear_rope) {
         RUN(p, norm_linear_rope, &norm, &qkv, &rope_kv_write);
     } else {
@@ -139,18 +158,16 @@ static void attention_half(struct pass *p, const struct layer_weights *w, const 
         RUN(p, linear, &qkv);
         RUN(p, rope_kv_write, &rope_kv_write);
     }
-    attention(p, cache, group);
-    RUN(p, linear, &out);
+    attention(p, cache, kind);
 }
 
-// x += W_out act(W_in norm(x))
-static void mlp_half(struct pass *p, const struct layer_weights *w)
+// mlp_out = act(W_in norm(x))
+static void activate(struct pass *p, const struct layer_weights *w)
 {
     const struct workspace *ws = p->ws;
     const int32_t n = p->batch->n_tokens;
     const struct norm_params norm = norm_of(p, ws->normed, ws->x, n, &w->norm2);
     const struct linear_params in = linear_of(p, ws->mlp_in, ws->dtype, false, ws->normed, n, &w->mlp_in);
-    const struct linear_params out = linear_of(p, ws->x, ws->dtype, true, ws->mlp_out, n, &w->mlp_out);
     const struct activation_params activation = activation_of(p);
     if (p->kernels->norm_linear_activation) {
         RUN(p, norm_linear_activation, &norm, &in, &activation);
@@ -159,7 +176,64 @@ static void mlp_half(struct pass *p, const struct layer_weights *w)
         RUN(p, linear, &in);
         RUN(p, activation, &activation);
     }
+}
+
+// x += [norm] W from
+static void add_product(struct pass *p, void *from, const struct weight *weight, const struct norm_weights *post_norm)
+{
+    const struct workspace *ws = p->ws;
+    const int32_t n = p->batch->n_tokens;
+    const bool normed = post_norm->weight.data != NULL;
+    const struct linear_params out = linear_of(p, normed ? ws->normed : ws->x, ws->dtype, !normed, from, n, weight);
     RUN(p, linear, &out);
+    if (!normed) return;
+    struct norm_params norm = norm_of(p, ws->x, ws->normed, n, post_norm);
+    norm.accumulate = true;
+    RUN(p, norm, &norm);
+}
+
+// x += sum over each token's experts of weight * W_out act(W_in norm(x))
+static void experts_half(struct pass *p, const struct layer_weights *w)
+{
+    const struct workspace *ws = p->ws;
+    const struct model_config *c = p->config;
+    const int32_t n = p->batch->n_tokens, n_pairs = n * c->n_chosen;
+    const size_t hidden = (size_t)c->hidden_dim;
+    const struct norm_params norm = norm_of(p, ws->normed, ws->x, n, &w->norm2);
+    const struct linear_params router = linear_of(p, ws->router_logits, DTYPE_F32, false, ws->normed, n, &w->router);
+    const struct route_params route = {.logits = router.out, .plan = ws->plan, .renormalize = c->renormalize};
+    const struct activation_params activation = activation_of(p);
+    const struct linear_experts_params in = {
+        .out = activation.x, .x = norm.out, .by_token = true, .weights = w->expert_in, .plan = ws->plan,
+    };
+    const struct linear_experts_params out = {
+        .out = matrix(ws->expert_out, ws->dtype, n_pairs, hidden), .x = activation.out, .weights = w->expert_out,
+        .plan = ws->plan,
+    };
+    const struct combine_experts_params combine = {
+        .out = matrix(ws->x, ws->dtype, n, hidden), .x = out.out, .plan = ws->plan,
+    };
+    RUN(p, norm, &norm);
+    RUN(p, linear, &router);
+    RUN(p, route, &route);
+    RUN(p, linear_experts, &in);
+    RUN(p, activation, &activation);
+    RUN(p, linear_experts, &out);
+    RUN(p, combine_experts, &combine);
+}
+
+static void layer(struct pass *p, const struct layer_weights *w, const struct kv_layer *cache, int32_t kind)
+{
+    const struct workspace *ws = p->ws;
+    attend(p, w, cache, kind);
+    if (p->config->parallel) activate(p, w);
+    add_product(p, ws->attn, &w->attn_out, &w->post_attn_norm);
+    if (p->config->n_experts) {
+        experts_half(p, w);
+        return;
+    }
+    if (!p->config->parallel) activate(p, w);
+    add_product(p, ws->mlp_out, &w->mlp_out, &w->post_mlp_norm);
 }
 
 // Logits of the rows that are wanted.
@@ -182,6 +256,8 @@ static void logits_of(struct pass *p, const struct weights *w)
         RUN(p, norm, &norm);
         RUN(p, linear, &logits);
     }
+    const struct softcap_params softcap = {.x = logits.out, .cap = p->config->logit_softcap};
+    if (softcap.cap > 0) RUN(p, softcap, &softcap);
 }
 
 // Hands the step's arrays to the device at once: every layer reads them.
@@ -191,30 +267,33 @@ static void stage(struct pass *p)
     const size_t size = sizeof(int32_t), n = (size_t)b->n_tokens, seqs = (size_t)b->n_seqs;
     const size_t max_tokens = (size_t)p->ws->max_tokens, max_seqs = b->max_seqs ? (size_t)b->max_seqs : seqs;
     const size_t n_rows = (size_t)b->n_logits_rows, max_rows = (size_t)p->ws->max_logits_rows;
-    const int32_t group = 0;
+    const int32_t n_kinds = p->config->n_kinds;
     if (!p->kernels->stage) return;
-    const struct stage_array arrays[] = {
+    struct stage_array arrays[6 + MAX_LAYER_KINDS] = {
         {b->tokens, n * size, max_tokens * size},
         {b->positions, n * size, max_tokens * size},
         {b->history_rows, n * size, max_tokens * size},
-        {b->slot_mapping[group], n * size, max_tokens * size},
         {b->cu_seqlens_q, (seqs + 1) * size, (max_seqs + 1) * size},
         {b->context_lens, seqs * size, max_seqs * size},
         {b->logits_rows, n_rows * size, max_rows * size},
     };
-    const struct stage_table table = {b->block_tables[group], b->cu_seqlens_q, b->context_lens, b->n_seqs, b->max_blocks,
-                                      b->block_size, p->config->window, b->table_stamps};
-    finish(p, "stage", p->kernels->stage(p->device, arrays, sizeof arrays / sizeof *arrays, &table, p->error));
+    struct stage_table tables[MAX_LAYER_KINDS];
+    for (int32_t i = 0; i < n_kinds; i++) {
+        arrays[6 + i] = (struct stage_array){b->slot_mapping[i], n * size, max_tokens * size};
+        tables[i] = (struct stage_table){b->block_tables[i], b->cu_seqlens_q, b->context_lens, b->n_seqs, b->max_blocks,
+                                         b->block_size, p->config->kinds[i].window, b->table_stamps};
+    }
+    finish(p, "stage", p->kernels->stage(p->device, arrays, 6 + n_kinds, tables, n_kinds, p->error));
 }
 
 static void run(struct pass *p, const struct model *m, const struct kv_cache *kv)
 {
-    const int32_t group = 0;
+    int32_t next[MAX_LAYER_KINDS] = {0}; // in the cache of the kind
     embed(p, &m->weights);
     rope(p);
     for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
-        attention_half(p, &m->weights.layers[p->layer], &kv->layers[group][p->layer], group);
-        mlp_half(p, &m->weights.layers[p->layer]);
+        const int32_t kind = m->config.kind_of_layer[p->layer];
+        layer(p, &m->weights.layers[p->layer], &kv->layers[kind][next[kind]++], kind);
     }
     if (p->batch->n_logits_rows > 0) logits_of(p, &m->weights);
 }

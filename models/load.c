@@ -38,8 +38,8 @@ static inline void transpose(char *out, const char *in, size_t n_rows, size_t n_
 static int piece_read(const struct load *l, const struct load_item *item, size_t first, size_t n, char *to,
                       struct error *e)
 {
-    const char *data = item->from->data;
     size_t size = dtype_size((enum dtype)item->from->dtype);
+    const char *data = (const char *)item->from->data + item->offset * size;
     if (!item->transposed) return checkpoint_read(l->checkpoint, to, data + first * size, n * size, e);
     if (size == 4) transpose(to, data, item->n_rows, item->n_cols, first, n, 4);
     else transpose(to, data, item->n_rows, item->n_cols, first, n, 2);

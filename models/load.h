@@ -13,6 +13,7 @@
 
 struct load_item {
     const struct safetensors_tensor *from; // F32, F16 or BF16
+    size_t offset;           // elements of it before those wanted; 0 where transposed
     void *to;                // device, [n_rows, n_cols] of dtype
     enum dtype dtype;        // no wider than the file's
     bool transposed;         // the file has [n_cols, n_rows]

@@ -24,7 +24,7 @@ static int options_check(const struct model_options *o, struct error *e)
 static int32_t max_dim(const struct model_config *c)
 {
     int32_t qkv = (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
-    int32_t mlp = c->family->gated ? 2 * c->intermediate_dim : c->intermediate_dim;
+    int32_t inter = c->n_experts ? c->expert_dim : c->intermediate_dim, mlp = c->family->gated ? 2 * inter : inter;
     int32_t widest = qkv > mlp ? qkv : mlp;
     return widest > c->hidden_dim ? widest : c->hidden_dim;
 }
@@ -37,16 +37,18 @@ static void info_fill(struct model *m)
         .dtype = dtype, .vocab_size = c->vocab_size, .n_layers = c->n_layers, .hidden_dim = c->hidden_dim,
         .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim,
         .intermediate_dim = c->intermediate_dim, .max_model_len = c->max_model_len, .bos_token_id = c->bos_token_id,
-        .n_eos_token_ids = c->n_eos_token_ids, .n_kv_groups = 1, .max_dim = max_dim(c),
+        .n_eos_token_ids = c->n_eos_token_ids, .n_kv_groups = c->n_kinds, .max_dim = max_dim(c),
         .n_parameters = m->weights.n_parameters, .weights_bytes = m->weights.mapped_bytes + m->weights.arena_bytes,
         .workspace_bytes = m->workspace.size,
     };
     snprintf(m->info.architecture, sizeof m->info.architecture, "%s", c->family->architecture);
     memcpy(m->info.eos_token_ids, c->eos_token_ids, sizeof m->info.eos_token_ids);
-    m->info.kv_groups[0] = (struct kv_spec){
-        .n_layers = c->n_layers, .window = c->window, .n_kv_heads = c->n_kv_heads, .k_dim = c->head_dim,
-        .v_dim = c->head_dim, .dtype = dtype,
-    };
+    for (int32_t i = 0; i < c->n_kinds; i++) {
+        m->info.kv_groups[i] = (struct kv_spec){
+            .n_layers = c->kinds[i].n_layers, .window = c->kinds[i].window, .n_kv_heads = c->n_kv_heads,
+            .k_dim = c->head_dim, .v_dim = c->head_dim, .dtype = dtype,
+        };
+    }
 }
 
 static enum dtype copied_dtype(const struct model_options *o, const struct model_config *c)
@@ -67,7 +69,7 @@ static int plan(struct model *m, struct error *e)
     }
     // Stretching "dynamic" frequencies changes every answer: only when a longer context was asked for.
     if (o->max_model_len) m->config.max_model_len = o->max_model_len;
-    else if (m->config.rope.type == ROPE_DYNAMIC) m->config.max_model_len = m->config.max_positions;
+    else if (m->config.kinds[0].rope.type == ROPE_DYNAMIC) m->config.max_model_len = m->config.max_positions;
     bool dummy = o->load_format == LOAD_DUMMY;
     if (!dummy) rc = checkpoint_open(&m->checkpoint, o->dir, e);
     if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, o->copies_weights,
@@ -106,6 +108,31 @@ const struct model_info *model_info_get(const struct model *m) { return &m->info
 
 const char *model_file_at(const void *address) { return safetensors_file_at(address); }
 
+// Powers of one base for the first 2^k heads, for others those between them: https://arxiv.org/abs/2108.12409, as BLOOM has it.
+static float alibi_slope(int32_t head, int32_t n_heads)
+{
+    int32_t whole = 1;
+    while (2 * whole <= n_heads) whole *= 2;
+    float base = exp2f(-8.0f / (float)whole);
+    return head < whole ? powf(base, (float)(head + 1)) : powf(sqrtf(base), (float)(2 * (head - whole) + 1));
+}
+
+// What the device is to know of positions.
+static int positions_fill(struct model *m, struct error *e)
+{
+    const struct model_config *c = &m->config;
+    float values[MAX_HEADS];
+    int rc = 0;
+    for (int32_t i = 0; c->family->positions == POSITIONS_ROPE && i < c->n_kinds && !rc; i++) {
+        const struct rope_config *rope = &c->kinds[i].rope;
+        rope_inv_freq(rope, c->max_model_len, values);
+        rc = m->kernels->copy_in(m->device, m->workspace.inv_freq[i], values, (size_t)rope->dim / 2 * sizeof *values, e);
+    }
+    if (rc || c->family->positions != POSITIONS_ALIBI) return rc;
+    for (int32_t i = 0; i < c->n_heads; i++) values[i] = alibi_slope(i, c->n_heads);
+    return m->kernels->copy_in(m->device, m->workspace.alibi_slopes, values, (size_t)c->n_heads * sizeof *values, e);
+}
+
 static int workspace_create(struct model *m, struct error *e)
 {
     struct workspace *w = &m->workspace;
@@ -115,10 +142,7 @@ static int workspace_create(struct model *m, struct error *e)
     w->memory = m->kernels->alloc(m->device, w->size);
     if (!w->memory) return error_set(e, ERR_NOMEM, "no memory for %zu bytes of workspace", w->size);
     workspace_layout(w, &m->config);
-    if (m->config.family->positions != POSITIONS_ROPE) return 0;
-    float inv_freq[256];
-    rope_inv_freq(&m->config.rope, m->config.max_model_len, inv_freq);
-    return m->kernels->copy_in(m->device, w->inv_freq, inv_freq, (size_t)m->config.rope.dim / 2 * sizeof *inv_freq, e);
+    return positions_fill(m, e);
 }
 
 int model_load(struct model *m, const struct kernels *kernels, struct device *device, struct error *e)

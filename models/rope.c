@@ -56,6 +56,15 @@ static void yarn(const struct rope_config *c, float *inv_freq)
     }
 }
 
+// LongRoPE (https://arxiv.org/abs/2402.13753): a searched factor for each wave.
+static void longrope(const struct rope_config *c, int32_t max_model_len, float *inv_freq)
+{
+    const float *factors = max_model_len > c->original_max_positions ? c->long_factors : c->short_factors;
+    for (int32_t i = 0; i < c->dim / 2; i++) {
+        inv_freq[i] = 1.0f / (factors[i] * powf((float)c->theta, (float)(2 * i) / (float)c->dim));
+    }
+}
+
 void rope_inv_freq(const struct rope_config *c, int32_t max_model_len, float *inv_freq)
 {
     double theta = c->type == ROPE_DYNAMIC ? dynamic_theta(c, max_model_len) : c->theta;
@@ -63,6 +72,7 @@ void rope_inv_freq(const struct rope_config *c, int32_t max_model_len, float *in
     if (c->type == ROPE_LINEAR) {
         for (int32_t i = 0; i < c->dim / 2; i++) inv_freq[i] /= (float)c->factor;
     }
+    if (c->type == ROPE_LONGROPE) longrope(c, max_model_len, inv_freq);
     if (c->type == ROPE_LLAMA3) llama3(c, inv_freq);
     if (c->type == ROPE_YARN) yarn(c, inv_freq);
 }

@@ -19,8 +19,7 @@ struct walk {
     const struct kernels *kernels;       // NULL: planning
     struct device *device;
     struct dummy *dummy;                 // when loading dummy weights
-    struct load_item *items;             // [n_items]: when loading a checkpoint: what is to be copied in
-    size_t n_items;
+    struct load_item *items;             // [n_copies]: when loading a checkpoint: what is to be copied in
     const char *root;                    // before the names in this checkpoint
     uint64_t n_tensors;                  // met so far
     int status;
@@ -28,6 +27,9 @@ struct walk {
 };
 
 enum fill { FILL_NORMAL, FILL_ONE, FILL_ZERO }; // dummy values
+
+// How a tensor lies in the file: as it is wanted, transposed, or with q, k and v of each head together.
+enum layout { AS_WANTED, TRANSPOSED, INTERLEAVED };
 
 // ---- one tensor -----------------------------------------------------------------------------------------------------
 
@@ -46,20 +48,34 @@ static void *arena_take(struct walk *k, size_t bytes)
     return at;
 }
 
-// In place, or in the arena: then it is copied in when the walk is over.
-static void bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tensor *found, bool transposed)
+// Notes a run of rows to be copied in when the walk is over: n_rows of found, from `from` on, become those of t from `to` on.
+static void copy_note(struct walk *k, const struct tensor *t, const struct safetensors_tensor *found, bool transposed,
+                      size_t from, size_t to, size_t n_rows)
+{
+    size_t n_cols = t->n_dims == 2 ? t->shape[1] : 1, n = k->weights->n_copies++;
+    if (!t->data) return;
+    k->items[n] = (struct load_item){found, from * n_cols, (char *)t->data + to * n_cols * dtype_size(t->dtype), t->dtype,
+                                     transposed, n_rows, n_cols};
+}
+
+// In place, or in the arena.
+static void bind_mapped(struct walk *k, struct tensor *t, struct safetensors_tensor *found, enum layout layout)
 {
     found->used = true;
-    if (!transposed && !k->weights->copied && (uintptr_t)found->data % dtype_size(t->dtype) == 0) {
+    if (layout == AS_WANTED && !k->weights->copied && (uintptr_t)found->data % dtype_size(t->dtype) == 0) {
         k->weights->mapped_bytes += found->size;
         t->data = (void *)found->data;
         return;
     }
-    size_t n_cols = t->n_dims == 2 ? t->shape[1] : 1;
     if (k->weights->copied && t->n_dims == 2) t->dtype = k->weights->dtype;
-    t->data = arena_take(k, t->shape[0] * n_cols * dtype_size(t->dtype));
-    if (t->data)
-        k->items[k->n_items++] = (struct load_item){found, t->data, t->dtype, transposed, t->shape[0], n_cols};
+    t->data = arena_take(k, t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1) * dtype_size(t->dtype));
+    if (layout != INTERLEAVED) {
+        copy_note(k, t, found, layout == TRANSPOSED, 0, 0, t->shape[0]);
+        return;
+    }
+    size_t head_dim = (size_t)k->config->head_dim, n_heads = (size_t)k->config->n_heads;
+    for (size_t i = 0; i < n_heads * 3; i++)
+        copy_note(k, t, found, false, i * head_dim, (i % 3 * n_heads + i / 3) * head_dim, head_dim);
 }
 
 static int bind_dummy(struct walk *k, struct tensor *t, enum fill fill)
@@ -86,7 +102,7 @@ static int shape_check(const struct walk *k, const struct tensor *t, const struc
 }
 
 // The tensor `name`, [n_rows, n_cols] or, with n_cols 0, [n_rows].
-static struct tensor tensor_bind(struct walk *k, const char *name, size_t n_rows, size_t n_cols, bool transposed,
+static struct tensor tensor_bind(struct walk *k, const char *name, size_t n_rows, size_t n_cols, enum layout layout,
                                  enum fill fill)
 {
     struct tensor t = {.n_dims = n_cols ? 2 : 1, .shape = {n_rows, n_cols}};
@@ -95,9 +111,9 @@ static struct tensor tensor_bind(struct walk *k, const char *name, size_t n_rows
         k->status = bind_dummy(k, &t, fill);
     } else {
         struct safetensors_tensor *found = checkpoint_find(k->checkpoint, name);
-        k->status = found ? shape_check(k, &t, found, transposed) : error_set(k->error, ERR_FORMAT, "missing");
+        k->status = found ? shape_check(k, &t, found, layout == TRANSPOSED) : error_set(k->error, ERR_FORMAT, "missing");
         t.dtype = k->status ? DTYPE_F32 : (enum dtype)found->dtype;
-        if (!k->status) bind_mapped(k, &t, found, transposed);
+        if (!k->status) bind_mapped(k, &t, found, layout);
     }
     if (k->status) error_prefix(k->error, "%s", name);
     k->weights->n_parameters += n_rows * (n_cols ? n_cols : 1);
@@ -107,15 +123,16 @@ static struct tensor tensor_bind(struct walk *k, const char *name, size_t n_rows
 
 // ---- groups of tensors ----------------------------------------------------------------------------------------------
 
-static struct norm_weights norm_bind(struct walk *k, int32_t layer, const char *stem)
+// stem NULL: there is none.
+static struct norm_weights norm_bind(struct walk *k, int32_t layer, const char *stem, int32_t dim)
 {
     char name[MAX_NAME];
-    size_t dim = (size_t)k->config->hidden_dim;
     struct norm_weights norm = {0};
+    if (!stem) return norm;
     name_make(k, name, layer, stem, ".weight");
-    norm.weight = tensor_bind(k, name, dim, 0, false, FILL_ONE);
+    norm.weight = tensor_bind(k, name, (size_t)dim, 0, AS_WANTED, k->config->family->norm_weight_offset ? FILL_ZERO : FILL_ONE);
     name_make(k, name, layer, stem, ".bias");
-    if (k->config->family->norm_bias) norm.bias = tensor_bind(k, name, dim, 0, false, FILL_ZERO);
+    if (k->config->family->norm_bias) norm.bias = tensor_bind(k, name, (size_t)dim, 0, AS_WANTED, FILL_ZERO);
     return norm;
 }
 
@@ -123,7 +140,8 @@ static struct norm_weights norm_bind(struct walk *k, int32_t layer, const char *
 static struct weight linear_bind(struct walk *k, int32_t layer, const char *const *stems, const size_t *n_rows,
                                  int32_t n, size_t n_cols, bool bias)
 {
-    bool transposed = k->config->family->transposed;
+    const struct family *f = k->config->family;
+    enum layout layout = f->transposed ? TRANSPOSED : f->interleaved && stems == f->qkv ? INTERLEAVED : AS_WANTED;
     char name[MAX_NAME];
     struct weight w = {.n_cols = n_cols};
     size_t total = 0;
@@ -133,15 +151,42 @@ static struct weight linear_bind(struct walk *k, int32_t layer, const char *cons
         struct weight_part *part = &w.part[i];
         part->n_rows = w.n_parts == 1 ? total : n_rows[i];
         name_make(k, name, layer, stems[i], ".weight");
-        struct tensor t = tensor_bind(k, name, part->n_rows, n_cols, transposed, FILL_NORMAL);
+        struct tensor t = tensor_bind(k, name, part->n_rows, n_cols, layout, FILL_NORMAL);
         part->data = t.data, part->dtype = t.dtype;
     }
     for (int32_t i = 0; bias && i < w.n_parts; i++) { // after all of them: matrices, like biases, that meet are one
         struct weight_part *part = &w.part[i];
         name_make(k, name, layer, stems[i], ".bias");
-        part->bias = tensor_bind(k, name, part->n_rows, 0, false, FILL_ZERO);
+        part->bias = tensor_bind(k, name, part->n_rows, 0, layout == INTERLEAVED ? layout : AS_WANTED, FILL_ZERO);
     }
     return w;
+}
+
+static struct weight expert_bind(struct walk *k, int32_t layer, int32_t expert, const char *const stems[2], size_t n_rows,
+                                 size_t n_cols)
+{
+    char names[2][MAX_NAME / 2];
+    const char *full[2] = {names[0], stems[1] ? names[1] : NULL};
+    for (int32_t i = 0; i < 2 && stems[i]; i++)
+        snprintf(names[i], sizeof names[i], "%s%d.%s", k->config->family->experts, expert, stems[i]);
+    return linear_bind(k, layer, full, (size_t[]){n_rows, n_rows}, stems[1] ? 2 : 1, n_cols, false);
+}
+
+// One expert after the other, so that on a device equal parts lie at equal distances.
+static void experts_bind(struct walk *k, int32_t layer)
+{
+    const struct model_config *c = k->config;
+    const struct family *f = c->family;
+    struct layer_weights *w = &k->weights->layers[layer];
+    const char *const out[2] = {f->expert_out, NULL};
+    size_t hidden = (size_t)c->hidden_dim, dim = (size_t)c->expert_dim, n = (size_t)c->n_experts;
+    w->router = linear_bind(k, layer, &f->router, &n, 1, hidden, false);
+    w->expert_in = &k->weights->experts[2 * (size_t)layer * n];
+    w->expert_out = w->expert_in + n;
+    for (int32_t i = 0; i < c->n_experts; i++) {
+        w->expert_in[i] = expert_bind(k, layer, i, f->expert_in, dim, hidden);
+        w->expert_out[i] = expert_bind(k, layer, i, out, hidden, dim);
+    }
 }
 
 static void layer_bind(struct walk *k, int32_t i)
@@ -151,10 +196,18 @@ static void layer_bind(struct walk *k, int32_t i)
     struct layer_weights *layer = &k->weights->layers[i];
     size_t hidden = (size_t)c->hidden_dim, inter = (size_t)c->intermediate_dim;
     size_t q_rows = (size_t)c->n_heads * (size_t)c->head_dim, kv_rows = (size_t)c->n_kv_heads * (size_t)c->head_dim;
-    layer->norm1 = norm_bind(k, i, f->norm1);
+    layer->norm1 = norm_bind(k, i, f->norm1, c->hidden_dim);
     layer->qkv = linear_bind(k, i, f->qkv, (size_t[]){q_rows, kv_rows, kv_rows}, 3, hidden, c->qkv_bias);
+    layer->q_norm = norm_bind(k, i, f->q_norm, c->head_dim);
+    layer->k_norm = norm_bind(k, i, f->k_norm, c->head_dim);
     layer->attn_out = linear_bind(k, i, &f->attn_out, &hidden, 1, q_rows, c->attn_out_bias);
-    layer->norm2 = norm_bind(k, i, f->norm2);
+    layer->post_attn_norm = norm_bind(k, i, f->post_attn_norm, c->hidden_dim);
+    layer->norm2 = norm_bind(k, i, f->norm2, c->hidden_dim);
+    layer->post_mlp_norm = norm_bind(k, i, f->post_mlp_norm, c->hidden_dim);
+    if (f->router) {
+        experts_bind(k, i);
+        return;
+    }
     layer->mlp_in = linear_bind(k, i, f->mlp_in, (size_t[]){inter, inter}, f->gated ? 2 : 1, hidden, c->mlp_bias);
     layer->mlp_out = linear_bind(k, i, &f->mlp_out, &hidden, 1, inter, c->mlp_bias);
 }
@@ -171,9 +224,9 @@ static void embeddings_bind(struct walk *k)
     snprintf(head_name, MAX_NAME, "%s.weight", f->lm_head);
     struct safetensors_tensor *head = k->checkpoint ? checkpoint_find(k->checkpoint, head_name) : NULL;
     bool only_head = c->tied && head && !checkpoint_find(k->checkpoint, embed_name);
-    w->token_embed = tensor_bind(k, only_head ? head_name : embed_name, vocab, hidden, false, FILL_NORMAL);
+    w->token_embed = tensor_bind(k, only_head ? head_name : embed_name, vocab, hidden, AS_WANTED, FILL_NORMAL);
     struct tensor t = w->token_embed;
-    if (!c->tied) t = tensor_bind(k, head_name, vocab, hidden, false, FILL_NORMAL);
+    if (!c->tied) t = tensor_bind(k, head_name, vocab, hidden, AS_WANTED, FILL_NORMAL);
     else if (head) head->used = true;
     w->lm_head = (struct weight){.n_parts = 1, .n_cols = hidden};
     w->lm_head.part[0] = (struct weight_part){.data = t.data, .dtype = t.dtype, .n_rows = vocab};
@@ -216,16 +269,17 @@ static int walk(struct walk *k)
 {
     struct weights *w = k->weights;
     const struct model_config *c = k->config;
-    w->n_parameters = 0, w->mapped_bytes = 0, w->arena_bytes = 0;
+    w->n_parameters = 0, w->mapped_bytes = 0, w->arena_bytes = 0, w->n_copies = 0;
     k->root = root_find(c, k->checkpoint);
     embeddings_bind(k);
     if (c->family->positions == POSITIONS_LEARNED) {
         char name[MAX_NAME];
         name_make(k, name, NO_LAYER, c->family->pos_embed, ".weight");
-        w->pos_embed = tensor_bind(k, name, (size_t)c->max_positions, (size_t)c->hidden_dim, false, FILL_NORMAL);
+        w->pos_embed = tensor_bind(k, name, (size_t)c->max_positions, (size_t)c->hidden_dim, AS_WANTED, FILL_NORMAL);
     }
+    w->embed_norm = norm_bind(k, NO_LAYER, c->family->embed_norm, c->hidden_dim);
     for (int32_t i = 0; i < c->n_layers; i++) layer_bind(k, i);
-    w->final_norm = norm_bind(k, NO_LAYER, c->family->final_norm);
+    w->final_norm = norm_bind(k, NO_LAYER, c->family->final_norm, c->hidden_dim);
     if (!k->status && k->checkpoint) k->status = unused_refuse(k);
     return k->status;
 }
@@ -236,8 +290,13 @@ int weights_plan(struct weights *w, const struct model_config *config, const str
     memset(w, 0, sizeof *w);
     w->copied = copied;
     w->dtype = dtype;
-    w->layers = calloc((size_t)config->n_layers, sizeof *w->layers);
-    if (!w->layers) return error_set(e, ERR_NOMEM, "out of memory for %d layers", config->n_layers);
+    size_t n_layers = (size_t)config->n_layers, n_experts = 2 * n_layers * (size_t)config->n_experts;
+    w->layers = calloc(n_layers, sizeof *w->layers);
+    if (n_experts) w->experts = calloc(n_experts, sizeof *w->experts);
+    if (!w->layers || (n_experts && !w->experts)) {
+        weights_free(w, NULL, NULL);
+        return error_set(e, ERR_NOMEM, "out of memory for %zu layers", n_layers);
+    }
     struct walk k = {.weights = w, .config = config, .checkpoint = checkpoint, .error = e};
     int rc = walk(&k);
     if (rc) weights_free(w, NULL, NULL);
@@ -255,11 +314,14 @@ static void drop_pages(const void *data, size_t size)
 // Binds the checkpoint's tensors and copies in those that are not used in place.
 static int load_checkpoint(struct walk *k)
 {
-    k->items = calloc(k->checkpoint->n_tensors + 1, sizeof *k->items);
-    if (!k->items) return error_set(k->error, ERR_NOMEM, "out of memory for %zu tensors", k->checkpoint->n_tensors);
+    k->items = calloc(k->weights->n_copies + 1, sizeof *k->items);
+    if (!k->items) return error_set(k->error, ERR_NOMEM, "out of memory for %zu tensors", k->weights->n_copies);
     int rc = walk(k);
-    if (!rc) rc = load_run(k->items, k->n_items, k->checkpoint, k->kernels, k->device, k->error);
-    for (size_t i = 0; i < k->n_items; i++) drop_pages(k->items[i].from->data, k->items[i].from->size);
+    if (!rc) rc = load_run(k->items, k->weights->n_copies, k->checkpoint, k->kernels, k->device, k->error);
+    for (size_t i = 0; i < k->weights->n_copies; i++) {
+        const struct safetensors_tensor *from = k->items[i].from;
+        if (k->items[i].offset == 0) drop_pages(from->data, from->size);
+    }
     free(k->items);
     return rc;
 }
@@ -295,5 +357,6 @@ void weights_free(struct weights *w, const struct kernels *kernels, struct devic
 {
     if (w->arena) kernels->free(device, w->arena);
     free(w->layers);
+    free(w->experts);
     memset(w, 0, sizeof *w);
 }

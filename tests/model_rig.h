@@ -21,17 +21,21 @@ struct rig_options {
     unsigned seed;              // of the blocks' order
 };
 
+struct rig_group {
+    struct kv_layer *layers;    // [n_layers of the group]
+    int32_t *free_blocks, n_free;
+    int32_t *block_table;       // [max_blocks]
+    int32_t n_freed;            // blocks behind the window, given back
+};
+
 struct rig {
     const struct kernels *kernels;
     struct device *device;
     struct model *model;
     const struct model_info *info;
     int32_t block_size, n_blocks, max_blocks, max_len;
-    struct kv_layer *layers;    // [n_layers]
-    int32_t *free_blocks, n_free;
-    int32_t *block_table;       // [max_blocks]
+    struct rig_group groups[MAX_KV_GROUPS];
     int32_t n_context;          // tokens in the cache
-    int32_t n_freed;            // blocks behind the window, given back
 };
 
 // Check assertions inside: a failure ends the test.

@@ -84,11 +84,11 @@ START_TEST(llama)
     parse_ok(&c, LLAMA, NULL, NULL);
     ck_assert_int_eq(c.head_dim, 8);
     ck_assert_int_eq(c.n_kv_heads, 2);
-    ck_assert_int_eq(c.window, 0);
+    ck_assert_int_eq(c.kinds[0].window, 0);
     ck_assert_int_eq(c.dtype, DTYPE_BF16);
     ck_assert(!c.tied && !c.mlp_bias && !c.qkv_bias && !c.attn_out_bias);
     ck_assert_int_eq(c.n_eos_token_ids, 2);
-    ck_assert_int_eq(c.rope.type, ROPE_DEFAULT);
+    ck_assert_int_eq(c.kinds[0].rope.type, ROPE_DEFAULT);
     parse_ok(&c, LLAMA, "num_key_value_heads", NULL);
     ck_assert_int_eq(c.n_kv_heads, 6);
     parse_ok(&c, LLAMA, "head_dim", "32");
@@ -104,7 +104,7 @@ START_TEST(llama)
     parse_ok(&c, LLAMA, "dtype", "\"float32\"");
     ck_assert_int_eq(c.dtype, DTYPE_F32);
     parse_ok(&c, LLAMA, "sliding_window", "16"); // no such option in this family
-    ck_assert_int_eq(c.window, 0);
+    ck_assert_int_eq(c.kinds[0].window, 0);
     parse_ok(&c, LLAMA, "anything_else", "{\"ignored\":[1,2]}");
 }
 END_TEST
@@ -114,11 +114,11 @@ START_TEST(mistral)
     struct model_config c;
     parse_ok(&c, MISTRAL, NULL, NULL); // absent keys: transformers' defaults
     ck_assert_int_eq(c.n_kv_heads, 8);
-    ck_assert_int_eq(c.window, 4096);
+    ck_assert_int_eq(c.kinds[0].window, 4096);
     parse_ok(&c, MISTRAL, "sliding_window", "null");
-    ck_assert_int_eq(c.window, 0);
+    ck_assert_int_eq(c.kinds[0].window, 0);
     parse_ok(&c, MISTRAL, "sliding_window", "17");
-    ck_assert_int_eq(c.window, 17);
+    ck_assert_int_eq(c.kinds[0].window, 17);
 }
 END_TEST
 
@@ -238,14 +238,16 @@ END_TEST
 // ---- what is refused by name ----------------------------------------------------------------------------------------
 
 static const struct { const char *config, *key, *value, *message; } unsupported[] = {
-    {LLAMA, "architectures", "[\"BloomForCausalLM\"]", "BloomForCausalLM is none of FlashGPT, GPT2LMHeadModel"},
+    {LLAMA, "architectures", "[\"OPTForCausalLM\"]", "OPTForCausalLM is none of FlashGPT, GPT2LMHeadModel"},
     {LLAMA, "architectures", "[\"LlamaForCausalLM\",\"X\"]", "architectures: not a list of one name"},
     {LLAMA, "architectures", "[]", "not a list of one name"},
     {LLAMA, "architectures", "\"LlamaForCausalLM\"", "not a list of one name"},
     {LLAMA, "architectures", "[1]", "not a list of one name"},
     {LLAMA, "architectures", NULL, "architectures: missing"},
     {LLAMA, "quantization_config", "{\"bits\":4}", "quantization_config: not implemented"},
-    {LLAMA, "layer_types", "[\"full_attention\"]", "layer_types: not implemented"},
+    {LLAMA, "layer_types", "[\"full_attention\"]", "layer_types: not a list of 2 names"},
+    {LLAMA, "layer_types", "[\"full_attention\",\"sliding_attention\"]", "layer_types: windows are not of this family"},
+    {LLAMA, "layer_types", "[\"full_attention\",\"chunked_attention\"]", "layer_types: chunked_attention is none of"},
     {LLAMA, "partial_rotary_factor", "0.5", "partial_rotary_factor: other than 1 is not implemented"},
     {LLAMA, "hidden_act", "\"gelu_10\"", "hidden_act: gelu_10 is none of silu"},
     {LLAMA, "hidden_act", "7", "hidden_act: not a string"},
@@ -254,7 +256,9 @@ static const struct { const char *config, *key, *value, *message; } unsupported[
     {LLAMA, "attention_bias", "1", "attention_bias: not true or false"},
     {LLAMA, "tie_word_embeddings", "\"no\"", "tie_word_embeddings: not true or false"},
     {LLAMA, "rope_scaling", "{\"type\":\"su\",\"factor\":2}", "rope_scaling.type: su is none of default, linear"},
-    {LLAMA, "rope_scaling", "{\"rope_type\":\"longrope\"}", "rope_scaling.rope_type: longrope is none of"},
+    {LLAMA, "rope_scaling", "{\"rope_type\":\"longrope\"}", "rope_scaling.short_factor: not a list of 4 factors"},
+    {LLAMA, "rope_scaling", "{\"rope_type\":\"longrope\",\"short_factor\":[1,1,1,0]}",
+     "rope_scaling.short_factor: not a list of 4 factors"},
     {LLAMA, "rope_scaling", "[2]", "rope_scaling: not an object"},
     {LLAMA, "rope_scaling", "{\"type\":\"linear\"}", "rope_scaling.factor: missing"},
     {LLAMA, "rope_scaling", "{\"type\":\"linear\",\"factor\":0.5}", "rope_scaling.factor: 0.5 is not in 1 to"},
@@ -342,11 +346,11 @@ START_TEST(attention_factor_of_yarn)
 {
     struct model_config c;
     parse_ok(&c, LLAMA, "rope_scaling", "{\"type\":\"yarn\",\"factor\":4}");
-    ck_assert_double_eq_tol(c.rope.attention_factor, 0.1 * log(4) + 1, 1e-12);
+    ck_assert_double_eq_tol(c.kinds[0].rope.attention_factor, 0.1 * log(4) + 1, 1e-12);
     parse_ok(&c, LLAMA, "rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"attention_factor\":0.75}");
-    ck_assert_double_eq(c.rope.attention_factor, 0.75);
+    ck_assert_double_eq(c.kinds[0].rope.attention_factor, 0.75);
     parse_ok(&c, LLAMA, "rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"mscale\":2,\"mscale_all_dim\":1}");
-    ck_assert_double_eq_tol(c.rope.attention_factor, (0.2 * log(4) + 1) / (0.1 * log(4) + 1), 1e-12);
+    ck_assert_double_eq_tol(c.kinds[0].rope.attention_factor, (0.2 * log(4) + 1) / (0.1 * log(4) + 1), 1e-12);
 }
 END_TEST
 

@@ -106,7 +106,7 @@ static void rig_init(struct rig *r, enum dtype from, enum dtype to, bool transpo
     for (int i = 0; i < N; i++) {
         snprintf(name, sizeof name, "t%d", i);
         struct safetensors_tensor *t = checkpoint_find(&r->checkpoint, name);
-        r->items[i] = (struct load_item){t, malloc(count(i) * dtype_size(to)), to, transposed, t->shape[transposed],
+        r->items[i] = (struct load_item){t, 0, malloc(count(i) * dtype_size(to)), to, transposed, t->shape[transposed],
                                          t->shape[!transposed]};
         memset(r->items[i].to, 0xA5, count(i) * dtype_size(to));
     }

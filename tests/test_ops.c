@@ -105,7 +105,7 @@ static void exact_norm(const struct norm_params *p, const double *x, double *out
         for (size_t i = 0; i < dim; i++) mean += x[i] / (double)dim;
     for (size_t i = 0; i < dim; i++) square += (x[i] - mean) * (x[i] - mean) / (double)dim;
     for (size_t i = 0; i < dim; i++) {
-        out[i] = (x[i] - mean) / sqrt(square + p->eps) * element_get(p->weight.data, p->weight.dtype, i);
+        out[i] = (x[i] - mean) / sqrt(square + p->eps) * (element_get(p->weight.data, p->weight.dtype, i) + p->weight_offset);
         if (p->bias.data) out[i] += element_get(p->bias.data, p->bias.dtype, i);
     }
 }
@@ -113,33 +113,32 @@ static void exact_norm(const struct norm_params *p, const double *x, double *out
 static void check_norm(struct device *device, enum norm_kind kind, enum dtype dtype, size_t dim)
 {
     enum { T = 40 };
-    float *x = rng_normals(T * dim, 3), *residual = rng_normals(T * dim, 1);
-    float *out = poisoned(T * dim), *one = poisoned(dim);
+    bool add = rng_below(2), has_bias = rng_below(2), in_place = !add && rng_below(2);
+    float *x = rng_normals(T * dim, 3), *before = rng_normals(T * dim, 1), *x_row = malloc(dim * sizeof(*x_row));
+    float *out = add ? before : poisoned(T * dim), *one = poisoned(dim), *old = malloc(T * dim * sizeof(*old));
     void *weight = random_elements(dtype, dim), *bias = random_elements(dtype, dim);
-    bool add = rng_below(2), has_bias = rng_below(2), in_place = rng_below(2);
-    double *sum = malloc(T * dim * sizeof(*sum)), *expected = malloc(dim * sizeof(*expected));
-    for (size_t i = 0; i < T * dim; i++) {
-        x[i] += 1;
-        sum[i] = add ? x[i] + residual[i] : x[i]; // in single precision, as it stays in x
-    }
-    float *x_row = malloc(dim * sizeof(*x_row));
+    double *exact = malloc(T * dim * sizeof(*exact)), *expected = malloc(dim * sizeof(*expected));
+    for (size_t i = 0; i < T * dim; i++) exact[i] = x[i] += 1;
     memcpy(x_row, x + 3 * dim, dim * sizeof(*x_row));
+    memcpy(old, before, T * dim * sizeof(*old));
+    if (add) memcpy(one, old + 3 * dim, dim * sizeof(*one));
     struct norm_params p = {
         .out = matrix(in_place ? x : out, DTYPE_F32, T, dim), .x = matrix(x, DTYPE_F32, T, dim),
-        .residual = matrix(add ? residual : NULL, DTYPE_F32, T, dim), .weight = vector(weight, dtype, dim),
-        .bias = vector(has_bias ? bias : NULL, dtype, dim), .kind = kind, .eps = 1e-5f};
+        .weight = vector(weight, dtype, dim), .bias = vector(has_bias ? bias : NULL, dtype, dim), .kind = kind,
+        .eps = 1e-5f, .weight_offset = (float)rng_below(2), .accumulate = add};
     ck_assert_int_eq(ops->norm(device, &p, NULL), 0);
     for (size_t t = 0; t < T; t++) {
-        for (size_t i = 0; i < dim && !in_place; i++) CHECK(x[t * dim + i] == (float)sum[t * dim + i]);
-        exact_norm(&p, sum + t * dim, expected);
+        for (size_t i = 0; i < dim && !in_place; i++) CHECK(x[t * dim + i] == (float)exact[t * dim + i]);
+        exact_norm(&p, exact + t * dim, expected);
+        for (size_t i = 0; i < dim && add; i++) expected[i] += old[t * dim + i];
         check_close((float *)p.out.data + t * dim, expected, dim, dim == 1 && kind == NORM_LAYER ? 1e-3 : 4e-6, "norm");
     }
     struct norm_params alone = p; // row 3 by itself: the same bits
     alone.x = matrix(x_row, DTYPE_F32, 1, dim), alone.out = matrix(one, DTYPE_F32, 1, dim);
-    alone.residual = matrix(add ? residual + 3 * dim : NULL, DTYPE_F32, 1, dim);
     ck_assert_int_eq(ops->norm(device, &alone, NULL), 0);
     ck_assert_int_eq(memcmp(one, (float *)p.out.data + 3 * dim, dim * sizeof(float)), 0);
-    free(x), free(residual), free(out), free(one), free(weight), free(bias), free(sum), free(expected), free(x_row);
+    if (!add) free(before);
+    free(x), free(out), free(one), free(old), free(weight), free(bias), free(exact), free(expected), free(x_row);
 }
 
 START_TEST(test_norm)

@@ -1,10 +1,15 @@
-/* activation.c: GELU (erf and tanh), SiLU, ReLU; alone or gating a second half. */
+/* activation.c: GELU (erf and tanh), SiLU, ReLU; alone or gating a second half; the cap of logits. */
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/simd/vector.h"
 
 struct activation_op {
     struct device *d;
     const struct activation_params *p;
+};
+
+struct softcap_op {
+    struct device *d;
+    const struct softcap_params *p;
 };
 
 static void activate_row(void *arg, int32_t t, int32_t thread)
@@ -24,5 +29,21 @@ int cpu_activation(struct device *d, const struct activation_params *p, struct e
         return error_set(e, ERR_INVALID, "activation: shapes do not fit");
     struct activation_op op = {d, p};
     rows_run(d, (int32_t)n_tokens, 2 * m, activate_row, &op);
+    return 0;
+}
+
+static void softcap_row(void *arg, int32_t t, int32_t thread)
+{
+    (void)thread;
+    const struct softcap_op *op = arg;
+    op->d->vector->softcap(row_of(&op->p->x, (size_t)t), op->p->cap, op->p->x.shape[1]);
+}
+
+int cpu_softcap(struct device *d, const struct softcap_params *p, struct error *e)
+{
+    if (!tensor_is(&p->x, DTYPE_F32, p->x.shape[0], p->x.shape[1]) || !(p->cap > 0))
+        return error_set(e, ERR_INVALID, "softcap: shapes do not fit");
+    struct softcap_op op = {d, p};
+    rows_run(d, (int32_t)p->x.shape[0], p->x.shape[1], softcap_row, &op);
     return 0;
 }

@@ -56,6 +56,10 @@ int cpu_rope_table(struct device *d, const struct rope_table_params *p, struct e
 int cpu_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 int cpu_attention(struct device *d, const struct attention_params *p, struct error *e);
 int cpu_activation(struct device *d, const struct activation_params *p, struct error *e);
+int cpu_softcap(struct device *d, const struct softcap_params *p, struct error *e);
+int cpu_route(struct device *d, const struct route_params *p, struct error *e);
+int cpu_linear_experts(struct device *d, const struct linear_experts_params *p, struct error *e);
+int cpu_combine_experts(struct device *d, const struct combine_experts_params *p, struct error *e);
 int cpu_gather_rows(struct device *d, const struct gather_rows_params *p, struct error *e);
 int cpu_sample(struct device *d, const struct sample_params *p, struct error *e);
 

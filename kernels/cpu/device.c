@@ -203,7 +203,11 @@ const struct kernels *kernels_cpu(void)
         .rope_kv_write = cpu_rope_kv_write,
         .attention = cpu_attention,
         .activation = cpu_activation,
+        .route = cpu_route,
+        .linear_experts = cpu_linear_experts,
+        .combine_experts = cpu_combine_experts,
         .gather_rows = cpu_gather_rows,
+        .softcap = cpu_softcap,
         .sample = cpu_sample,
     };
     return &table;

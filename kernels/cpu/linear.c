@@ -34,6 +34,7 @@ enum {
 // One pass: at most X_BLOCK rows of x times all parts whose weights want x in one type.
 struct pass {
     const struct linear_params *p;
+    const int32_t *rows;   // [T]: row t of x is x[rows[t]]; NULL: t
     const struct simd_linear *simd;
     size_t first_x;        // row of p->x
     int32_t n_x, n_x_tiles;
@@ -67,10 +68,15 @@ static size_t row_stride(size_t n_cols, size_t element)
     return stride / 64 % 2 ? stride : stride + 64;
 }
 
+// Rows of x that go through the scratch at once.
+static size_t x_block(const struct device *d)
+{
+    return d->options.max_tokens < X_BLOCK ? (size_t)d->options.max_tokens : X_BLOCK;
+}
+
 size_t linear_scratch_bytes(const struct device *d)
 {
-    size_t rows = d->options.max_tokens < X_BLOCK ? (size_t)d->options.max_tokens : X_BLOCK;
-    return rows * row_stride((size_t)d->options.max_dim, sizeof(float));
+    return x_block(d) * row_stride((size_t)d->options.max_dim, sizeof(float));
 }
 
 static bool part_is_bf16(const struct pass *pass, int32_t part)
@@ -85,7 +91,8 @@ static void prepare_x_row(void *arg, int32_t row, int32_t thread)
     (void)thread;
     const struct pass *pass = arg;
     size_t n_cols = pass->p->weight->n_cols;
-    const float *from = (const float *)pass->p->x.data + (pass->first_x + (size_t)row) * n_cols;
+    size_t t = pass->first_x + (size_t)row;
+    const float *from = (const float *)pass->p->x.data + (pass->rows ? (size_t)pass->rows[t] : t) * n_cols;
     char *to = pass->x + (size_t)row * pass->x_stride;
     size_t used = n_cols * (pass->bf16 ? sizeof(uint16_t) : sizeof(float));
     if (pass->bf16) pass->simd->round_bf16((uint16_t *)to, from, n_cols);
@@ -243,23 +250,53 @@ static int check(const struct device *d, const struct linear_params *p, struct e
         p->x.shape[1] != w->n_cols || p->out.shape[1] != n_rows || p->x.shape[0] != p->out.shape[0])
         return error_set(e, ERR_INVALID, "linear: x [%zu, %zu], weight [%zu, %zu], out [%zu, %zu]", p->x.shape[0],
                          p->x.shape[1], n_rows, w->n_cols, p->out.shape[0], p->out.shape[1]);
-    if (w->n_cols > (size_t)d->options.max_dim || p->x.shape[0] > (size_t)d->options.max_tokens)
+    if (w->n_cols > (size_t)d->options.max_dim)
         return error_set(e, ERR_INVALID, "linear: x [%zu, %zu] is larger than the device was created for",
                          p->x.shape[0], p->x.shape[1]);
     return 0;
 }
 
+// Rows of p->out; those of p->x likewise, or as `rows` has them.
+static void multiply(struct device *d, const struct linear_params *p, const int32_t *rows)
+{
+    for (int bf16 = 0; bf16 <= d->linear->bf16_products; bf16++) {
+        for (size_t first = 0, block = x_block(d); first < p->out.shape[0]; first += block) {
+            size_t left = p->out.shape[0] - first;
+            struct pass pass = {.p = p, .rows = rows, .simd = d->linear, .first_x = first, .bf16 = bf16,
+                                .x = d->linear_scratch, .n_x = (int32_t)(left < block ? left : block)};
+            run_pass(d, &pass);
+        }
+    }
+}
+
 int cpu_linear(struct device *d, const struct linear_params *p, struct error *e)
 {
     int rc = check(d, p, e);
-    if (rc) return rc;
-    for (int bf16 = 0; bf16 <= d->linear->bf16_products; bf16++) {
-        for (size_t first = 0; first < p->x.shape[0]; first += X_BLOCK) {
-            size_t left = p->x.shape[0] - first;
-            struct pass pass = {.p = p, .simd = d->linear, .first_x = first, .bf16 = bf16, .x = d->linear_scratch};
-            pass.n_x = left < X_BLOCK ? (int32_t)left : X_BLOCK;
-            run_pass(d, &pass);
-        }
+    if (!rc && p->x.shape[0] > (size_t)d->options.max_tokens)
+        rc = error_set(e, ERR_INVALID, "linear: %zu rows of %d", p->x.shape[0], d->options.max_tokens);
+    if (!rc) multiply(d, p, NULL);
+    return rc;
+}
+
+int cpu_linear_experts(struct device *d, const struct linear_experts_params *p, struct error *e)
+{
+    const struct expert_plan *plan = &p->plan;
+    size_t n_pairs = p->out.shape[0], n_x = p->x.shape[0];
+    struct linear_params product = {.out = p->out, .x = p->x};
+    if (n_x * (p->by_token ? (size_t)plan->n_chosen : 1) != n_pairs)
+        return error_set(e, ERR_INVALID, "linear_experts: %zu rows for %zu pairs", n_x, n_pairs);
+    product.x.shape[0] = n_pairs;
+    for (int32_t i = 0; i < plan->n_experts; i++) {
+        product.weight = &p->weights[i];
+        if (check(d, &product, e)) return ERR_INVALID;
+    }
+    for (int32_t i = 0; i < plan->n_experts; i++) {
+        size_t first = (size_t)plan->offsets[i], n = (size_t)plan->offsets[i + 1] - first;
+        product.weight = &p->weights[i];
+        product.out.data = (float *)p->out.data + first * p->out.shape[1];
+        product.x.data = p->by_token ? p->x.data : (float *)p->x.data + first * p->x.shape[1];
+        product.out.shape[0] = product.x.shape[0] = n;
+        multiply(d, &product, p->by_token ? plan->tokens + first : NULL);
     }
     return 0;
 }

@@ -1,4 +1,4 @@
-/* rope.c: rotary positions and the write of K and V into the paged cache.
+/* rope.c: norms of the heads of Q and K, rotary positions, and the write of K and V into the paged cache.
  *
  * This backend keeps each K tile transposed, [head_dim, block_size]: attention then multiplies Q with the tile as it
  * lies (simd/attention.h), and a token's K is one column. V tiles lie as [block_size, head_dim].
@@ -33,9 +33,21 @@ int cpu_rope_table(struct device *d, const struct rope_table_params *p, struct e
     return 0;
 }
 
-static void rotate_head(const struct rope *op, float *head, size_t t)
+static void norm_head(const struct rope *op, float *head, const struct tensor *weight)
+{
+    const struct simd_vector *v = op->d->vector;
+    size_t dim = (size_t)op->p->head_dim;
+    const struct normalization how = {
+        .scale = 1.0f / sqrtf(v->sum_squares(head, 0, dim) / (float)dim + op->p->norm_eps), .weight = weight,
+        .offset = op->p->norm_weight_offset,
+    };
+    v->normalize(head, head, &how, dim);
+}
+
+static void turn_head(const struct rope *op, float *head, size_t t, const struct tensor *norm)
 {
     const struct tensor *cos_sin = &op->p->cos_sin;
+    if (norm->data) norm_head(op, head, norm);
     if (!cos_sin->data) return;
     size_t half = (size_t)op->p->rope_dim / 2;
     const float *cos_row = row_of(cos_sin, t);
@@ -68,9 +80,9 @@ static void write_token(const struct rope *op, size_t t, size_t kv_head)
     size_t block_size = k->shape[2], slot = (size_t)p->slot_mapping[t];
     size_t group = n_heads / n_kv, tile = slot / block_size * n_kv + kv_head, offset = slot % block_size;
     float *row = row_of(&p->qkv, t);
-    for (size_t h = kv_head * group; h < (kv_head + 1) * group; h++) rotate_head(op, row + h * dim, t);
+    for (size_t h = kv_head * group; h < (kv_head + 1) * group; h++) turn_head(op, row + h * dim, t, &p->q_norm);
     float *k_row = row + (n_heads + kv_head) * dim, *v_row = row + (n_heads + n_kv + kv_head) * dim;
-    rotate_head(op, k_row, t);
+    turn_head(op, k_row, t, &p->k_norm);
     size_t tile_bytes = block_size * dim * dtype_size(k->dtype);
     write_k(op, (char *)k->data + tile * tile_bytes, k->dtype, block_size, offset, k_row, dim);
     op->d->vector->store((char *)v->data + (tile * block_size + offset) * dim * dtype_size(v->dtype), v->dtype, v_row,
@@ -85,6 +97,13 @@ static void write_item(void *arg, int32_t item, int32_t thread)
     size_t start = (size_t)item / n_kv * TOKENS_PER_ITEM, end = start + TOKENS_PER_ITEM;
     if (end > op->p->qkv.shape[0]) end = op->p->qkv.shape[0];
     for (size_t t = start; t < end; t++) write_token(op, t, kv_head);
+}
+
+static bool norms_fit(const struct rope_kv_write_params *p)
+{
+    size_t dim = (size_t)p->head_dim;
+    if (!p->q_norm.data || !p->k_norm.data) return !p->q_norm.data && !p->k_norm.data;
+    return tensor_is_vector(&p->q_norm, dim) && tensor_is_vector(&p->k_norm, dim);
 }
 
 static int check_cache(const struct rope_kv_write_params *p, struct error *e)
@@ -104,7 +123,7 @@ static int check_cache(const struct rope_kv_write_params *p, struct error *e)
 int cpu_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, struct error *e)
 {
     size_t n_tokens = p->qkv.shape[0], dim = (size_t)p->head_dim;
-    if (p->n_kv_heads < 1 || p->n_heads < 1 || p->n_heads % p->n_kv_heads || p->head_dim < 1 ||
+    if (p->n_kv_heads < 1 || p->n_heads < 1 || p->n_heads % p->n_kv_heads || p->head_dim < 1 || !norms_fit(p) ||
         !tensor_is(&p->qkv, DTYPE_F32, n_tokens, (size_t)(p->n_heads + 2 * p->n_kv_heads) * dim) ||
         (p->cos_sin.data && (p->rope_dim < 0 || p->rope_dim > p->head_dim || p->rope_dim % 2 ||
                              !tensor_is(&p->cos_sin, DTYPE_F32, n_tokens, (size_t)p->rope_dim))))

@@ -292,7 +292,7 @@ static void step(struct models *m, struct sequence **seqs, int32_t n_seqs)
         struct sequence *s = seqs[i];
         for (int32_t j = 0; j < s->n_new; j++, n++) {
             int32_t position = s->n_context + j, *block = &s->table[position / r->block_size];
-            if (*block < 0) *block = r->free_blocks[--r->n_free];
+            if (*block < 0) *block = r->groups[0].free_blocks[--r->groups[0].n_free];
             tokens[n] = s->ids[position], positions[n] = position;
             slots[n] = *block * r->block_size + position % r->block_size;
         }
@@ -309,7 +309,7 @@ static void step(struct models *m, struct sequence **seqs, int32_t n_seqs)
                           .block_size = r->block_size, .tokens = tokens, .positions = positions, .history_rows = zeros,
                           .slot_mapping = {slots}, .cu_seqlens_q = cu, .context_lens = context, .block_tables = {tables},
                           .logits_rows = rows};
-    struct kv_cache kv = {.layers = {r->layers}, .n_blocks = {r->n_blocks}};
+    struct kv_cache kv = {.layers = {r->groups[0].layers}, .n_blocks = {r->n_blocks}};
     struct tensor out;
     check(model_forward(r->model, &batch, &kv, &out, &e));
     size_t width = (size_t)m->x.vocab_size;

@@ -75,12 +75,13 @@ static float sum_squares(const float *x, float shift, size_t n)
     return result;
 }
 
-static void normalize(float *out, const float *x, float shift, float scale, const struct tensor *weight,
-                      const struct tensor *bias, size_t n)
+static void normalize(float *out, const float *x, const struct normalization *how, size_t n)
 {
+    const struct tensor *weight = how->weight, *bias = how->bias;
     FOR_VECTORS(i, lanes, n) {
-        vec y = (get(x + i, lanes) - shift) * scale * get_any(weight->data, weight->dtype, i, lanes);
+        vec y = (get(x + i, lanes) - how->shift) * how->scale * (get_any(weight->data, weight->dtype, i, lanes) + how->offset);
         if (bias) y += get_any(bias->data, bias->dtype, i, lanes);
+        if (how->accumulate) y += get(out + i, lanes);
         put(out + i, y, lanes);
     }
 }
@@ -142,6 +143,11 @@ static void activate(float *out, const float *gate, const float *up, enum activa
     case ACT_SILU: activate_kind(out, gate, up, ACT_SILU, n); break;
     case ACT_RELU: activate_kind(out, gate, up, ACT_RELU, n); break;
     }
+}
+
+static void softcap(float *x, float cap, size_t n)
+{
+    FOR_VECTORS(i, lanes, n) put(x + i, cap * vec_tanh(get(x + i, lanes) / cap), lanes);
 }
 
 static void rotate(float *low, float *high, const float *cos, const float *sin, size_t n)
@@ -304,7 +310,7 @@ static int32_t gumbel_argmax(const float *x, size_t n, uint64_t seed, int32_t po
 
 const struct simd_vector SIMD_NAME(simd_vector) = {
     .load = load, .store = store, .add = add, .scale = scale, .sum = sum, .sum_squares = sum_squares,
-    .normalize = normalize, .activate = activate, .rotate = rotate, .highest = highest, .find = find,
+    .normalize = normalize, .activate = activate, .softcap = softcap, .rotate = rotate, .highest = highest, .find = find,
     .find_above = find_above, .rank = rank, .sum_exp = sum_exp, .exps = exps, .temper = temper,
     .gumbel_argmax = gumbel_argmax,
 };

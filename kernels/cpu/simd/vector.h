@@ -7,6 +7,13 @@
 
 #include "kernels/kernels.h"
 
+// out = (x - shift) * scale * (weight + offset) + bias, or out += it
+struct normalization {
+    float shift, scale, offset;
+    const struct tensor *weight, *bias; // [n] of their types; bias NULL: none
+    bool accumulate;
+};
+
 struct simd_vector {
     void (*load)(float *out, const void *x, enum dtype dtype, size_t n);  // any weight or cache type to F32
     void (*store)(void *out, enum dtype dtype, const float *x, size_t n); // and back, to nearest even, NaN kept
@@ -14,10 +21,9 @@ struct simd_vector {
     void (*scale)(float *x, float factor, size_t n);                      // x *= factor
     float (*sum)(const float *x, size_t n);
     float (*sum_squares)(const float *x, float shift, size_t n); // of x - shift
-    // out = (x - shift) * scale * weight + bias; bias NULL: none. weight, bias [n] of their types.
-    void (*normalize)(float *out, const float *x, float shift, float scale, const struct tensor *weight,
-                      const struct tensor *bias, size_t n);
+    void (*normalize)(float *out, const float *x, const struct normalization *how, size_t n);
     void (*activate)(float *out, const float *gate, const float *up, enum activation kind, size_t n); // up NULL: none
+    void (*softcap)(float *x, float cap, size_t n);                // x = cap * tanh(x / cap)
     void (*rotate)(float *low, float *high, const float *cos, const float *sin, size_t n); // pairs (low[i], high[i])
 
     // Sampling. `highest` is -infinity when no element is finite or above; NaN and +infinity set *broken.
