@@ -201,7 +201,18 @@ static void check_stored(const struct tensor *cache, bool is_k, size_t slot, siz
     }
 }
 
-static void check_rope(struct device *device, enum dtype dtype, size_t head_dim, size_t rope_dim, bool rotates)
+// RMS norm of one head, in single precision at the end, as it goes into the rotation.
+static void norm_head(float *head, const struct tensor *weight, const struct rope_kv_write_params *p)
+{
+    double square = 0;
+    for (int32_t i = 0; i < p->head_dim; i++) square += (double)head[i] * head[i] / p->head_dim;
+    for (int32_t i = 0; i < p->head_dim; i++) {
+        double w = element_get(weight->data, weight->dtype, (size_t)i) + p->norm_weight_offset;
+        head[i] = (float)(head[i] / sqrt(square + p->norm_eps) * w);
+    }
+}
+
+static void check_rope(struct device *device, enum dtype dtype, size_t head_dim, size_t rope_dim, bool rotates, bool norms)
 {
     enum { T = 70, H = 6, KV = 2, BLOCKS = 8, BLOCK = 16 };
     size_t row = (H + 2 * KV) * head_dim, cache_size = BLOCKS * KV * BLOCK * head_dim;
@@ -215,8 +226,17 @@ static void check_rope(struct device *device, enum dtype dtype, size_t head_dim,
                                      .cos_sin = matrix(rotates ? cos_sin : NULL, DTYPE_F32, T, rope_dim),
                                      .head_dim = (int32_t)head_dim, .rope_dim = (int32_t)rope_dim,
                                      .cache = {cache, cache}};
+    void *q_norm = random_elements(dtype, head_dim), *k_norm = random_elements(dtype, head_dim);
     int32_t slots[T];
     for (int32_t t = 0; t < T; t++) slots[t] = (t * 37 + 5) % (BLOCKS * BLOCK);
+    if (norms) {
+        p.q_norm = vector(q_norm, dtype, head_dim), p.k_norm = vector(k_norm, dtype, head_dim);
+        p.norm_eps = 1e-5f, p.norm_weight_offset = (float)rng_below(2);
+    }
+    for (size_t i = 0; norms && i < T * (H + KV); i++) {
+        size_t t = i / (H + KV), h = i % (H + KV);
+        norm_head(before + t * row + h * head_dim, h < H ? &p.q_norm : &p.k_norm, &p);
+    }
     p.cache.k.data = k, p.cache.v.data = v, p.slot_mapping = slots;
     ck_assert_int_eq(ops->rope_kv_write(device, &p, NULL), 0);
     for (size_t t = 0; t < T; t++) {
@@ -224,7 +244,7 @@ static void check_rope(struct device *device, enum dtype dtype, size_t head_dim,
             for (size_t i = 0; i < head_dim; i++) {
                 size_t at = t * row + h * head_dim;
                 double expected = rotates ? rotated(before + at, i, cos_sin + t * rope_dim, rope_dim) : before[at + i];
-                CHECK(fabs(qkv[at + i] - expected) < 2e-6);
+                CHECK(fabs(qkv[at + i] - expected) < 2e-6 * (1 + fabs(expected)));
             }
         ck_assert_int_eq(memcmp(qkv + t * row + (H + KV) * head_dim, before + t * row + (H + KV) * head_dim,
                                 KV * head_dim * sizeof(float)), 0);
@@ -236,17 +256,21 @@ static void check_rope(struct device *device, enum dtype dtype, size_t head_dim,
     struct error e;
     slots[3] = BLOCKS * BLOCK;
     ck_assert_int_eq(ops->rope_kv_write(device, &p, &e), ERR_INVALID);
-    free(qkv), free(before), free(cos_sin), free(k), free(v);
+    slots[3] = 0;
+    p.q_norm = vector(q_norm, dtype, head_dim), p.k_norm.data = NULL;
+    ck_assert_int_eq(ops->rope_kv_write(device, &p, &e), ERR_INVALID); // one without the other
+    free(qkv), free(before), free(cos_sin), free(k), free(v), free(q_norm), free(k_norm);
 }
 
 START_TEST(test_rope_kv_write)
 {
     for (struct device *device = device_first(); device; device = device_next(device))
         for (int32_t i = 0; i < 3; i++) {
-            check_rope(device, dtypes[i], 64, 64, true);
-            check_rope(device, dtypes[i], 20, 10, true);
-            check_rope(device, dtypes[i], 12, 12, false);
-            check_rope(device, dtypes[i], 80, 32, true);
+            check_rope(device, dtypes[i], 64, 64, true, i % 2);
+            check_rope(device, dtypes[i], 20, 10, true, false);
+            check_rope(device, dtypes[i], 12, 12, false, false);
+            check_rope(device, dtypes[i], 80, 32, true, true);
+            check_rope(device, dtypes[i], 40, 40, false, true);
         }
 }
 END_TEST
@@ -300,6 +324,24 @@ START_TEST(test_activation)
 END_TEST
 
 // Close to zero and over the range where the polynomials meet, relative to the result.
+START_TEST(test_softcap)
+{
+    enum { T = 5 };
+    for (struct device *device = device_first(); device; device = device_next(device))
+        for (int32_t i = 0; i < N_DIMS; i++) {
+            size_t n = (size_t)dims[i];
+            float cap = 3 + (float)rng_below(40), *x = rng_normals(T * n, 50);
+            double *expected = malloc(T * n * sizeof(*expected));
+            x[0] = 1e30f, x[T * n - 1] = -INFINITY;
+            for (size_t j = 0; j < T * n; j++) expected[j] = cap * tanh(x[j] / (double)cap);
+            struct softcap_params p = {.x = matrix(x, DTYPE_F32, T, n), .cap = cap};
+            ck_assert_int_eq(ops->softcap(device, &p, NULL), 0);
+            check_close(x, expected, T * n, 1e-6, "softcap");
+            free(x), free(expected);
+        }
+}
+END_TEST
+
 START_TEST(test_activation_relative_error)
 {
     enum { N = 40000 };
@@ -395,6 +437,7 @@ int main(void)
     tcase_add_test(tcase, test_rope_kv_write);
     tcase_add_test(tcase, test_activation);
     tcase_add_test(tcase, test_activation_relative_error);
+    tcase_add_test(tcase, test_softcap);
     tcase_add_test(tcase, test_gather_rows);
     tcase_add_test(tcase, test_history_write);
     tcase_add_test(tcase, test_copy_blocks);
