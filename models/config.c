@@ -90,7 +90,7 @@ static void heads_parse(struct model_config *c, struct json_reader *r)
 {
     const struct family *f = c->family;
     const char *n_heads_key = config_key(r, f->n_heads_key);
-    c->n_heads = json_integer(r, n_heads_key, 1, MAX_HEADS, JSON_REQUIRED);
+    c->n_heads = json_integer(r, n_heads_key, 1, MAX_HEADS, f->n_heads ? f->n_heads : JSON_REQUIRED);
     c->n_kv_heads = c->n_heads;
     if (f->n_kv_heads_key) {
         int32_t absent = f->n_kv_heads && !is_null(r, f->n_kv_heads_key) ? f->n_kv_heads : c->n_heads;
@@ -193,12 +193,23 @@ static void eos_parse(struct model_config *c, struct json_reader *r)
     }
 }
 
+// What the file says of all parts of the model: of those that text is made with, if there are others, the file or their own
+// object.
+static void parse_common(struct model_config *c, struct json_reader *r, struct json_reader *text)
+{
+    c->vocab_size = json_integer(text, "vocab_size", 1, MAX_VOCAB, c->family->vocab_size ? c->family->vocab_size : JSON_REQUIRED);
+    c->dtype = dtype_parse(json_field(r, "dtype") || json_field(r, "torch_dtype") ? r : text);
+    c->bos_token_id = json_integer(json_field(r, "bos_token_id") ? r : text, "bos_token_id", 0, c->vocab_size - 1, -1);
+    eos_parse(c, text);
+    if (text == r) return;
+    eos_parse(c, r);
+    refuse_unimplemented(r, c->family);
+}
+
 static void parse(struct model_config *c, struct json_reader *r)
 {
     const struct family *f = c->family;
     refuse_unimplemented(r, f);
-    c->dtype = dtype_parse(r);
-    c->vocab_size = json_integer(r, "vocab_size", 1, MAX_VOCAB, JSON_REQUIRED);
     c->hidden_dim = json_integer(r, config_key(r, f->hidden_dim_key), 1, MAX_WIDTH, JSON_REQUIRED);
     c->n_layers = json_integer(r, config_key(r, f->n_layers_key), 1, MAX_LAYERS, JSON_REQUIRED);
     heads_parse(c, r);
@@ -216,8 +227,6 @@ static void parse(struct model_config *c, struct json_reader *r)
     c->attn_out_bias = f->attn_out_bias_key ? json_bool(r, f->attn_out_bias_key, f->attn_out_bias) : f->attn_out_bias;
     c->mlp_bias = f->mlp_bias_key ? json_bool(r, f->mlp_bias_key, f->mlp_bias) : f->mlp_bias;
     c->tied = json_bool(r, "tie_word_embeddings", f->tied);
-    c->bos_token_id = json_integer(r, "bos_token_id", 0, c->vocab_size - 1, -1);
-    eos_parse(c, r);
 }
 
 int config_parse(struct model_config *c, const cJSON *config, const cJSON *generation, struct error *e)
@@ -226,7 +235,16 @@ int config_parse(struct model_config *c, const cJSON *config, const cJSON *gener
     int status = 0;
     struct json_reader r = {.object = config, .prefix = "", .status = &status, .error = e};
     c->family = family_parse(&r);
-    if (c->family) parse(c, &r);
+    struct json_reader text = r;
+    if (c->family && c->family->text_key) {
+        text.prefix = "text_config.";
+        text.object = json_field(&r, c->family->text_key);
+        if (!cJSON_IsObject(text.object)) json_fail(&r, ERR_FORMAT, c->family->text_key, text.object ? "not an object" : "missing");
+    }
+    if (c->family && !status) {
+        parse_common(c, &r, c->family->text_key ? &text : &r);
+        parse(c, &text);
+    }
     if (status) {
         error_prefix(e, "config.json");
         return status;

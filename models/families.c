@@ -3,8 +3,9 @@
 #include <string.h>
 
 // Of what Llama began.
-#define LLAMA_NAMES                                                                                                   \
-    .root = "model.", .token_embed = "embed_tokens", .layers = "layers.", .norm1 = "input_layernorm",                 \
+#define LLAMA_NAMES .root = {"model."}, LLAMA_LAYERS
+#define LLAMA_LAYERS                                                                                                  \
+    .token_embed = "embed_tokens", .layers = "layers.", .norm1 = "input_layernorm",                 \
     .attn_out = "self_attn.o_proj", .final_norm = "norm", .lm_head = "lm_head", .ignored = {".rotary_emb.inv_freq"},  \
     .norm = NORM_RMS, .positions = POSITIONS_ROPE, .gated = true
 
@@ -24,7 +25,7 @@
 #define QWEN_WINDOW .window_switch_key = "use_sliding_window", .window_key = "sliding_window", .window = 4096
 
 #define GEMMA                                                                                                         \
-    LLAMA_NAMES, QKV, GATED_MLP, LLAMA_KEYS, .norm_eps = 1e-6, .norm_weight_offset = 1, .scales_embedding = true,     \
+    LLAMA_LAYERS, QKV, GATED_MLP, LLAMA_KEYS, .norm_eps = 1e-6, .norm_weight_offset = 1, .scales_embedding = true,     \
     .head_dim = 256, .tied = true, .qkv_bias_key = "attention_bias", .attn_out_bias_key = "attention_bias",           \
     .activation = "gelu_pytorch_tanh", .fixed = {{"use_bidirectional_attention", false}}
 
@@ -35,11 +36,16 @@
     .window = 4096, .query_scale_key = "query_pre_attn_scalar", .query_scale = 256,                                   \
     .logit_softcap_key = "final_logit_softcapping"
 
+#define GEMMA_3                                                                                                       \
+    GEMMA_2_AND_3, .q_norm = "self_attn.q_norm", .k_norm = "self_attn.k_norm", .theta = 1e6,                          \
+    .local_theta_key = "rope_local_base_freq", .local_theta = 1e4, .max_positions = 131072,                           \
+    .window_period_key = "sliding_window_pattern", .window_period = 6
+
 // The defaults are those of transformers' configuration classes.
 static const struct family families[] = {
     {
         .architecture = "FlashGPT", // the plain GPT of a PyTorch user
-        .root = "", .token_embed = "token_embed", .pos_embed = "pos_embed", .layers = "blocks.", .norm1 = "norm1",
+        .root = {""}, .token_embed = "token_embed", .pos_embed = "pos_embed", .layers = "blocks.", .norm1 = "norm1",
         .qkv = {"attn.qkv_proj"}, .attn_out = "attn.out_proj", .norm2 = "norm2", .mlp_in = {"mlp.0"},
         .mlp_out = "mlp.3", .final_norm = "norm", .lm_head = "lm_head",
         .norm = NORM_LAYER, .norm_bias = true, .positions = POSITIONS_LEARNED,
@@ -49,7 +55,7 @@ static const struct family families[] = {
     },
     {
         .architecture = "GPT2LMHeadModel",
-        .root = "transformer.", .token_embed = "wte", .pos_embed = "wpe", .layers = "h.", .norm1 = "ln_1",
+        .root = {"transformer."}, .token_embed = "wte", .pos_embed = "wpe", .layers = "h.", .norm1 = "ln_1",
         .qkv = {"attn.c_attn"}, .attn_out = "attn.c_proj", .norm2 = "ln_2", .mlp_in = {"mlp.c_fc"},
         .mlp_out = "mlp.c_proj", .final_norm = "ln_f", .lm_head = "lm_head",
         .ignored = {".attn.bias", ".attn.masked_bias"}, .transposed = true,
@@ -96,17 +102,18 @@ static const struct family families[] = {
         .renormalize_key = "norm_topk_prob",
     },
     {
-        .architecture = "GemmaForCausalLM", GEMMA, NORM2, .theta = 1e4, .n_kv_heads = 16, .activation_key = "hidden_act",
+        .architecture = "GemmaForCausalLM", .root = {"model."}, GEMMA, NORM2, .theta = 1e4, .n_kv_heads = 16, .activation_key = "hidden_act",
         .gelu_is_tanh = true,
     },
     {
-        .architecture = "Gemma2ForCausalLM", GEMMA_2_AND_3, .theta = 1e4, .window_period = 2,
+        .architecture = "Gemma2ForCausalLM", .root = {"model."}, GEMMA_2_AND_3, .theta = 1e4, .window_period = 2,
         .attn_softcap_key = "attn_logit_softcapping", .attn_softcap = 50, .logit_softcap = 30,
     },
+    {.architecture = "Gemma3ForCausalLM", .root = {"model."}, GEMMA_3},
     {
-        .architecture = "Gemma3ForCausalLM", GEMMA_2_AND_3, .q_norm = "self_attn.q_norm", .k_norm = "self_attn.k_norm",
-        .theta = 1e6, .local_theta_key = "rope_local_base_freq", .local_theta = 1e4, .max_positions = 131072,
-        .window_period_key = "sliding_window_pattern", .window_period = 6,
+        .architecture = "Gemma3ForConditionalGeneration", GEMMA_3, .root = {"language_model.model.", "model.language_model."},
+        .other_parts = {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."},
+        .text_key = "text_config", .vocab_size = 262208, .n_heads = 8,
     },
     {
         .architecture = "Phi3ForCausalLM", LLAMA_NAMES, NORM2, LLAMA_KEYS, SILU, .theta = 1e4, .norm_eps = 1e-5,
@@ -116,7 +123,7 @@ static const struct family families[] = {
     },
     {
         .architecture = "GPTNeoXForCausalLM",
-        .root = "gpt_neox.", .token_embed = "embed_in", .layers = "layers.", .norm1 = "input_layernorm",
+        .root = {"gpt_neox."}, .token_embed = "embed_in", .layers = "layers.", .norm1 = "input_layernorm",
         .qkv = {"attention.query_key_value"}, .attn_out = "attention.dense", .norm2 = "post_attention_layernorm",
         .mlp_in = {"mlp.dense_h_to_4h"}, .mlp_out = "mlp.dense_4h_to_h", .final_norm = "final_layer_norm",
         .lm_head = "embed_out", .interleaved = true,
@@ -131,7 +138,7 @@ static const struct family families[] = {
     },
     {
         .architecture = "BloomForCausalLM",
-        .root = "transformer.", .token_embed = "word_embeddings", .embed_norm = "word_embeddings_layernorm",
+        .root = {"transformer."}, .token_embed = "word_embeddings", .embed_norm = "word_embeddings_layernorm",
         .layers = "h.", .norm1 = "input_layernorm", .qkv = {"self_attention.query_key_value"},
         .attn_out = "self_attention.dense", .norm2 = "post_attention_layernorm", .mlp_in = {"mlp.dense_h_to_4h"},
         .mlp_out = "mlp.dense_4h_to_h", .final_norm = "ln_f", .lm_head = "lm_head", .interleaved = true,
@@ -157,5 +164,5 @@ const struct family *family_find(const char *architecture)
 const char *family_names(void)
 {
     return "FlashGPT, GPT2LMHeadModel, or ForCausalLM after one of Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3Moe, Gemma, "
-           "Gemma2, Gemma3, Phi3, GPTNeoX, Bloom";
+           "Gemma2, Gemma3, Phi3, GPTNeoX, Bloom; Gemma3ForConditionalGeneration";
 }

@@ -14,7 +14,7 @@ struct family {
     const char *architecture; // in config.json's "architectures"
 
     // Tensors. NULL: the family has none.
-    const char *root;         // before every name but lm_head; absent as a whole in some checkpoints
+    const char *root[2];      // before every name but lm_head: in some files one, in some the other, in some none
     const char *token_embed, *embed_norm, *pos_embed;
     const char *layers;       // then the layer's number
     const char *norm1;
@@ -30,6 +30,7 @@ struct family {
     const char *final_norm;
     const char *lm_head;
     const char *ignored[4];   // endings of tensors that hold nothing to load (masks, tables of old versions)
+    const char *other_parts[4]; // beginnings of tensors of what is not served (a vision tower)
     bool transposed;          // linear weights are stored [in, out]
     bool interleaved;         // the fused qkv has q, k and v of one head, then those of the next
 
@@ -45,7 +46,9 @@ struct family {
 
     // Keys of config.json; NULL: the family has no such key. Of two, the first that is there counts. What follows a key
     // is its value when absent; a key without one is required.
-    const char *hidden_dim_key[2], *n_layers_key[2], *n_heads_key[2];
+    const char *text_key;                           // of the object that has all others; NULL: they are the file's own
+    int32_t vocab_size;
+    const char *hidden_dim_key[2], *n_layers_key[2], *n_heads_key[2]; int32_t n_heads;
     const char *max_positions_key; int32_t max_positions;
     int32_t original_max_positions;                 // 0: as many as max_positions
     const char *n_kv_heads_key; int32_t n_kv_heads; // 0, or the key is null: as many as n_heads

@@ -237,9 +237,14 @@ static void embeddings_bind(struct walk *k)
 // A checkpoint of the bare model leaves the root away as a whole.
 static const char *root_find(const struct model_config *config, const struct checkpoint *checkpoint)
 {
+    const struct family *f = config->family;
+    const char *const roots[] = {f->root[1], ""};
     char name[MAX_NAME];
-    snprintf(name, sizeof name, "%s.weight", config->family->token_embed);
-    return checkpoint && checkpoint_find(checkpoint, name) ? "" : config->family->root;
+    for (size_t i = 0; checkpoint && i < sizeof roots / sizeof *roots; i++) {
+        snprintf(name, sizeof name, "%s%s.weight", roots[i] ? roots[i] : f->root[0], f->token_embed);
+        if (checkpoint_find(checkpoint, name)) return roots[i] ? roots[i] : f->root[0];
+    }
+    return f->root[0];
 }
 
 static bool ends_with(const char *s, const char *end)
@@ -257,6 +262,9 @@ static int unused_refuse(const struct walk *k)
         bool known = t->used;
         for (size_t j = 0; j < sizeof f->ignored / sizeof *f->ignored && f->ignored[j]; j++) {
             known = known || ends_with(t->name, f->ignored[j]);
+        }
+        for (size_t j = 0; j < sizeof f->other_parts / sizeof *f->other_parts && f->other_parts[j]; j++) {
+            known = known || strncmp(t->name, f->other_parts[j], strlen(f->other_parts[j])) == 0;
         }
         if (known) continue;
         return error_set(k->error, ERR_FORMAT, "%.200s: no place for it in the %s that config.json describes", t->name,

@@ -113,8 +113,8 @@ END_TEST
 START_TEST(gemma3)
 {
     struct model_config c;
-    parse_ok(&c, GEMMA3, "\"sliding_window\":512,\"rope_theta\":1000000,\"rope_local_base_freq\":10000,\"rope_scaling\":{\"rope_type\":\"linear\","
-                         "\"factor\":8.0},\"sliding_window_pattern\":6,\"max_position_embeddings\":131072");
+    parse_ok(&c, GEMMA3, "\"sliding_window\":512,\"rope_theta\":1000000,\"rope_local_base_freq\":10000,"
+                         "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0},\"sliding_window_pattern\":6,\"max_position_embeddings\":131072");
     ck_assert(c.n_kinds == 2 && c.kinds[0].n_layers == 2 && c.kinds[1].n_layers == 10 && c.kinds[1].window == 512);
     ck_assert(c.kind_of_layer[4] == 1 && c.kind_of_layer[5] == 0 && c.kind_of_layer[11] == 0);
     ck_assert(c.kinds[0].rope.theta == 1e6 && c.kinds[0].rope.type == ROPE_LINEAR && c.kinds[0].rope.factor == 8);
@@ -126,6 +126,13 @@ START_TEST(gemma3)
     ck_assert(c.kinds[0].rope.theta == 5e5 && c.kinds[1].rope.theta == 2e4);
     parse_ok(&c, GEMMA3, "\"sliding_window\":null"); // they still turn differently
     ck_assert(c.n_kinds == 2 && c.kinds[1].window == 0 && c.kinds[1].rope.theta == 1e4);
+    // With a vision tower: what describes the text is an object of its own, with transformers' defaults.
+    parse_ok(&c, "\"architectures\":[\"Gemma3ForConditionalGeneration\"],\"eos_token_id\":[1,106],\"torch_dtype\":\"float16\"",
+             "\"text_config\":{\"hidden_size\":2560,\"intermediate_size\":10240,\"num_hidden_layers\":34,"
+             "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0},\"sliding_window\":1024},\"vision_config\":{}");
+    ck_assert(c.n_heads == 8 && c.n_kv_heads == 4 && c.head_dim == 256 && c.vocab_size == 262208 && c.kinds[0].n_layers == 5);
+    ck_assert(c.n_eos_token_ids == 2 && c.eos_token_ids[1] == 106 && c.dtype == DTYPE_F16 && c.kinds[1].window == 1024);
+    refused("\"architectures\":[\"Gemma3ForConditionalGeneration\"]", "", "text_config: missing");
 }
 END_TEST
 
@@ -148,7 +155,7 @@ START_TEST(phi3)
     ck_assert_float_eq_tol(inv_freq[0], 1 / 9.0f, 1e-7f);
     parse_ok(&c, PHI3, "\"partial_rotary_factor\":0.75,\"rope_scaling\":null");
     ck_assert_int_eq(c.kinds[0].rope.dim, 12);
-    refused(PHI3, "\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[1,1],\"long_factor\":[1,1]}", "not a list of 8 factors");
+    refused(PHI3, "\"rope_scaling\":{\"type\":\"longrope\",\"short_factor\":[1,1]}", "short_factor: not a list of 8 factors");
     refused(PHI3, "\"partial_rotary_factor\":0.2", "3 of 16 elements cannot rotate");
 }
 END_TEST
