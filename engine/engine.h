@@ -49,10 +49,11 @@ struct engine_plan {
     uint64_t n_parameters;
     size_t weights_bytes, workspace_bytes, history_bytes, kv_cache_bytes;
     size_t scratch_bytes;           // the device's own and the engine's tables
-    size_t block_bytes;             // of one block over all layers
     size_t memory_bytes;            // what the device has
-    int32_t n_blocks, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
-    int64_t kv_tokens;              // tokens the cache holds
+    // The cache: layers that see equally far have blocks of their own.
+    struct kv_group_plan { int32_t window /* 0: unlimited */, n_blocks; size_t block_bytes; } kv_groups[4];
+    int32_t n_kv_groups, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
+    int64_t kv_tokens;              // tokens the cache holds, as far as windows let it forget none
     int32_t bos_token_id;           // -1: none
     const int32_t *eos_token_ids; int32_t n_eos_token_ids; // what ends a choice unless it ignores them
 };
@@ -145,7 +146,7 @@ const char *request_error(const struct request *r);     // for FINISH_ERROR; bor
 struct engine_stats {
     int32_t n_running, n_waiting;       // sequences running, requests waiting
     int64_t n_waiting_tokens;
-    int32_t n_blocks, n_free_blocks;    // free includes cached blocks that nobody uses
+    int32_t n_blocks, n_free_blocks;    // of the fullest group; free includes cached blocks that nobody uses
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)

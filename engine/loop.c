@@ -178,12 +178,23 @@ void *engine_loop(void *arg)
 #define SHARE(field, value) atomic_store_explicit(&engine->stats.field, (value), memory_order_relaxed)
 #define SHARED(field) atomic_load_explicit(&engine->stats.field, memory_order_relaxed)
 
+static const struct block_manager *fullest_group(const struct engine *engine)
+{
+    const struct block_manager *blocks = engine->scheduler.blocks, *fullest = blocks;
+    for (int32_t g = 1; g < engine->info->n_kv_groups; g++) {
+        if ((int64_t)blocks[g].n_free * fullest->n_blocks < (int64_t)fullest->n_free * blocks[g].n_blocks)
+            fullest = &blocks[g];
+    }
+    return fullest;
+}
+
 void engine_publish_stats(struct engine *engine)
 {
     const struct scheduler *s = &engine->scheduler;
-    int32_t n_free = s->blocks[0].n_free;
+    const struct block_manager *fullest = fullest_group(engine);
     SHARE(n_running, s->n_running);
-    SHARE(n_free_blocks, n_free);
+    SHARE(n_blocks, fullest->n_blocks);
+    SHARE(n_free_blocks, fullest->n_free);
     SHARE(n_steps, engine->n_collected);
     SHARE(n_preemptions, s->n_preemptions);
     SHARE(prefix_queries, s->prefix_queries);
@@ -204,7 +215,7 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .n_running = SHARED(n_running),
         .n_waiting = atomic_load(&engine->inbox->n_waiting),
         .n_waiting_tokens = atomic_load(&engine->inbox->n_waiting_tokens),
-        .n_blocks = engine->plan.n_blocks,
+        .n_blocks = SHARED(n_blocks),
         .n_free_blocks = SHARED(n_free_blocks),
         .n_steps = SHARED(n_steps),
         .n_preemptions = SHARED(n_preemptions),

@@ -23,29 +23,76 @@ static size_t tables_bytes(const struct scheduler_config *config, int32_t depth)
     return arena.used + (size_t)depth * (size_t)config->max_logits_rows * sizeof(struct sample_result);
 }
 
-// Gives each group blocks in proportion to what one longest sequence needs of it, at most `most` sequences' worth.
+// What one sequence of n_tokens takes of all groups.
+static size_t sequence_bytes(const struct request_limits *l, const size_t *block, int32_t n_tokens)
+{
+    size_t bytes = 0;
+    for (int32_t g = 0; g < l->n_groups; g++)
+        bytes += (size_t)request_blocks_needed(l, g, n_tokens) * block[g];
+    return bytes;
+}
+
+// The longest sequence that takes no more than so many bytes; 0: none.
+static int32_t longest_within(const struct request_limits *l, const size_t *block, size_t bytes)
+{
+    int32_t low = 0, high = l->max_model_len;
+    while (low < high) {
+        int32_t middle = low + (high - low + 1) / 2;
+        if (sequence_bytes(l, block, middle) <= bytes)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+// Slots are int32_t.
+static size_t blocks_within(const struct request_limits *l, size_t n)
+{
+    size_t limit = (size_t)INT32_MAX / (size_t)l->block_size;
+    return n < limit ? n : limit;
+}
+
+// Of several groups: blocks for one longest sequence, or where it does not fit for the longest that takes half, and of what is
+// left for as many equally long ones as may run beside it. In proportion to the longest alone, windowed layers would have room
+// for a few short sequences and no more.
+static void share_among_groups(struct scheduler_config *config, const size_t *block, size_t bytes)
+{
+    struct request_limits *l = &config->limits;
+    size_t others = (size_t)config->max_num_seqs - 1, all_groups = 0;
+    int32_t longest = l->max_model_len, n_tokens = 0;
+    if (sequence_bytes(l, block, longest) > bytes)
+        longest = longest_within(l, block, bytes / 2);
+    size_t rest = bytes - sequence_bytes(l, block, longest);
+    if (others > 0)
+        n_tokens = longest_within(l, block, rest / others);
+    rest -= others * sequence_bytes(l, block, n_tokens);
+    for (int32_t g = 0; g < l->n_groups; g++)
+        all_groups += block[g];
+    for (int32_t g = 0; g < l->n_groups; g++) {
+        size_t n = (size_t)request_blocks_needed(l, g, longest) + others * (size_t)request_blocks_needed(l, g, n_tokens);
+        l->n_blocks[g] = (int32_t)blocks_within(l, n + rest / all_groups);
+    }
+}
+
+// Gives each group its blocks: at most `most` longest sequences' worth. Returns their bytes.
 static size_t share_out(struct scheduler_config *config, const struct model_info *info, size_t bytes, size_t most)
 {
     struct request_limits *l = &config->limits;
-    size_t need[MAX_KV_GROUPS], block[MAX_KV_GROUPS], sequence_bytes = 0, used = 0;
-    for (int32_t g = 0; g < l->n_groups; g++) {
-        need[g] = (size_t)request_blocks_needed(l, g, l->max_model_len);
+    size_t block[MAX_KV_GROUPS], used = 0;
+    for (int32_t g = 0; g < l->n_groups; g++)
         block[g] = kv_block_bytes(&info->kv_groups[g], l->block_size);
-        sequence_bytes += need[g] * block[g];
+    size_t longest = sequence_bytes(l, block, l->max_model_len);
+    if (bytes / longest >= most) {
+        for (int32_t g = 0; g < l->n_groups; g++)
+            l->n_blocks[g] = (int32_t)blocks_within(l, most * (size_t)request_blocks_needed(l, g, l->max_model_len));
+    } else if (l->n_groups > 1) {
+        share_among_groups(config, block, bytes);
+    } else {
+        l->n_blocks[0] = (int32_t)blocks_within(l, bytes / block[0]);
     }
-    // Whole sequences first, so that the products below cannot overflow.
-    size_t whole = bytes / sequence_bytes, rest = bytes % sequence_bytes;
-    if (whole >= most) {
-        whole = most;
-        rest = 0;
-    }
-    for (int32_t g = 0; g < l->n_groups; g++) {
-        size_t n = whole * need[g] + (size_t)((double)rest / (double)sequence_bytes * (double)need[g]);
-        size_t limit = (size_t)INT32_MAX / (size_t)l->block_size; // slots are int32_t
-        n = n < limit ? n : limit;
-        l->n_blocks[g] = (int32_t)n;
-        used += n * block[g];
-    }
+    for (int32_t g = 0; g < l->n_groups; g++)
+        used += (size_t)l->n_blocks[g] * block[g];
     return used;
 }
 
@@ -88,15 +135,15 @@ int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, 
     left = bytes_left(plan, config, device_scratch, depth);
     if (plan->kv_cache_bytes > left || left == 0)
         return refuse(plan, e);
-    plan->block_bytes = 0;
-    plan->n_blocks = config->limits.n_blocks[0];
+    _Static_assert(sizeof plan->kv_groups / sizeof *plan->kv_groups == MAX_KV_GROUPS, "a place for each group");
+    plan->n_kv_groups = config->limits.n_groups;
     for (int32_t g = 0; g < config->limits.n_groups; g++) {
         size_t block = kv_block_bytes(&info->kv_groups[g], config->limits.block_size);
-        plan->block_bytes += block;
+        plan->kv_groups[g] = (struct kv_group_plan){config->limits.windows[g], config->limits.n_blocks[g], block};
         if (config->limits.n_blocks[g] < 1)
             return error_set(e, ERR_NOMEM, "%zu bytes for the KV cache do not hold one block of %zu bytes a group",
                              asked > 0 ? asked : left / part, block);
     }
-    plan->kv_tokens = (int64_t)plan->n_blocks * config->limits.block_size;
+    plan->kv_tokens = (int64_t)plan->kv_groups[0].n_blocks * config->limits.block_size;
     return 0;
 }

@@ -3,6 +3,7 @@
  * SIGTERM and SIGINT are blocked in every thread and waited for by one, so that they interrupt no system call and work
  * for PID 1 as well: while loading they end the process, once serving the first one drains and the second one ends it.
  */
+#include <inttypes.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <signal.h>
@@ -110,11 +111,13 @@ static void raise_file_limit(struct server_options *o)
 static void log_plan(const struct engine_plan *p, const struct options *o)
 {
     char weights[32], kv[32], total[32];
+    int64_t n_blocks = 0;
+    for (int32_t g = 0; g < p->n_kv_groups; g++) n_blocks += p->kv_groups[g].n_blocks;
     log_message(LOG_LEVEL_INFO, "gptd " GPTD_VERSION ": %s: %s, %.1f M parameters, %s, context %d, on %s",
                 o->engine.model_dir, p->architecture, (double)p->n_parameters / 1e6, p->dtype, p->max_model_len,
                 p->device);
-    log_message(LOG_LEVEL_INFO, "memory: weights %s, KV cache %s (%d blocks of %d tokens), %s in all",
-                plan_bytes(p->weights_bytes, weights), plan_bytes(p->kv_cache_bytes, kv), p->n_blocks, p->block_size,
+    log_message(LOG_LEVEL_INFO, "memory: weights %s, KV cache %s (%" PRId64 " blocks of %d tokens), %s in all",
+                plan_bytes(p->weights_bytes, weights), plan_bytes(p->kv_cache_bytes, kv), n_blocks, p->block_size,
                 plan_bytes(plan_total(p), total));
 }
 

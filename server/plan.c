@@ -24,6 +24,18 @@ static void print_bytes(FILE *out, const char *name, size_t bytes)
     fprintf(out, "  %-10s %15zu  %10s\n", name, bytes, plan_bytes(bytes, text));
 }
 
+// Of windowed layers no more of a context is kept than they see.
+static void print_group(const struct kv_group_plan *g, const struct engine_plan *p, FILE *out)
+{
+    int64_t tokens = (int64_t)g->n_blocks * p->block_size;
+    fprintf(out, "KV cache  %d blocks of %d tokens, %zu bytes each: %" PRId64 " tokens", g->n_blocks, p->block_size,
+            g->block_bytes, tokens);
+    if (g->window)
+        fprintf(out, " of layers that see %d\n", g->window);
+    else
+        fprintf(out, ", %.1f full contexts\n", (double)tokens / p->max_model_len);
+}
+
 static void print_table(const struct engine_plan *p, FILE *out)
 {
     fprintf(out, "model     %s, %" PRIu64 " parameters, %s, vocabulary %d\n", p->architecture, p->n_parameters,
@@ -39,8 +51,8 @@ static void print_table(const struct engine_plan *p, FILE *out)
     print_bytes(out, "KV cache", p->kv_cache_bytes);
     print_bytes(out, "total", plan_total(p));
     print_bytes(out, "there is", p->memory_bytes);
-    fprintf(out, "KV cache  %d blocks of %d tokens, %zu bytes each: %" PRId64 " tokens, %.1f full contexts\n",
-            p->n_blocks, p->block_size, p->block_bytes, p->kv_tokens, (double)p->kv_tokens / p->max_model_len);
+    for (int32_t g = 0; g < p->n_kv_groups; g++)
+        print_group(&p->kv_groups[g], p, out);
 }
 
 static void print_json(const struct engine_plan *p, FILE *out)
@@ -53,8 +65,11 @@ static void print_json(const struct engine_plan *p, FILE *out)
             p->workspace_bytes, p->history_bytes);
     fprintf(out, ",\"scratch_bytes\":%zu,\"kv_cache_bytes\":%zu", p->scratch_bytes, p->kv_cache_bytes);
     fprintf(out, ",\"total_bytes\":%zu,\"memory_bytes\":%zu", plan_total(p), p->memory_bytes);
-    fprintf(out, ",\"n_blocks\":%d,\"block_size\":%d,\"block_bytes\":%zu,\"kv_tokens\":%" PRId64 "}\n", p->n_blocks,
-            p->block_size, p->block_bytes, p->kv_tokens);
+    fprintf(out, ",\"block_size\":%d,\"kv_tokens\":%" PRId64 ",\"kv_groups\":[", p->block_size, p->kv_tokens);
+    for (int32_t g = 0; g < p->n_kv_groups; g++)
+        fprintf(out, "%s{\"window\":%d,\"n_blocks\":%d,\"block_bytes\":%zu}", g ? "," : "", p->kv_groups[g].window,
+                p->kv_groups[g].n_blocks, p->kv_groups[g].block_bytes);
+    fprintf(out, "]}\n");
 }
 
 void plan_print(const struct engine_plan *plan, bool json, FILE *out)

@@ -170,8 +170,34 @@ START_TEST(test_default_cache_size)
     size_t half = (p->memory_bytes - fixed) / 2;
     ck_assert_uint_le(p->kv_cache_bytes, half);
     ck_assert_uint_ge(p->kv_cache_bytes, half / 100 * 95); // the tables are counted for a few blocks more
-    ck_assert_uint_eq(p->kv_cache_bytes, (size_t)p->n_blocks * p->block_bytes);
+    ck_assert_uint_eq(p->kv_cache_bytes, (size_t)p->kv_groups[0].n_blocks * p->kv_groups[0].block_bytes);
     engine_destroy(engine);
+}
+END_TEST
+
+// Two groups, one windowed: one longest sequence fits, and beside it as many equal ones as may run.
+START_TEST(test_windowed_layers_have_room_for_many)
+{
+    struct engine_options o = options_default();
+    struct engine *engine;
+    struct error e;
+    o.max_num_seqs = 50, o.max_num_batched_tokens = 64, o.block_size = 16;
+    o.model_dir = "fake:len=20000,groups=2,window=40";
+    size_t longest = 0, block = 0;
+    for (int32_t round = 0; round < 2; round++) { // the first tells the sizes
+        o.kv_cache_memory_bytes = round == 0 ? 1 << 26 : longest + 49 * 10 * block + block / 2;
+        ck_assert_int_eq(engine_create(&engine, &o, &e), 0);
+        const struct engine_plan *p = engine_plan_get(engine);
+        ck_assert(p->n_kv_groups == 2 && p->kv_groups[0].window == 0 && p->kv_groups[1].window == 40);
+        block = p->kv_groups[0].block_bytes + p->kv_groups[1].block_bytes;
+        longest = 1250 * p->kv_groups[0].block_bytes + 8 * p->kv_groups[1].block_bytes;
+        ck_assert_uint_le(p->kv_cache_bytes, o.kv_cache_memory_bytes);
+        ck_assert_uint_ge(p->kv_cache_bytes, o.kv_cache_memory_bytes - block * 51);
+        // 160 tokens each are 10 blocks of one group, and no more than 8 of the other
+        if (round == 1) ck_assert_int_ge(p->kv_groups[0].n_blocks, 1250 + 49 * 10);
+        ck_assert_int_ge(p->kv_groups[1].n_blocks, 8 * 50);
+        engine_destroy(engine);
+    }
 }
 END_TEST
 
@@ -186,6 +212,7 @@ int main(void)
     tcase_add_test(tc, test_submission_survives_every_failure);
 #endif
     tcase_add_test(tc, test_default_cache_size);
+    tcase_add_test(tc, test_windowed_layers_have_room_for_many);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

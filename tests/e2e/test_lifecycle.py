@@ -48,9 +48,11 @@ class Start(unittest.TestCase):
         plan = json.loads(out)
         self.assertEqual(status, 0)
         self.assertLessEqual(plan["kv_cache_bytes"], 64 << 20)
-        self.assertGreater(plan["kv_cache_bytes"], (64 << 20) - plan["block_bytes"])
-        self.assertEqual(plan["kv_cache_bytes"], plan["n_blocks"] * plan["block_bytes"])
-        self.assertEqual(plan["kv_tokens"], plan["n_blocks"] * 16)
+        [group] = plan["kv_groups"]
+        self.assertEqual(group["window"], 0)
+        self.assertGreater(plan["kv_cache_bytes"], (64 << 20) - group["block_bytes"])
+        self.assertEqual(plan["kv_cache_bytes"], group["n_blocks"] * group["block_bytes"])
+        self.assertEqual(plan["kv_tokens"], group["n_blocks"] * 16)
         parts = ("weights", "workspace", "history", "scratch", "kv_cache")
         self.assertEqual(plan["total_bytes"], sum(plan[f"{part}_bytes"] for part in parts))
         # What is refused is the same sum; a larger cache also has larger tables in the scratch.
