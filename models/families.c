@@ -102,8 +102,8 @@ static const struct family families[] = {
         .renormalize_key = "norm_topk_prob",
     },
     {
-        .architecture = "GemmaForCausalLM", .root = {"model."}, GEMMA, NORM2, .theta = 1e4, .n_kv_heads = 16, .activation_key = "hidden_act",
-        .gelu_is_tanh = true,
+        .architecture = "GemmaForCausalLM", .root = {"model."}, GEMMA, NORM2, .theta = 1e4, .n_kv_heads = 16,
+        .activation_key = "hidden_act", .gelu_is_tanh = true,
     },
     {
         .architecture = "Gemma2ForCausalLM", .root = {"model."}, GEMMA_2_AND_3, .theta = 1e4, .window_period = 2,

@@ -114,7 +114,8 @@ START_TEST(gemma3)
 {
     struct model_config c;
     parse_ok(&c, GEMMA3, "\"sliding_window\":512,\"rope_theta\":1000000,\"rope_local_base_freq\":10000,"
-                         "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0},\"sliding_window_pattern\":6,\"max_position_embeddings\":131072");
+                         "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0},\"sliding_window_pattern\":6,"
+                         "\"max_position_embeddings\":131072");
     ck_assert(c.n_kinds == 2 && c.kinds[0].n_layers == 2 && c.kinds[1].n_layers == 10 && c.kinds[1].window == 512);
     ck_assert(c.kind_of_layer[4] == 1 && c.kind_of_layer[5] == 0 && c.kind_of_layer[11] == 0);
     ck_assert(c.kinds[0].rope.theta == 1e6 && c.kinds[0].rope.type == ROPE_LINEAR && c.kinds[0].rope.factor == 8);
@@ -127,8 +128,9 @@ START_TEST(gemma3)
     parse_ok(&c, GEMMA3, "\"sliding_window\":null"); // they still turn differently
     ck_assert(c.n_kinds == 2 && c.kinds[1].window == 0 && c.kinds[1].rope.theta == 1e4);
     // With a vision tower: what describes the text is an object of its own, with transformers' defaults.
-    parse_ok(&c, "\"architectures\":[\"Gemma3ForConditionalGeneration\"],\"eos_token_id\":[1,106],\"torch_dtype\":\"float16\"",
-             "\"text_config\":{\"hidden_size\":2560,\"intermediate_size\":10240,\"num_hidden_layers\":34,"
+    parse_ok(&c, "\"architectures\":[\"Gemma3ForConditionalGeneration\"],\"eos_token_id\":[1,106]",
+             "\"torch_dtype\":\"float16\",\"text_config\":{\"hidden_size\":2560,\"intermediate_size\":10240,"
+             "\"num_hidden_layers\":34,"
              "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0},\"sliding_window\":1024},\"vision_config\":{}");
     ck_assert(c.n_heads == 8 && c.n_kv_heads == 4 && c.head_dim == 256 && c.vocab_size == 262208 && c.kinds[0].n_layers == 5);
     ck_assert(c.n_eos_token_ids == 2 && c.eos_token_ids[1] == 106 && c.dtype == DTYPE_F16 && c.kinds[1].window == 1024);
