@@ -14,6 +14,10 @@
 // Bytes of shared memory a block may have: what an A100 gives. GPUs with less (sm_86, sm_89, sm_120) are refused.
 enum { MAX_BLOCK_SMEM = 163 * 1024 };
 
+enum {
+    MAX_TABLES = 8,    // block tables of a step
+};
+
 struct staging; // staging.cu
 struct graphs;  // graph.cu
 struct cublas;  // linear.cu
@@ -82,8 +86,8 @@ int linear_check(const struct linear_params *p, struct error *e);
 int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 
 // The ops of the table.
-int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
-               struct error *e);
+int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *tables,
+               int32_t n_tables, struct error *e);
 int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
 int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e);
 int cuda_draw(struct device *d, const struct draw_params *p, struct error *e);
@@ -104,6 +108,7 @@ int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, cons
 int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                                 const struct activation_params *activation, struct error *e);
 int cuda_gather_rows(struct device *d, const struct gather_rows_params *p, struct error *e);
+int cuda_softcap(struct device *d, const struct softcap_params *p, struct error *e);
 int cuda_sample(struct device *d, const struct sample_params *p, struct error *e);
 
 #ifdef __cplusplus

@@ -157,6 +157,8 @@ static int check_options(const struct device_options *o, struct error *e)
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < 1) return error_set(e, ERR_INVALID, "device: %s is %d", sizes[i].name, sizes[i].value);
+    if (o->n_tables < 0 || o->n_tables > MAX_TABLES)
+        return error_set(e, ERR_INVALID, "device: n_tables is %d, %d at most", o->n_tables, MAX_TABLES);
     if (o->reference_attention)
         return error_set(e, ERR_UNSUPPORTED, "attention: reference is for comparison on the CPU; a GPU has flash alone");
     return 0;
@@ -333,6 +335,7 @@ extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_ker
     table.norm_linear_rope = cuda_norm_linear_rope;
     table.norm_linear_activation = cuda_norm_linear_activation;
     table.gather_rows = cuda_gather_rows;
+    table.softcap = cuda_softcap;
     table.sample = cuda_sample;
     return &table;
 }

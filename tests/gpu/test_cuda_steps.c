@@ -30,7 +30,7 @@ START_TEST(steps_are_staged_and_replayed)
         struct attention_params p = {.out = out.g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = cu[step % 2],
             .context_lens = len, .block_table = table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK, .n_heads = 4,
             .n_kv_heads = KV, .head_dim = DIM, .window = window, .scale = 0.125f};
-        check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+        check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
         poison(&out);
         check(gpu->attention(gpu_device, &p, &e));
         check(gpu->copy_out(gpu_device, want, out.g.data, sizeof want, &e));
@@ -38,7 +38,7 @@ START_TEST(steps_are_staged_and_replayed)
         const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window, NULL};
         bool replayed, launched = true;
         poison(&out);
-        check(gpu->stage(gpu_device, arrays, 2, &staged, &e));
+        check(gpu->stage(gpu_device, arrays, 2, &staged, 1, &e));
         check(gpu->graph_begin(gpu_device, window ? &k : &v, SEQS, &replayed, &e));
         ck_assert_int_eq(replayed, step % 20 != 0);
         if (!replayed) check(gpu->attention(gpu_device, &p, &e)), check(gpu->graph_end(gpu_device, true, &launched, &e));
@@ -81,13 +81,13 @@ START_TEST(two_steps_in_flight)
                 b->len[s] = random_int(1, CONTEXT);
                 for (int32_t j = 0; j < WIDTH; j++) b->table[s * WIDTH + j] = random_int(0, BLOCKS - 1);
             }
-            check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+            check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
         } else {
             if (i >= 2) check(gpu->wait(gpu_device, tickets[i - 2], &e));
             *b = batches[i];
             const struct stage_array arrays[] = {{b->cu, sizeof b->cu, 4096}, {b->len, sizeof b->len, 512}};
             const struct stage_table table = {b->table, b->cu, b->len, SEQS, WIDTH, BLOCK, 0, NULL};
-            check(gpu->stage(gpu_device, arrays, 2, &table, &e));
+            check(gpu->stage(gpu_device, arrays, 2, &table, 1, &e));
         }
         struct attention_params p = {.out = outs[i].g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = b->cu,
             .context_lens = b->len, .block_table = b->table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK,
@@ -149,7 +149,8 @@ static void layer_run(const struct ahead_layer *l, const struct ahead_step *s, s
     cache.k.data = l->k.g.data, cache.v.data = l->v.g.data;
     struct norm_params norm = {.out = l->normed.g, .x = l->x.g, .weight = l->norm.g, .eps = 1e-5f};
     struct linear_params linear = {l->qkv.g, l->normed.g, &w, false};
-    struct rope_kv_write_params rope = {l->qkv.g, l->cos_sin.g, cache, s->slots, HEADS, KV_HEADS, (int32_t)dim, (int32_t)dim};
+    struct rope_kv_write_params rope = {.qkv = l->qkv.g, .cos_sin = l->cos_sin.g, .cache = cache, .slot_mapping = s->slots,
+        .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = (int32_t)dim, .rope_dim = (int32_t)dim};
     struct attention_params p = {.out = l->out.g, .qkv = l->qkv.g, .cache = cache, .cu_seqlens_q = s->starts,
         .context_lens = s->lens, .block_table = s->table, .n_seqs = s->n, .max_blocks = WIDTH, .block_size = BLOCK,
         .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = (int32_t)dim, .scale = 0.01f};
@@ -190,10 +191,10 @@ START_TEST(attention_reads_ahead)
                                                  {s.slots, n, sizeof s.slots}};
             const struct stage_table table = {s.table, s.starts, s.lens, s.n, WIDTH, BLOCK, 0, NULL};
             bool replayed, launched = true;
-            check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+            check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
             for (int i = 0; i < AHEAD_LAYERS; i++) layer_run(&layers[i], &s, dim);
             for (int i = 0; i < AHEAD_LAYERS; i++) layer_take(&layers[i], layers[i].want);
-            check(gpu->stage(gpu_device, arrays, 3, &table, &e));
+            check(gpu->stage(gpu_device, arrays, 3, &table, 1, &e));
             check(gpu->graph_begin(gpu_device, &owners[round], s.n, &replayed, &e));
             ck_assert_int_eq(replayed, step > 0);
             for (int i = 0; !replayed && i < AHEAD_LAYERS; i++) layer_run(&layers[i], &s, dim);
@@ -241,11 +242,11 @@ START_TEST(host_arrays_are_copied_when_they_are_given)
                                  .history_rows = zeros, .history = history, .scale = 1}, c = g;
     c.out = out.c, c.token_table = table.c;
     check(cpu->embedding(cpu_device, &c, &e));
-    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, NULL, &e));
+    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, NULL, 0, &e));
     memset(tokens, 0, sizeof tokens);
     check(gpu->embedding(gpu_device, &g, &e));
     expect_close(&out, 1, "staged");
-    check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+    check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
     for (int32_t i = 0; i < rounds(2000); i++) { // many turns of the ring of loose arrays
         for (int32_t j = 0; j < 3; j++) tokens[j] = (i * 3 + j) % VOCAB;
         check(gpu->embedding(gpu_device, &g, &e));
