@@ -16,6 +16,8 @@ enum { MAX_BLOCK_SMEM = 163 * 1024 };
 
 enum {
     MAX_TABLES = 8,    // block tables of a step
+    MAX_EXPERTS = 256, // of a layer
+    MAX_CHOSEN = 16,   // of them, for a token
 };
 
 struct staging; // staging.cu
@@ -38,7 +40,7 @@ struct device {
     bool recording;            // a graph: what is enqueued is not done yet, and will be done many times
     struct cublas *cublas;
     struct sampler *sampler;
-    void *scratch;             // of the op that runs: partial sums of attention, of sampling
+    void *scratch;             // of the op that runs: partial sums of attention, of sampling, counts of experts
     size_t scratch_bytes;
     char description[128];
 };
@@ -50,6 +52,7 @@ extern "C" {
 // Each op's need of scratch, in bytes; device_create takes the largest.
 size_t cuda_attention_scratch_bytes(const struct device *d);
 size_t cuda_sample_scratch_bytes(const struct device *d);
+size_t cuda_route_scratch_bytes(const struct device *d);
 
 int staging_create(struct device *d, struct error *e);
 void staging_destroy(struct device *d);
@@ -107,6 +110,9 @@ int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, cons
                           const struct rope_kv_write_params *rope, struct error *e);
 int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                                 const struct activation_params *activation, struct error *e);
+int cuda_route(struct device *d, const struct route_params *p, struct error *e);
+int cuda_linear_experts(struct device *d, const struct linear_experts_params *p, struct error *e);
+int cuda_combine_experts(struct device *d, const struct combine_experts_params *p, struct error *e);
 int cuda_gather_rows(struct device *d, const struct gather_rows_params *p, struct error *e);
 int cuda_softcap(struct device *d, const struct softcap_params *p, struct error *e);
 int cuda_sample(struct device *d, const struct sample_params *p, struct error *e);

@@ -326,14 +326,6 @@ static struct pair vector_of(enum dtype dtype, size_t n)
     return p;
 }
 
-// The bits of a tensor on the GPU.
-static void *bits_of(const struct tensor *t, size_t n)
-{
-    void *bits = malloc(n * dtype_size(t->dtype));
-    check(gpu->copy_out(gpu_device, bits, t->data, n * dtype_size(t->dtype), &e));
-    return bits;
-}
-
 // What the cache has of each token are the bits of its k and v.
 static void expect_cached(const struct kv_layer *layer, const struct tensor *qkv, const int32_t *slots, size_t n_heads)
 {

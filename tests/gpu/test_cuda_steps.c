@@ -210,6 +210,69 @@ START_TEST(attention_reads_ahead)
 }
 END_TEST
 
+// Two groups of layers, one with a window, on two staged tables, recorded once: as without staging. A device of one table, and
+// any device of a table too many, refuse.
+START_TEST(tables_have_their_places)
+{
+    enum { SEQS = 6, KV = 2, DIM = 64, BLOCKS = 64, WINDOW = 150, N_TABLES = 2 };
+    struct device_options options = device_options();
+    struct device *d;
+    options.n_tables = N_TABLES;
+    check(gpu->device_create(&d, &options, &e));
+    struct tensor t = {NULL, DTYPE_BF16, 4, {BLOCKS, KV, BLOCK, DIM}};
+    struct pair k = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM), v = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM);
+    struct pair qkv = pair_of(DTYPE_BF16, SEQS, (4 + 2 * KV) * DIM), out = pair_of(DTYPE_BF16, N_TABLES * SEQS, 4 * DIM);
+    struct kv_layer cache = {t, t};
+    static int32_t tables[2][N_TABLES][SEQS * WIDTH], lens[2][SEQS], cu[SEQS + 1];
+    static uint16_t want[N_TABLES * SEQS * 4 * DIM], got[N_TABLES * SEQS * 4 * DIM];
+    static const char owner;
+    cache.k.data = k.g.data, cache.v.data = v.g.data;
+    for (int32_t s = 0; s <= SEQS; s++) cu[s] = s;
+    for (int step = 0; step < 30; step++) {
+        int32_t *len = lens[step % 2];
+        struct stage_table staged[N_TABLES];
+        struct attention_params p[N_TABLES];
+        for (int32_t s = 0; s < SEQS; s++) len[s] = step % 5 == 4 ? random_int(1, CONTEXT) : lens[(step + 1) % 2][s] % CONTEXT + 1;
+        for (int i = 0; i < N_TABLES; i++) {
+            int32_t *table = tables[step % 2][i];
+            memcpy(table, tables[(step + 1) % 2][i], sizeof tables[0][0]);
+            for (int32_t j = 0; j < SEQS * WIDTH; j++) // the first step: all; then some
+                if (step == 0 || random_int(0, 20) == 0) table[j] = random_int(0, BLOCKS - 1);
+            staged[i] = (struct stage_table){table, cu, len, SEQS, WIDTH, BLOCK, i ? WINDOW : 0, NULL};
+            struct tensor rows = out.g;
+            rows.shape[0] = SEQS, rows.data = (char *)out.g.data + (size_t)i * SEQS * 4 * DIM * 2;
+            p[i] = (struct attention_params){.out = rows, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = cu, .context_lens = len,
+                .block_table = table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK, .n_heads = 4, .n_kv_heads = KV,
+                .head_dim = DIM, .window = i ? WINDOW : 0, .scale = 0.125f};
+        }
+        const struct stage_array arrays[] = {{cu, sizeof cu, 4096}, {len, sizeof lens[0], 512}};
+        bool replayed, launched = true;
+        check(gpu->stage(d, NULL, 0, NULL, 0, &e));
+        poison(&out);
+        for (int i = 0; i < N_TABLES; i++) check(gpu->attention(d, &p[i], &e));
+        check(gpu->copy_out(d, want, out.g.data, sizeof want, &e));
+        poison(&out);
+        check(gpu->stage(d, arrays, 2, staged, N_TABLES, &e));
+        check(gpu->graph_begin(d, &owner, SEQS, &replayed, &e));
+        ck_assert_int_eq(replayed, step > 0);
+        for (int i = 0; !replayed && i < N_TABLES; i++) check(gpu->attention(d, &p[i], &e));
+        if (!replayed) check(gpu->graph_end(d, true, &launched, &e));
+        ck_assert(launched);
+        check(gpu->copy_out(d, got, out.g.data, sizeof got, &e));
+        ck_assert_msg(!memcmp(got, want, sizeof got), "step %d", step);
+        const struct stage_table many[] = {staged[0], staged[1], staged[0]};
+        if (step < 29) continue;
+        ck_assert_int_eq(gpu->stage(d, arrays, 2, many, N_TABLES + 1, &e), ERR_INVALID);
+        ck_assert_int_eq(gpu->stage(gpu_device, arrays, 2, many, 2, &e), ERR_INVALID);
+    }
+    gpu->device_destroy(d);
+    options.n_tables = 1000;
+    ck_assert_int_eq(gpu->device_create(&d, &options, &e), ERR_INVALID);
+    check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
+    pair_free(&k), pair_free(&v), pair_free(&qkv), pair_free(&out);
+}
+END_TEST
+
 START_TEST(blocks_are_copied)
 {
     enum { N = 20, BYTES = 2 * 16 * 40 * 2 };
@@ -269,6 +332,7 @@ int main(void)
     tcase_add_test(tc, steps_are_staged_and_replayed);
     tcase_add_test(tc, two_steps_in_flight);
     tcase_add_test(tc, attention_reads_ahead);
+    tcase_add_test(tc, tables_have_their_places);
     tcase_add_test(tc, blocks_are_copied);
     tcase_add_test(tc, host_arrays_are_copied_when_they_are_given);
     suite_add_tcase(suite, tc);
