@@ -225,7 +225,7 @@ struct activation_params {
 
 // Each token goes to its K likeliest of E experts: P = T * K pairs of token and expert. Products take the pairs sorted by
 // expert, those of one expert by token, so that an expert's rows lie together.
-enum { MAX_CHOSEN_EXPERTS = 16 };
+enum { MAX_EXPERTS = 256, MAX_CHOSEN_EXPERTS = 16 };
 
 struct expert_plan {
     float *weights;        // device [T, K]: of a token's experts, which are in ascending order

@@ -11,7 +11,6 @@ enum {
     MAX_VOCAB = 1 << 24,
     MAX_WIDTH = 1 << 18,      // hidden_dim
     MAX_MLP_WIDTH = 1 << 22,
-    MAX_EXPERTS = 1 << 10,
     MAX_HEAD_DIM = ROPE_MAX_DIM,
 };
 

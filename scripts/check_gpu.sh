@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-build/gpu}")
-parts=${PARTS:-load ops steps sample deterministic model attention demo e2e sanitizer ptx}
+parts=${PARTS:-load ops steps experts sample deterministic model attention demo e2e sanitizer ptx}
 # For our programs alone: Python has libraries of its own. cuBLASLt: the system's, the toolkit's, or PyTorch's.
 blas=$(python3 -c 'import glob, nvidia, os
 for path in nvidia.__path__:
@@ -54,7 +54,7 @@ sanitizer() {
     for tool in ${TOOLS:-memcheck racecheck synccheck initcheck}; do
         local only=(--kernel-name kns=_kernel) ours_alone=(env CK_RUN_CASE=cuda_ops)
         [ $tool = memcheck ] && only=() ours_alone=() # the other tools fail in cuBLASLt's products
-        for suite in ops steps sample attention; do
+        for suite in ops steps experts sample attention; do
             begin=$SECONDS
             echo "-- $tool, $suite"
             [ $suite = ops ] || ours_alone=()
@@ -70,6 +70,7 @@ ptx() {
     local rc=0 jit=(env -u CUDA_CACHE_DISABLE CUDA_FORCE_PTX_JIT=1 GPTD_TEST_SHORT=1)
     ours "${jit[@]}" CK_RUN_CASE=cuda_ops "$bundle/test_cuda_ops" || rc=1
     ours "${jit[@]}" "$bundle/test_cuda_steps" || rc=1
+    ours "${jit[@]}" "$bundle/test_cuda_experts" || rc=1
     ours "${jit[@]}" "$bundle/test_cuda_sample" || rc=1
     ours "${jit[@]}" "$bundle/test_cuda_attention" || rc=1
     return $rc
@@ -78,6 +79,7 @@ failed=0
 step load ours "$bundle/test_cuda_load"
 step ops ops
 step steps ours "$bundle/test_cuda_steps"
+step experts ours "$bundle/test_cuda_experts"
 step sample ours "$bundle/test_cuda_sample"
 step deterministic ours "$bundle/test_cuda_deterministic"
 step model model

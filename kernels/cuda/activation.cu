@@ -1,12 +1,13 @@
-/* activation.cu: GELU (erf and tanh), SiLU, ReLU; alone or gating a second half.
+/* activation.cu: GELU (erf and tanh), SiLU, ReLU; alone or gating a second half. The soft cap of logits.
  *
- * Grid: (columns / 1,024, rows), 128 threads of 8 columns. Bytes: x once, out once: bound by the memory.
+ * Grid: (columns / 1,024, rows), 128 threads of 8 columns; of the cap, elements / 1,024, 256 threads of 4. Bytes: x once, out
+ * once: bound by the memory.
  */
 #include "kernels/cuda/activate.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
-enum { THREADS = 128, COLUMNS = 8 };
+enum { THREADS = 128, COLUMNS = 8, CAP_THREADS = 256, CAP_ELEMENTS = 4 };
 
 // out [T, m]; x [T, m], or [T, 2 m] when gated.
 template <typename T>
@@ -53,4 +54,31 @@ int cuda_activation(struct device *d, const struct activation_params *p, struct 
         if (cuda_check(status, "activation", e)) return ERR_DEVICE;
     }
     return 0;
+}
+
+// ---- softcap --------------------------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(CAP_THREADS) softcap_kernel(float *x, size_t n, float cap, bool vectors)
+{
+    next_kernel_allow();
+    previous_kernel_wait();
+    size_t first = ((size_t)blockIdx.x * CAP_THREADS + threadIdx.x) * CAP_ELEMENTS;
+    if (vectors && first + CAP_ELEMENTS <= n) {
+        float4 v = *(float4 *)(x + first);
+        v.x = cap * tanhf(v.x / cap), v.y = cap * tanhf(v.y / cap), v.z = cap * tanhf(v.z / cap), v.w = cap * tanhf(v.w / cap);
+        *(float4 *)(x + first) = v;
+        return;
+    }
+    for (size_t i = first; i < first + CAP_ELEMENTS && i < n; i++) x[i] = cap * tanhf(x[i] / cap);
+}
+
+int cuda_softcap(struct device *d, const struct softcap_params *p, struct error *e)
+{
+    size_t n = p->x.shape[0] * p->x.shape[1], per_block = CAP_THREADS * CAP_ELEMENTS;
+    if (p->x.n_dims != 2 || p->x.dtype != DTYPE_F32 || n < 1 || !(p->cap > 0))
+        return error_set(e, ERR_INVALID, "softcap: [%zu, %zu] %s, cap %g", p->x.shape[0], p->x.shape[1],
+                         dtype_name(p->x.dtype), (double)p->cap);
+    dim3 grid((unsigned)((n + per_block - 1) / per_block));
+    return cuda_check(launch_early(d, softcap_kernel, grid, CAP_THREADS, 0, (float *)p->x.data, n, p->cap,
+                                   is_aligned(p->x.data)), "softcap", e);
 }

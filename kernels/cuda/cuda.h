@@ -14,6 +14,8 @@
 // Bytes of shared memory a block may have: what an A100 gives. GPUs with less (sm_86, sm_89, sm_120) are refused.
 enum { MAX_BLOCK_SMEM = 163 * 1024 };
 
+enum { MAX_TABLES = 8 }; // block tables of a step
+
 struct staging; // staging.cu
 struct graphs;  // graph.cu
 struct cublas;  // linear.cu
@@ -34,7 +36,7 @@ struct device {
     bool recording;            // a graph: what is enqueued is not done yet, and will be done many times
     struct cublas *cublas;
     struct sampler *sampler;
-    void *scratch;             // of the op that runs: partial sums of attention, of sampling
+    void *scratch;             // of the op that runs: partial sums of attention, of sampling, counts of experts
     size_t scratch_bytes;
     char description[128];
 };
@@ -46,6 +48,7 @@ extern "C" {
 // Each op's need of scratch, in bytes; device_create takes the largest.
 size_t cuda_attention_scratch_bytes(const struct device *d);
 size_t cuda_sample_scratch_bytes(const struct device *d);
+size_t cuda_route_scratch_bytes(const struct device *d);
 
 int staging_create(struct device *d, struct error *e);
 void staging_destroy(struct device *d);
@@ -82,8 +85,8 @@ int linear_check(const struct linear_params *p, struct error *e);
 int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, struct error *e);
 
 // The ops of the table.
-int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
-               struct error *e);
+int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *tables,
+               int32_t n_tables, struct error *e);
 int cuda_graph_begin(struct device *d, const void *owner, int32_t n_rows, bool *replayed, struct error *e);
 int cuda_graph_end(struct device *d, bool keep, bool *launched, struct error *e);
 int cuda_draw(struct device *d, const struct draw_params *p, struct error *e);
@@ -103,7 +106,11 @@ int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, cons
                           const struct rope_kv_write_params *rope, struct error *e);
 int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                                 const struct activation_params *activation, struct error *e);
+int cuda_route(struct device *d, const struct route_params *p, struct error *e);
+int cuda_linear_experts(struct device *d, const struct linear_experts_params *p, struct error *e);
+int cuda_combine_experts(struct device *d, const struct combine_experts_params *p, struct error *e);
 int cuda_gather_rows(struct device *d, const struct gather_rows_params *p, struct error *e);
+int cuda_softcap(struct device *d, const struct softcap_params *p, struct error *e);
 int cuda_sample(struct device *d, const struct sample_params *p, struct error *e);
 
 #ifdef __cplusplus

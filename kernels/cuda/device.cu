@@ -157,6 +157,8 @@ static int check_options(const struct device_options *o, struct error *e)
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < 1) return error_set(e, ERR_INVALID, "device: %s is %d", sizes[i].name, sizes[i].value);
+    if (o->n_tables < 0 || o->n_tables > MAX_TABLES)
+        return error_set(e, ERR_INVALID, "device: n_tables is %d, %d at most", o->n_tables, MAX_TABLES);
     if (o->reference_attention)
         return error_set(e, ERR_UNSUPPORTED, "attention: reference is for comparison on the CPU; a GPU has flash alone");
     return 0;
@@ -229,6 +231,7 @@ static size_t largest(size_t a, size_t b)
 static int allocate(struct device *d, struct error *e)
 {
     d->scratch_bytes = largest(cuda_attention_scratch_bytes(d), cuda_sample_scratch_bytes(d));
+    d->scratch_bytes = largest(d->scratch_bytes, cuda_route_scratch_bytes(d));
     d->scratch = cuda_alloc(d, d->scratch_bytes);
     if (d->scratch) return 0;
     char more[160];
@@ -332,7 +335,11 @@ extern "C" __attribute__((visibility("default"))) const struct kernels *gptd_ker
     table.norm_linear = cuda_norm_linear;
     table.norm_linear_rope = cuda_norm_linear_rope;
     table.norm_linear_activation = cuda_norm_linear_activation;
+    table.route = cuda_route;
+    table.linear_experts = cuda_linear_experts;
+    table.combine_experts = cuda_combine_experts;
     table.gather_rows = cuda_gather_rows;
+    table.softcap = cuda_softcap;
     table.sample = cuda_sample;
     return &table;
 }

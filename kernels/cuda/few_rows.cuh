@@ -27,6 +27,7 @@ struct few_args {
     const void *x;                 // [T, K]
     const void *norm;              // [K] of x's type
     float eps;
+    bool add_1;                    // to norm
     void *out;                     // [T, ldo]
     int32_t T, N, K;
     size_t ldo;

@@ -20,11 +20,13 @@ int cuda_norm_linear(struct device *d, const struct norm_params *norm, const str
 int cuda_norm_linear_rope(struct device *d, const struct norm_params *norm, const struct linear_params *linear,
                           const struct rope_kv_write_params *rope, struct error *e)
 {
-    bool fused = linear_few_rope_fits(d, norm, linear, rope);
-    int rc = fused ? rope_kv_write_check(d, rope, e) : cuda_norm(d, norm, e);
-    if (!rc) rc = fused ? check(norm, linear, e) : cuda_linear(d, linear, e);
-    if (!rc) rc = fused ? linear_few_rope(d, norm, linear, rope, e) : cuda_rope_kv_write(d, rope, e);
-    return rc;
+    if (linear_few_rope_fits(d, norm, linear, rope)) {
+        int rc = rope_kv_write_check(d, rope, e);
+        if (!rc) rc = check(norm, linear, e);
+        return rc ? rc : linear_few_rope(d, norm, linear, rope, e);
+    }
+    int rc = cuda_norm_linear(d, norm, linear, e);
+    return rc ? rc : cuda_rope_kv_write(d, rope, e);
 }
 
 int cuda_norm_linear_activation(struct device *d, const struct norm_params *norm, const struct linear_params *linear,

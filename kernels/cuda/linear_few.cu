@@ -27,12 +27,15 @@ enum {
     APART = WARPS * STEP,
 };
 
-// Two elements of x times the norm's weight, rounded.
-__device__ __forceinline__ uint32_t weigh(uint32_t x, uint32_t norm)
+// What a norm before the product multiplies by: its weight, or, as some checkpoints keep weight - 1, that and 1.
+enum norming { UNNORMED, BY_WEIGHT, BY_WEIGHT_AND_1 };
+
+// Two elements of x times the norm's weight, rounded once: in one instruction either way.
+template <enum norming NORM> __device__ __forceinline__ uint32_t weigh(uint32_t x, uint32_t norm)
 {
     union { uint32_t bits; __nv_bfloat162 pair; } a, b;
     a.bits = x, b.bits = norm;
-    a.pair = __hmul2(a.pair, b.pair);
+    a.pair = NORM == BY_WEIGHT_AND_1 ? __hfma2(a.pair, b.pair, a.pair) : __hmul2(a.pair, b.pair);
     return a.bits;
 }
 
@@ -103,17 +106,17 @@ template <int X_ROWS> struct few_shape {
 };
 
 // Adds a step's products to sum, in two chains; tokens from X_ROWS on are the last one again.
-template <typename T, bool NORMED, int X_ROWS>
+template <typename T, enum norming NORM, int X_ROWS>
 __device__ __forceinline__ void add_step(uint32_t stage, const lane_places &places, float (&sum)[2][4])
 {
     uint32_t x[2][4], norm[4], w[4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         ldmatrix(x[half], (stage + places.x) ^ (uint32_t)(half * 64));
-        if (!NORMED) continue;
+        if (NORM == UNNORMED) continue;
         ldmatrix(norm, (stage + places.norm) ^ (uint32_t)(half * 64));
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[half][i] = weigh(x[half][i], norm[i]);
+        for (int i = 0; i < 4; i++) x[half][i] = weigh<NORM>(x[half][i], norm[i]);
     }
 #pragma unroll
     for (int k = 0; k < STEP / 16; k++) {
@@ -173,10 +176,11 @@ __device__ __forceinline__ void finish_tile(const few_args &a, int32_t tile, til
     end_element<T, Out, ENDING>(a, tile, (int32_t)threadIdx.x / TILE_ROWS, i, value, addend);
 }
 
-template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
+template <typename T, typename Out, enum ending ENDING, enum norming NORM, int X_ROWS>
 __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_constant__ few_args a)
 {
     using shape = few_shape<X_ROWS>;
+    constexpr bool NORMED = NORM != UNNORMED;
     extern __shared__ __align__(128) unsigned char smem[];
     tile_sums<X_ROWS> &sums = *(tile_sums<X_ROWS> *)(smem + shape::RING_BYTES);
     uint32_t ring = shared_address(smem) + threadIdx.x / 32 * shape::STAGES * shape::STAGE_BYTES;
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, 1) linear_few_kernel(const __grid_con
             uint32_t at = ring + (uint32_t)(stage * shape::STAGE_BYTES);
             cp_async_wait<shape::STAGES - 1>();
             __syncwarp(); // every lane's part
-            add_step<T, NORMED, X_ROWS>(at, places, sum);
+            add_step<T, NORM, X_ROWS>(at, places, sum);
             __syncwarp(); // all lanes have read the stage
             if (ahead.tile < n_tiles) {
                 fetch_weights(a, ahead, n_tiles, at);
@@ -242,10 +246,10 @@ few_args args_of(const struct linear_params *p)
     return a;
 }
 
-template <typename T, typename Out, enum ending ENDING, bool NORMED, int X_ROWS>
+template <typename T, typename Out, enum ending ENDING, enum norming NORM, int X_ROWS>
 cudaError_t launch_rows(const struct device *d, const few_args &a)
 {
-    auto kernel = linear_few_kernel<T, Out, ENDING, NORMED, X_ROWS>;
+    auto kernel = linear_few_kernel<T, Out, ENDING, NORM, X_ROWS>;
     const int smem = few_shape<X_ROWS>::SMEM;
     cudaError_t status = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (status != cudaSuccess) return status;
@@ -253,30 +257,37 @@ cudaError_t launch_rows(const struct device *d, const few_args &a)
     return launch_early(d, kernel, dim3((unsigned)d->n_sms), THREADS, smem, a);
 }
 
-template <typename T, typename Out, enum ending ENDING, bool NORMED>
+template <typename T, typename Out, enum ending ENDING, enum norming NORM>
 cudaError_t launch(const struct device *d, const few_args &a)
 {
-    if (a.T == 1) return launch_rows<T, Out, ENDING, NORMED, 1>(d, a);
-    if (a.T <= 4) return launch_rows<T, Out, ENDING, NORMED, 4>(d, a);
-    return launch_rows<T, Out, ENDING, NORMED, FEW_ROWS>(d, a);
+    if (a.T == 1) return launch_rows<T, Out, ENDING, NORM, 1>(d, a);
+    if (a.T <= 4) return launch_rows<T, Out, ENDING, NORM, 4>(d, a);
+    return launch_rows<T, Out, ENDING, NORM, FEW_ROWS>(d, a);
+}
+
+// Of BF16, with the norm before it if there is one.
+template <typename Out, enum ending ENDING> cudaError_t launch_normed(const struct device *d, const few_args &a)
+{
+    if (!a.norm) return launch<__nv_bfloat16, Out, ENDING, UNNORMED>(d, a);
+    if (a.add_1) return launch<__nv_bfloat16, Out, ENDING, BY_WEIGHT_AND_1>(d, a);
+    return launch<__nv_bfloat16, Out, ENDING, BY_WEIGHT>(d, a);
 }
 
 template <enum ending ENDING> int launch_fused(struct device *d, enum dtype dtype, const few_args &a, struct error *e)
 {
-    cudaError_t status;
-    if (dtype == DTYPE_F16) status = launch<__half, __half, ENDING, false>(d, a);
-    else if (a.norm) status = launch<__nv_bfloat16, __nv_bfloat16, ENDING, true>(d, a);
-    else status = launch<__nv_bfloat16, __nv_bfloat16, ENDING, false>(d, a);
+    cudaError_t status = dtype == DTYPE_F16 ? launch<__half, __half, ENDING, UNNORMED>(d, a)
+                                            : launch_normed<__nv_bfloat16, ENDING>(d, a);
     return cuda_check(status, "linear", e);
 }
 
 // The norm goes into the kernel, or is done before it.
 int fuse_norm(struct device *d, const struct norm_params *norm, few_args *a, struct error *e)
 {
-    bool fits = norm->kind == NORM_RMS && !norm->residual.data && !norm->bias.data && norm->x.dtype == DTYPE_BF16 &&
-                norm->weight.dtype == DTYPE_BF16 && is_aligned(norm->weight.data) && is_aligned(norm->x.data);
+    bool fits = norm->kind == NORM_RMS && !norm->bias.data && !norm->accumulate && norm->x.dtype == DTYPE_BF16 &&
+                (norm->weight_offset == 0 || norm->weight_offset == 1) && norm->weight.dtype == DTYPE_BF16 &&
+                is_aligned(norm->weight.data) && is_aligned(norm->x.data);
     if (!fits) return cuda_norm(d, norm, e);
-    a->x = norm->x.data, a->norm = norm->weight.data, a->eps = norm->eps;
+    a->x = norm->x.data, a->norm = norm->weight.data, a->eps = norm->eps, a->add_1 = norm->weight_offset == 1;
     return 0;
 }
 
@@ -308,31 +319,32 @@ int linear_few(struct device *d, const struct linear_params *p, struct error *e)
     few_args a = args_of(p);
     bool wide = p->out.dtype == DTYPE_F32;
     cudaError_t status;
-    if (p->x.dtype == DTYPE_BF16 && wide) status = launch<__nv_bfloat16, float, STORE, false>(d, a);
-    else if (p->x.dtype == DTYPE_BF16) status = launch<__nv_bfloat16, __nv_bfloat16, STORE, false>(d, a);
-    else if (wide) status = launch<__half, float, STORE, false>(d, a);
-    else status = launch<__half, __half, STORE, false>(d, a);
+    if (p->x.dtype == DTYPE_BF16 && wide) status = launch<__nv_bfloat16, float, STORE, UNNORMED>(d, a);
+    else if (p->x.dtype == DTYPE_BF16) status = launch<__nv_bfloat16, __nv_bfloat16, STORE, UNNORMED>(d, a);
+    else if (wide) status = launch<__half, float, STORE, UNNORMED>(d, a);
+    else status = launch<__half, __half, STORE, UNNORMED>(d, a);
     return cuda_check(status, "linear", e);
 }
 
 bool linear_few_norm_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p)
 {
-    return linear_is_few(d, p) && is_of_norm(norm, p) && p->x.dtype == DTYPE_BF16 && p->out.dtype == DTYPE_F32;
+    return linear_is_few(d, p) && is_of_norm(norm, p) && p->x.dtype == DTYPE_BF16;
 }
 
 int linear_few_norm(struct device *d, const struct norm_params *norm, const struct linear_params *p, struct error *e)
 {
     few_args a = args_of(p);
     int rc = fuse_norm(d, norm, &a, e);
-    if (rc || !a.norm) return rc ? rc : linear_few(d, p, e);
-    return cuda_check(launch<__nv_bfloat16, float, STORE, true>(d, a), "linear", e);
+    if (rc) return rc;
+    cudaError_t status = p->out.dtype == DTYPE_F32 ? launch_normed<float, STORE>(d, a) : launch_normed<__nv_bfloat16, STORE>(d, a);
+    return cuda_check(status, "linear", e);
 }
 
 bool linear_few_rope_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p,
                           const struct rope_kv_write_params *rope)
 {
     int32_t half = rope->cos_sin.data ? rope->rope_dim / 2 : 0;
-    return linear_is_few(d, p) && are_chained(norm, p, &rope->qkv) &&
+    return linear_is_few(d, p) && are_chained(norm, p, &rope->qkv) && !rope->q_norm.data &&
            (!rope->cos_sin.data || rope->cos_sin.shape[0] == p->x.shape[0]) && rope->head_dim % TILE_ROWS == 0 &&
            half % (TILE_ROWS / 2) == 0;
 }

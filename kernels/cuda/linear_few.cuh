@@ -17,7 +17,7 @@ bool linear_is_few(const struct device *d, const struct linear_params *p);
 // out = W x, or out += W x.
 int linear_few(struct device *d, const struct linear_params *p, struct error *e);
 
-// W norm(x), in F32; rotated and written to the cache; act(W_gate norm(x)) * (W_up norm(x)). The ops' own launchers have
+// W norm(x); rotated and written to the cache; act(W_gate norm(x)) * (W_up norm(x)). The ops' own launchers have
 // checked the shapes. False from *_fits: these shapes are not for the fused kernel.
 bool linear_few_norm_fits(const struct device *d, const struct norm_params *norm, const struct linear_params *p);
 int linear_few_norm(struct device *d, const struct norm_params *norm, const struct linear_params *p, struct error *e);

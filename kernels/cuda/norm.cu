@@ -1,7 +1,7 @@
-/* norm.cu: RMS and layer norm, with the residual added first.
+/* norm.cu: RMS and layer norm, stored or added to what is there.
  *
  * Grid: one block a row, 256 threads; the row stays in shared memory as F32 between the passes (dim <= 32,768).
- * Bytes: x and out once, residual and x again if there is one: bound by the memory for many rows, by latency for few.
+ * Bytes: x once, out once, or twice where it is added to: bound by the memory for many rows, by latency for few.
  * Sums: each thread its own columns in ascending order, then a fixed tree: the same bits whatever the batch.
  */
 #include "kernels/cuda/launch.cuh"
@@ -10,13 +10,13 @@
 enum { THREADS = 256, WARPS = THREADS / 32, MAX_DIM = 32768 };
 
 struct norm_args {
-    void *out, *x;
-    const void *residual;       // NULL: none
+    void *out;
+    const void *x;
     const void *weight, *bias;  // bias NULL: none
     enum dtype weight_dtype, bias_dtype;
     int32_t dim;
-    float eps;
-    bool layer;
+    float eps, weight_offset;
+    bool layer, accumulate;
 };
 
 // The sum over the block, in every thread.
@@ -35,18 +35,11 @@ __device__ __forceinline__ float block_sum(float x, float *warp_sums)
 
 // A row whose columns are whole vectors: 16 bytes a load.
 template <typename T>
-__device__ __forceinline__ void normalize_vectors(const struct norm_args &a, T *x, const T *residual, T *out, float *row,
-                                                  float *warp_sums)
+__device__ __forceinline__ void normalize_vectors(const struct norm_args &a, const T *x, T *out, float *row, float *warp_sums)
 {
     float sum = 0, mean = 0, value[VECTOR], other[VECTOR];
     for (int32_t i = threadIdx.x * VECTOR; i < a.dim; i += THREADS * VECTOR) {
         load_vector(value, x + i);
-        if (residual) {
-            load_vector(other, residual + i);
-#pragma unroll
-            for (int j = 0; j < VECTOR; j++) value[j] = to_float(from_float<T>(value[j] + other[j]));
-            store_vector(x + i, value);
-        }
 #pragma unroll
         for (int j = 0; j < VECTOR; j++) {
             row[i + j] = value[j];
@@ -66,9 +59,14 @@ __device__ __forceinline__ void normalize_vectors(const struct norm_args &a, T *
     for (int32_t i = threadIdx.x * VECTOR; i < a.dim; i += THREADS * VECTOR) {
         load_vector_as_float<T>(value, a.weight, a.weight_dtype, (size_t)i);
 #pragma unroll
-        for (int j = 0; j < VECTOR; j++) value[j] *= (row[i + j] - mean) * scale;
+        for (int j = 0; j < VECTOR; j++) value[j] = (value[j] + a.weight_offset) * ((row[i + j] - mean) * scale);
         if (a.bias) {
             load_vector_as_float<T>(other, a.bias, a.bias_dtype, (size_t)i);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) value[j] += other[j];
+        }
+        if (a.accumulate) {
+            load_vector(other, out + i);
 #pragma unroll
             for (int j = 0; j < VECTOR; j++) value[j] += other[j];
         }
@@ -82,19 +80,15 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(con
     __shared__ float warp_sums[WARPS];
     next_kernel_allow();
     previous_kernel_wait();
-    T *x = (T *)a.x + (size_t)blockIdx.x * a.dim, *out = (T *)a.out + (size_t)blockIdx.x * a.dim;
-    const T *residual = a.residual ? (const T *)a.residual + (size_t)blockIdx.x * a.dim : NULL;
+    const T *x = (const T *)a.x + (size_t)blockIdx.x * a.dim;
+    T *out = (T *)a.out + (size_t)blockIdx.x * a.dim;
     float sum = 0;
     if (sizeof(T) == 2 && a.dim % VECTOR == 0) {
-        normalize_vectors(a, x, residual, out, row, warp_sums);
+        normalize_vectors(a, x, out, row, warp_sums);
         return;
     }
     for (int32_t i = threadIdx.x; i < a.dim; i += THREADS) {
         float value = to_float(x[i]);
-        if (residual) {
-            x[i] = from_float<T>(value + to_float(residual[i]));
-            value = to_float(x[i]);
-        }
         row[i] = value;
         sum += a.layer ? value : value * value;
     }
@@ -107,8 +101,9 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_kernel(con
     }
     scale = 1.0f / sqrtf(sum / a.dim + a.eps);
     for (int32_t i = threadIdx.x; i < a.dim; i += THREADS) {
-        float value = (row[i] - mean) * scale * load_as_float(a.weight, a.weight_dtype, i);
+        float value = (row[i] - mean) * scale * (load_as_float(a.weight, a.weight_dtype, i) + a.weight_offset);
         if (a.bias) value += load_as_float(a.bias, a.bias_dtype, i);
+        if (a.accumulate) value += to_float(out[i]);
         out[i] = from_float<T>(value);
     }
 }
@@ -126,8 +121,7 @@ int norm_check(const struct norm_params *p, struct error *e)
     size_t T = p->x.shape[0], dim = p->x.shape[1];
     if (p->x.n_dims != 2 || p->out.n_dims != 2 || T < 1 || dim < 1 || dim > MAX_DIM || p->out.dtype != p->x.dtype ||
         p->out.shape[0] != T || p->out.shape[1] != dim || p->weight.shape[0] != dim ||
-        (p->bias.data && p->bias.shape[0] != dim) ||
-        (p->residual.data && (p->residual.dtype != p->x.dtype || p->residual.shape[0] != T || p->residual.shape[1] != dim)))
+        (p->bias.data && p->bias.shape[0] != dim))
         return error_set(e, ERR_INVALID, "norm: shapes do not fit");
     return 0;
 }
@@ -137,10 +131,11 @@ int cuda_norm(struct device *d, const struct norm_params *p, struct error *e)
     int rc = norm_check(p, e);
     if (rc) return rc;
     struct norm_args a = {};
-    a.out = p->out.data, a.x = p->x.data, a.residual = p->residual.data;
+    a.out = p->out.data, a.x = p->x.data;
     a.weight = p->weight.data, a.weight_dtype = p->weight.dtype;
     a.bias = p->bias.data, a.bias_dtype = p->bias.dtype;
-    a.dim = (int32_t)p->x.shape[1], a.eps = p->eps, a.layer = p->kind == NORM_LAYER;
+    a.dim = (int32_t)p->x.shape[1], a.eps = p->eps, a.weight_offset = p->weight_offset;
+    a.layer = p->kind == NORM_LAYER, a.accumulate = p->accumulate;
     cudaError_t status;
     FOR_ACTIVATION_TYPE(p->x.dtype, T_, status = launch<T_>(d, (unsigned)p->x.shape[0], &a));
     return cuda_check(status, "norm", e);

@@ -1,13 +1,15 @@
-/* rope.cu: rotary positions and the write of K and V into the paged cache.
+/* rope.cu: norms of q and k, rotary positions, and the write of K and V into the paged cache.
  *
  * rope_table: one thread an angle. rope_kv_write: one block a token; a thread rotates 8 dims and their 8 partners, or moves 8
  * dims that are not rotated to the cache. Bytes: q and k read and written, v read, k and v written to the cache: one pass over
- * qkv, bound by the memory. Dims that are no multiples of 8: grid (tokens, heads of q, k and v), a thread a dim.
+ * qkv, bound by the memory. With norms of q and k: a warp a head, whose lanes have 8 dims each in registers (head_dim <= 256);
+ * partners come by a shuffle. Dims that are no multiples of 8: grid (tokens, heads of q, k and v), a thread a dim.
+ * What is normed is rounded before it is rotated, as transformers does it.
  */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.cuh"
 
-enum { THREADS = 64, VECTOR_THREADS = 256, TABLE_THREADS = 128 };
+enum { THREADS = 64, VECTOR_THREADS = 256, TABLE_THREADS = 128, HEADS_PER_BLOCK = VECTOR_THREADS / 32 };
 
 __global__ void __launch_bounds__(TABLE_THREADS)
 rope_table_kernel(float *cos_sin, const int32_t *positions, const float *inv_freq, size_t n, int32_t half, float factor)
@@ -41,6 +43,9 @@ struct rope_args {
     void *k_cache, *v_cache;     // [n_blocks, KV, block_size, D]
     const int32_t *slots;        // [T]
     int32_t n_heads, n_kv_heads, head_dim, rope_dim, block_size;
+    const void *q_norm, *k_norm; // [D]; NULL, both: none
+    enum dtype q_norm_dtype, k_norm_dtype;
+    float norm_eps, norm_weight_offset;
 };
 
 // The token's k or v of `head` (counted through q, k and v) in the cache; NULL: q, or the token is not kept.
@@ -52,6 +57,30 @@ template <typename T> __device__ __forceinline__ T *place_of(const struct rope_a
     return (T *)(head < a.n_heads + a.n_kv_heads ? a.k_cache : a.v_cache) + row * a.head_dim;
 }
 
+__device__ __forceinline__ float warp_sum(float x)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+// A head of q or k, by the whole block.
+template <typename T> __device__ void norm_head(const struct rope_args &a, T *x, bool is_q)
+{
+    __shared__ float sums[THREADS / 32];
+    const void *weight = is_q ? a.q_norm : a.k_norm;
+    const enum dtype dtype = is_q ? a.q_norm_dtype : a.k_norm_dtype;
+    float sum = 0;
+    for (int32_t i = threadIdx.x; i < a.head_dim; i += THREADS) sum += to_float(x[i]) * to_float(x[i]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float scale = 1.0f / sqrtf((sums[0] + sums[1]) / a.head_dim + a.norm_eps);
+    for (int32_t i = threadIdx.x; i < a.head_dim; i += THREADS)
+        x[i] = from_float<T>(to_float(x[i]) * scale * (load_as_float(weight, dtype, i) + a.norm_weight_offset));
+    __syncthreads(); // others rotate it
+}
+
 template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_kernel(const struct rope_args a)
 {
     next_kernel_allow();
@@ -61,6 +90,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) rope_kv_write_k
     T *x = (T *)a.qkv + (t * n_all + head) * a.head_dim;
     bool is_v = head >= a.n_heads + a.n_kv_heads, rotates = a.cos_sin && !is_v;
     T *cache = place_of<T>(a, t, head);
+    if (a.q_norm && !is_v) norm_head(a, x, head < a.n_heads);
     const float *cos_row = a.cos_sin + t * a.rope_dim, *sin_row = cos_row + half;
     for (int32_t i = threadIdx.x; rotates && i < half; i += THREADS) {
         float low = to_float(x[i]), high = to_float(x[i + half]), c = cos_row[i], s = sin_row[i];
@@ -110,6 +140,53 @@ template <typename T> __global__ void __launch_bounds__(VECTOR_THREADS) rope_kv_
     }
 }
 
+// The lane's vector of a head: normed, and rounded.
+template <typename T>
+__device__ __forceinline__ void norm_vector(const struct rope_args &a, float (&x)[VECTOR], const float (&weight)[VECTOR])
+{
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) sum += x[j] * x[j];
+    float scale = 1.0f / sqrtf(warp_sum(sum) / a.head_dim + a.norm_eps);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) x[j] = to_float(from_float<T>(x[j] * scale * (weight[j] + a.norm_weight_offset)));
+}
+
+// Rotates it: its partner is in another lane.
+__device__ __forceinline__ void turn_vector(float (&x)[VECTOR], const float *cosines, int32_t half)
+{
+    const int32_t at = (int32_t)threadIdx.x % 32 * VECTOR;
+    const bool is_low = at < half, turns = at < 2 * half;
+    const int32_t from = turns ? (is_low ? at + half : at - half) / VECTOR : 0;
+    cosines += turns ? (is_low ? at : at - half) : 0;
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) {
+        float other = __shfl_sync(~0u, x[j], from), c = cosines[j], s = cosines[half + j];
+        if (turns) x[j] = is_low ? x[j] * c - other * s : x[j] * c + other * s;
+    }
+}
+
+template <typename T> __global__ void __launch_bounds__(VECTOR_THREADS) rope_kv_write_normed_kernel(const struct rope_args a)
+{
+    const int32_t head = (int32_t)(blockIdx.y * HEADS_PER_BLOCK + threadIdx.x / 32), at = (int32_t)threadIdx.x % 32 * VECTOR;
+    const size_t t = blockIdx.x, n_all = (size_t)a.n_heads + 2 * a.n_kv_heads;
+    const bool is_q = head < a.n_heads, is_v = head >= a.n_heads + a.n_kv_heads, is_there = at < a.head_dim;
+    float x[VECTOR] = {}, weight[VECTOR] = {};
+    next_kernel_allow();
+    if (is_there && !is_v)
+        load_vector_as_float<T>(weight, is_q ? a.q_norm : a.k_norm, is_q ? a.q_norm_dtype : a.k_norm_dtype, (size_t)at);
+    previous_kernel_wait(); // it writes no weights
+    if (head >= (int32_t)n_all) return;
+    T *row = (T *)a.qkv + (t * n_all + head) * a.head_dim, *cache = place_of<T>(a, t, head);
+    if (is_there) load_vector(x, row + at);
+    if (!is_v) {
+        norm_vector<T>(a, x, weight);
+        if (a.rope_dim > 0) turn_vector(x, a.cos_sin + t * a.rope_dim, a.rope_dim / 2);
+        if (is_there) store_vector(row + at, x);
+    }
+    if (cache && is_there) store_vector(cache + at, x);
+}
+
 static int check_cache(struct device *d, const struct rope_kv_write_params *p, struct error *e)
 {
     const struct tensor *k = &p->cache.k, *v = &p->cache.v;
@@ -134,7 +211,18 @@ int rope_kv_write_check(struct device *d, const struct rope_kv_write_params *p, 
         (p->cos_sin.data && (p->rope_dim < 0 || p->rope_dim > p->head_dim || p->rope_dim % 2 ||
                              p->cos_sin.dtype != DTYPE_F32 || p->cos_sin.shape[1] != (size_t)p->rope_dim)))
         return error_set(e, ERR_INVALID, "rope_kv_write: shapes do not fit");
+    const struct tensor *q = &p->q_norm, *k = &p->k_norm;
+    if (!q->data != !k->data || (q->data && (q->shape[0] != (size_t)p->head_dim || k->shape[0] != (size_t)p->head_dim)))
+        return error_set(e, ERR_INVALID, "rope_kv_write: norms of q and k are not [%d] both", p->head_dim);
     return check_cache(d, p, e);
+}
+
+template <typename T>
+static cudaError_t launch_vectors(const struct device *d, unsigned n_tokens, unsigned n_all, const struct rope_args &a)
+{
+    dim3 grid(n_tokens, (n_all + HEADS_PER_BLOCK - 1) / HEADS_PER_BLOCK);
+    if (a.q_norm) return launch_early(d, rope_kv_write_normed_kernel<T>, grid, VECTOR_THREADS, 0, a);
+    return launch_early(d, rope_kv_write_vectors_kernel<T>, dim3(n_tokens), VECTOR_THREADS, 0, a);
 }
 
 int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, struct error *e)
@@ -149,14 +237,17 @@ int cuda_rope_kv_write(struct device *d, const struct rope_kv_write_params *p, s
     if (!a.slots) return ERR_DEVICE;
     a.n_heads = p->n_heads, a.n_kv_heads = p->n_kv_heads, a.head_dim = p->head_dim;
     a.rope_dim = a.cos_sin ? p->rope_dim : 0, a.block_size = (int32_t)p->cache.k.shape[2];
+    a.q_norm = p->q_norm.data, a.q_norm_dtype = p->q_norm.dtype, a.k_norm = p->k_norm.data, a.k_norm_dtype = p->k_norm.dtype;
+    a.norm_eps = p->norm_eps, a.norm_weight_offset = p->norm_weight_offset;
     bool vectors = p->qkv.dtype != DTYPE_F32 && a.head_dim % VECTOR == 0 && a.rope_dim / 2 % VECTOR == 0;
+    if (a.q_norm) vectors = vectors && a.head_dim <= 32 * VECTOR && is_aligned(a.q_norm) && is_aligned(a.k_norm);
     cudaError_t status;
     if (!vectors)
         FOR_ACTIVATION_TYPE(p->qkv.dtype, T_, status = launch_early(d, rope_kv_write_kernel<T_>,
                                                                     dim3((unsigned)T, (unsigned)n_all), THREADS, 0, a));
     else if (p->qkv.dtype == DTYPE_BF16)
-        status = launch_early(d, rope_kv_write_vectors_kernel<__nv_bfloat16>, dim3((unsigned)T), VECTOR_THREADS, 0, a);
+        status = launch_vectors<__nv_bfloat16>(d, (unsigned)T, (unsigned)n_all, a);
     else
-        status = launch_early(d, rope_kv_write_vectors_kernel<__half>, dim3((unsigned)T), VECTOR_THREADS, 0, a);
+        status = launch_vectors<__half>(d, (unsigned)T, (unsigned)n_all, a);
     return cuda_check(status, "rope_kv_write", e);
 }

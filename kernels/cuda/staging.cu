@@ -3,7 +3,7 @@
  * A step's arrays lie at fixed places on the device, so that a recorded graph reads those of any step. The host writes
  * them to a slot of pinned memory; one kernel reads the slot over the bus, while the step before still runs, and stores
  * when that is over. Of block tables, which may have megabytes, only entries that changed since the last step travel
- * (table_shadow.h).
+ * (table_shadow.h); those of all tables in one list.
  *
  * What nobody staged (prompts, parameters of many sampled rows) is copied by the ops that are given it, through the rest of
  * the slot.
@@ -18,7 +18,7 @@ enum {
     THREADS = 256,
     ALIGNMENT = 256,       // of arrays on the device: whole sectors, and what bulk copies want
     LOOSE_BYTES = 8 << 20, // room of a step for arrays that nobody staged
-    MAX_STAGED = 16,       // arrays of one step
+    MAX_ARRAYS = 24,       // of one step, without tables
     N_SLOTS = 4,           // steps whose arrays may be on their way at once
 };
 
@@ -33,13 +33,14 @@ struct staged {
 struct staging {
     char *pinned;          // [N_SLOTS, slot_bytes]
     char *arrays;          // device, [arrays_bytes + LOOSE_BYTES]
-    struct table_shadow shadow; // of the table
-    size_t arrays_bytes;   // of the arrays of a step, the table last
-    size_t table_entries;  // room of the table
-    size_t slot_bytes;     // arrays but the table, then table updates, then LOOSE_BYTES
+    struct table_shadow shadows[MAX_TABLES];
+    int32_t n_tables;
+    size_t arrays_bytes;   // of the arrays of a step, the tables last
+    size_t table_entries;  // room of a table, whole units of ALIGNMENT
+    size_t slot_bytes;     // arrays but the tables, then table updates, then LOOSE_BYTES
     size_t used;           // of the loose bytes of the slot that is being filled
     int32_t slot, n_staged;
-    struct staged staged[MAX_STAGED];
+    struct staged staged[MAX_ARRAYS + MAX_TABLES];
     uint64_t free_after[N_SLOTS]; // recorded points that must be over before a slot is written to
 };
 
@@ -53,12 +54,12 @@ static size_t round_up(size_t n)
 struct load_args {
     const char *pinned;
     char *arrays;
-    uint32_t begin[MAX_STAGED]; // bytes; the same on both sides
-    uint32_t n_vectors[MAX_STAGED]; // of 16 bytes
+    uint32_t begin[MAX_ARRAYS]; // bytes; the same on both sides
+    uint32_t n_vectors[MAX_ARRAYS]; // of 16 bytes
     int32_t n_arrays;
     const struct table_update *updates; // pinned
     uint32_t n_updates;
-    int32_t *table;
+    int32_t *tables;
 };
 
 // One vector or update a thread: read at once, stored when the step before is over. The next kernel is not let in before
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(THREADS) load_step_kernel(const __grid_constan
     if (!to && i < a.n_updates) update = a.updates[i];
     previous_kernel_wait();
     if (to) *(uint4 *)to = vector;
-    if (update.at >= 0) a.table[update.at] = update.block;
+    if (update.at >= 0) a.tables[update.at] = update.block;
     __threadfence(); // for whoever begins when the last block has ended
 }
 
@@ -106,11 +107,17 @@ static char *slot_of(const struct staging *s)
     return s->pinned + (size_t)s->slot * s->slot_bytes;
 }
 
+// Where the tables begin on the device, and their updates in a slot.
+static size_t tables_begin(const struct staging *s)
+{
+    return s->arrays_bytes - (size_t)s->n_tables * s->table_entries * sizeof(int32_t);
+}
+
 static int place_arrays(struct staging *s, const struct stage_array *arrays, int32_t n, struct load_args *a, size_t *end,
                         struct error *e)
 {
-    size_t at = 0, room = s->arrays_bytes - round_up(s->table_entries * sizeof(int32_t));
-    if (n >= MAX_STAGED) return error_set(e, ERR_INVALID, "staging: %d arrays, %d at most", n, MAX_STAGED - 1);
+    size_t at = 0, room = tables_begin(s);
+    if (n > MAX_ARRAYS) return error_set(e, ERR_INVALID, "staging: %d arrays, %d at most", n, MAX_ARRAYS);
     for (int32_t i = 0; i < n; i++) {
         size_t capacity = arrays[i].capacity > arrays[i].bytes ? arrays[i].capacity : arrays[i].bytes;
         if (at + round_up(capacity) > room)
@@ -126,22 +133,34 @@ static int place_arrays(struct staging *s, const struct stage_array *arrays, int
     return 0;
 }
 
-static int place_table(struct staging *s, const struct stage_table *table, struct load_args *a, size_t *end,
-                       struct error *e)
+static size_t entries_of(const struct stage_table *table)
 {
-    size_t bytes = (size_t)table->n_seqs * (size_t)table->width * sizeof(int32_t), room = s->table_entries * sizeof(int32_t);
-    if (bytes > room) return error_set(e, ERR_INVALID, "staging: a table of %zu bytes, %zu at most", bytes, room);
-    size_t at = s->arrays_bytes - round_up(room);
+    return (size_t)table->n_seqs * (size_t)table->width;
+}
+
+static int place_tables(struct staging *s, const struct stage_table *tables, int32_t n, struct load_args *a, size_t *end,
+                        struct error *e)
+{
+    const size_t at = tables_begin(s);
     struct table_update *updates = (struct table_update *)(slot_of(s) + at);
-    a->updates = updates, a->table = (int32_t *)(s->arrays + at);
-    a->n_updates = table_shadow_update(&s->shadow, table, updates);
-    s->staged[s->n_staged++] = (struct staged){table->host, a->table, bytes, false};
-    *end += a->n_updates;
+    if (n > s->n_tables) return error_set(e, ERR_INVALID, "staging: %d tables, %d at most", n, s->n_tables);
+    for (int32_t i = 0; i < n; i++) // all, before any shadow says what is not on its way
+        if (entries_of(&tables[i]) > s->table_entries)
+            return error_set(e, ERR_INVALID, "staging: a table of %zu entries, %zu at most", entries_of(&tables[i]),
+                             s->table_entries);
+    a->updates = updates, a->tables = (int32_t *)(s->arrays + at);
+    for (int32_t i = 0; i < n; i++) {
+        const size_t begin = (size_t)i * s->table_entries, bytes = entries_of(&tables[i]) * sizeof(int32_t);
+        uint32_t n_updates = table_shadow_update(&s->shadows[i], &tables[i], updates);
+        for (uint32_t j = 0; j < n_updates; j++) updates[j].at += (int32_t)begin;
+        s->staged[s->n_staged++] = (struct staged){tables[i].host, a->tables + begin, bytes, false};
+        updates += n_updates, a->n_updates += n_updates, *end += n_updates;
+    }
     return 0;
 }
 
-int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *table,
-               struct error *e)
+int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, const struct stage_table *tables,
+               int32_t n_tables, struct error *e)
 {
     struct staging *s = d->staging;
     struct load_args a = {};
@@ -149,7 +168,7 @@ int cuda_stage(struct device *d, const struct stage_array *arrays, int32_t n, co
     s->n_staged = 0;
     if (cuda_check(next_slot(d), "staging", e)) return ERR_DEVICE;
     a.pinned = slot_of(s), a.arrays = s->arrays;
-    if (place_arrays(s, arrays, n, &a, &n_threads, e) || (table && place_table(s, table, &a, &n_threads, e)))
+    if (place_arrays(s, arrays, n, &a, &n_threads, e) || place_tables(s, tables, n_tables, &a, &n_threads, e))
         return ERR_INVALID;
     if (n_threads == 0) return 0;
     dim3 grid((unsigned)((n_threads + THREADS - 1) / THREADS));
@@ -215,13 +234,19 @@ int staging_create(struct device *d, struct error *e)
     const struct device_options *o = &d->options;
     struct staging *s = d->staging = (struct staging *)calloc(1, sizeof *s);
     if (!s) return error_set(e, ERR_NOMEM, "staging: out of memory");
+    s->n_tables = o->n_tables > 0 ? o->n_tables : 1;
     size_t tokens = round_up((size_t)o->max_tokens * sizeof(int32_t)), seqs = (size_t)o->max_seqs;
     size_t max_blocks = ((size_t)o->max_context + (size_t)o->block_size - 1) / (size_t)o->block_size;
-    size_t small = 8 * tokens + 2 * round_up((seqs + 1) * sizeof(int32_t));
-    s->table_entries = seqs * (max_blocks + 2); // the engine's rows may be longer by a little
-    s->arrays_bytes = small + round_up(s->table_entries * sizeof(int32_t));
-    s->slot_bytes = small + round_up(s->table_entries * sizeof(struct table_update)) + LOOSE_BYTES;
-    if (table_shadow_init(&s->shadow, seqs, s->table_entries)) return error_set(e, ERR_NOMEM, "staging: out of memory");
+    // The step's arrays, of which each table has one of its own (slots), and what is as long as there are sequences.
+    size_t small = (size_t)(7 + s->n_tables) * tokens + 2 * round_up((seqs + 1) * sizeof(int32_t));
+    // The engine's rows may be longer by a little.
+    s->table_entries = round_up(seqs * (max_blocks + 2) * sizeof(int32_t)) / sizeof(int32_t);
+    const size_t n_entries = (size_t)s->n_tables * s->table_entries;
+    if (n_entries > INT32_MAX) return error_set(e, ERR_INVALID, "device: %zu entries of block tables", n_entries);
+    s->arrays_bytes = small + n_entries * sizeof(int32_t);
+    s->slot_bytes = small + n_entries * sizeof(struct table_update) + LOOSE_BYTES;
+    for (int32_t i = 0; i < s->n_tables; i++)
+        if (table_shadow_init(&s->shadows[i], seqs, s->table_entries)) return error_set(e, ERR_NOMEM, "staging: out of memory");
     size_t pinned = N_SLOTS * s->slot_bytes;
     if (cudaHostAlloc((void **)&s->pinned, pinned, cudaHostAllocMapped) != cudaSuccess) {
         cudaGetLastError();
@@ -238,7 +263,7 @@ void staging_destroy(struct device *d)
     if (!s) return;
     if (s->pinned) cudaFreeHost(s->pinned);
     cudaFree(s->arrays);
-    table_shadow_deinit(&s->shadow);
+    for (int32_t i = 0; i < s->n_tables; i++) table_shadow_deinit(&s->shadows[i]);
     free(s);
     d->staging = NULL;
 }

@@ -66,7 +66,8 @@ static void enqueue(const char *kinds, size_t T)
         struct linear_params o = {rows_of(x, T), rows_of(attn, T), &layer[i].out, true};
         struct linear_params u = {rows_of(inner_out, T), n.out, &layer[i].in, false};
         struct linear_params w = {rows_of(x, T), rows_of(act, T), &layer[i].down, true};
-        struct rope_kv_write_params r = {q.out, rows_of(cos_sin, T), layer[i].cache, slots, HEADS, KV, shape.dim, shape.dim};
+        struct rope_kv_write_params r = {.qkv = q.out, .cos_sin = rows_of(cos_sin, T), .cache = layer[i].cache,
+            .slot_mapping = slots, .n_heads = HEADS, .n_kv_heads = KV, .head_dim = shape.dim, .rope_dim = shape.dim};
         struct activation_params a = {rows_of(act, T), u.out, ACT_SILU, true};
         if (strchr(kinds, 'q')) check(gpu->norm_linear_rope(d, &n, &q, &r, &e));
         struct attention_params s = {.out = rows_of(attn, T), .qkv = q.out, .cache = layer[i].cache, .cu_seqlens_q = starts,
@@ -109,7 +110,7 @@ static double seconds(const char *kinds, int32_t T, double *launch)
     double times[REPEATS], launches[REPEATS];
     for (int i = -2; i < REPEATS; i++) {
         bool replayed, launched;
-        check(gpu->stage(d, staged, 3, &table, &e));
+        check(gpu->stage(d, staged, 3, &table, 1, &e));
         check(gpu->wait(d, gpu->record(d), &e));
         double begin = now();
         check(gpu->graph_begin(d, kinds, T, &replayed, &e));

@@ -54,7 +54,7 @@ def cases():
         def linear(x, w, *norms, norm=norm):
             return F.linear(norm(x, *norms), w)
         yield f"norm {name}", norm, (x, scale, shift)
-        yield f"residual, norm {name}", lambda x, r, *rest, norm=norm: norm(x + r, *rest), (x, r, scale, shift)
+        yield f"norm {name}, added", lambda out, x, *rest, norm=norm: out + norm(x, *rest), (r, x, scale, shift)
         yield f"norm {name}, linear", linear, (x, w, scale, shift)
         yield f"norm {name}, linear, rope", \
             lambda x, w, s, b, cos, sin, f=linear: rotated(f(x, w, s, b), cos, sin), (x, w[:1344], scale, shift, cos, sin)
@@ -63,7 +63,6 @@ def cases():
                 lambda *inputs, f=linear, a=activation: a(f(*inputs)), (x, w, scale, shift)
             yield f"norm {name}, linear, {kind}, gated", \
                 lambda *inputs, f=linear, a=gated(kind): a(f(*inputs)), (x, both, scale, shift)
-    yield "residual", lambda x, r: x + r, (x, r)
     for kind, activation in KINDS.items():
         yield kind, activation, (x,)
         yield f"{kind}, gated", gated(kind), (x,)

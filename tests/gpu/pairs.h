@@ -80,6 +80,14 @@ static void pair_free(struct pair *p)
     free(p->c.data);
 }
 
+// The bits of the first n elements of a tensor on the GPU.
+static inline void *bits_of(const struct tensor *t, size_t n)
+{
+    void *bits = malloc(n * dtype_size(t->dtype));
+    check(gpu->copy_out(gpu_device, bits, t->data, n * dtype_size(t->dtype), &e));
+    return bits;
+}
+
 // ‖gpu − cpu‖ / ‖cpu‖ of both tensors.
 static double distance(const struct pair *p)
 {

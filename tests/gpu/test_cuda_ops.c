@@ -129,24 +129,23 @@ START_TEST(norm)
     for (int round = 0; round < 24; round++) {
         enum dtype dtype = type_of(round);
         size_t T = (size_t)random_int(1, 70), dim = dims[round % 7];
-        struct pair x = pair_of(dtype, T, dim), out = pair_of(dtype, T, dim), r = pair_of(dtype, T, dim);
+        struct pair x = pair_of(dtype, T, dim), out = pair_of(dtype, T, dim);
         struct pair w = pair_of(round % 3 ? dtype : DTYPE_F32, 1, dim), b = pair_of(DTYPE_F32, 1, dim);
         w.g.shape[0] = w.c.shape[0] = b.g.shape[0] = b.c.shape[0] = dim;
         w.g.n_dims = w.c.n_dims = b.g.n_dims = b.c.n_dims = 1;
-        poison(&out);
+        const bool added = round % 2;
+        if (!added) poison(&out);
         struct norm_params g = {.out = out.g, .x = x.g, .weight = w.g, .kind = round % 4 < 2 ? NORM_RMS : NORM_LAYER,
-                                .eps = 1e-5f}, c = g;
+                                .eps = 1e-5f, .weight_offset = (float)random_int(0, 2) / 2, .accumulate = added}, c = g;
         c.out = out.c, c.x = x.c, c.weight = w.c;
         if (g.kind == NORM_LAYER) g.bias = b.g, c.bias = b.c;
-        if (round % 2) g.residual = r.g, c.residual = r.c;
         if (dim == 1 && g.kind == NORM_LAYER) continue; // all rounding
         check(gpu->norm(gpu_device, &g, &e));
         check(cpu->norm(cpu_device, &c, &e));
-        expect_close(&out, round % 2 ? 3 : dim == 1 ? 2 : 1.5, "norm"); // of one value, no average
-        expect_close(&x, 1.5, "norm's residual stream");
-        expect_pytorch(&out, dtype, "%snorm %s", round % 2 ? "residual, " : "", norm_names[g.kind]);
-        if (round % 2) expect_pytorch(&x, dtype, "residual");
-        pair_free(&x), pair_free(&out), pair_free(&r), pair_free(&w), pair_free(&b);
+        expect_close(&out, dim == 1 ? 2 : 1.5, "norm"); // of one value, no average
+        expect_close(&x, 1, "norm's x");
+        expect_pytorch(&out, dtype, "norm %s%s", norm_names[g.kind], added ? ", added" : "");
+        pair_free(&x), pair_free(&out), pair_free(&w), pair_free(&b);
     }
 }
 END_TEST
@@ -283,8 +282,9 @@ static void attention_round(const struct attention_case *a, enum dtype dtype)
             struct rope_table_params gt = {cs.g, positions, g_freq, 1}, ct = {cs.c, positions, inv_freq, 1};
             check(gpu->rope_table(gpu_device, &gt, &e)), check(cpu->rope_table(cpu_device, &ct, &e));
             ck_assert_msg(half == 0 || distance(&cs) < 1e-5, "rope_table: %g", distance(&cs));
-            struct rope_kv_write_params g = {qkv.g, cs.g, g_layer, to, a->n_heads, a->n_kv_heads, a->head_dim, 2 * half};
-            struct rope_kv_write_params c = {qkv.c, cs.c, c_layer, to, a->n_heads, a->n_kv_heads, a->head_dim, 2 * half};
+            struct rope_kv_write_params g = {.qkv = qkv.g, .cos_sin = cs.g, .cache = g_layer, .slot_mapping = to,
+                .n_heads = a->n_heads, .n_kv_heads = a->n_kv_heads, .head_dim = a->head_dim, .rope_dim = 2 * half}, c = g;
+            c.qkv = qkv.c, c.cos_sin = cs.c, c.cache = c_layer;
             check(gpu->rope_kv_write(gpu_device, &g, &e)), check(cpu->rope_kv_write(cpu_device, &c, &e));
             expect_close(&qkv, 1.2, "rope");
             expect_pytorch(&qkv, dtype, "rope");
@@ -314,6 +314,82 @@ START_TEST(rope_and_attention)
         static struct attention_case a;
         case_draw(&a);
         attention_round(&a, type_of(round));
+    }
+}
+END_TEST
+
+// A vector of n on both sides.
+static struct pair vector_of(enum dtype dtype, size_t n)
+{
+    struct pair p = pair_of(dtype, 1, n);
+    p.g.n_dims = p.c.n_dims = 1, p.g.shape[0] = p.c.shape[0] = n;
+    return p;
+}
+
+// What the cache has of each token are the bits of its k and v.
+static void expect_cached(const struct kv_layer *layer, const struct tensor *qkv, const int32_t *slots, size_t n_heads)
+{
+    const size_t n_kv = layer->k.shape[1], block = layer->k.shape[2], dim = layer->k.shape[3], T = qkv->shape[0];
+    const size_t n = layer->k.shape[0] * n_kv * block * dim;
+    uint16_t *k = bits_of(&layer->k, n), *v = bits_of(&layer->v, n), *row = bits_of(qkv, T * qkv->shape[1]), *rows = row;
+    for (size_t t = 0; t < T; t++, row += qkv->shape[1])
+        for (size_t h = 0; h < n_kv; h++) {
+            size_t at = (((size_t)slots[t] / block * n_kv + h) * block + (size_t)slots[t] % block) * dim;
+            ck_assert_msg(!memcmp(k + at, row + (n_heads + h) * dim, dim * 2), "K of token %zu, head %zu, head_dim %zu", t, h, dim);
+            ck_assert_msg(!memcmp(v + at, row + (n_heads + n_kv + h) * dim, dim * 2), "V of token %zu, head %zu", t, h);
+        }
+    free(k), free(v), free(rows);
+}
+
+// Norms of q and k before the rotation: of all of a head, of half of it, of none.
+START_TEST(rope_with_norms)
+{
+    static const int32_t dims[] = {64, 80, 96, 128, 256, 40, 8, 36}, heads[][2] = {{1, 1}, {4, 2}, {32, 8}, {5, 5}};
+    static const int32_t counts[] = {1, 7, 300};
+    for (int round = 0; round < rounds(96); round++) {
+        const enum dtype dtype = type_of(round);
+        const int32_t dim = dims[round / 2 % 8], T = counts[random_int(0, 2)], *h = heads[random_int(0, 3)];
+        const int32_t rope_dim = dim / 4 * 2 * random_int(0, 2), n_blocks = MAX_TOKENS / BLOCK + 1;
+        const size_t width = (size_t)((h[0] + 2 * h[1]) * dim);
+        struct attention_case a = {.n_heads = h[0], .n_kv_heads = h[1], .head_dim = dim, .block_size = BLOCK, .n_blocks = n_blocks};
+        struct kv_layer g_layer = layer_of(gpu, gpu_device, &a, dtype), c_layer = layer_of(cpu, cpu_device, &a, DTYPE_F32);
+        struct pair qkv = pair_of(dtype, (size_t)T, width), cs = pair_of(DTYPE_F32, (size_t)T, (size_t)rope_dim);
+        struct pair q = vector_of(random_int(0, 2) ? dtype : DTYPE_F32, (size_t)dim), k = vector_of(q.g.dtype, (size_t)dim);
+        struct pair again = pair_of(dtype, 1, width);
+        int32_t slots[MAX_TOKENS];
+        for (int32_t t = 0; t < T; t++) slots[t] = (t * 7 + 3) % (n_blocks * BLOCK); // 7 and the number have no common divisor
+        struct rope_kv_write_params g = {.qkv = qkv.g, .q_norm = q.g, .k_norm = k.g, .norm_eps = 1e-6f,
+            .norm_weight_offset = (float)random_int(0, 1), .cos_sin = cs.g, .cache = g_layer, .slot_mapping = slots,
+            .n_heads = h[0], .n_kv_heads = h[1], .head_dim = dim, .rope_dim = rope_dim}, c = g;
+        if (rope_dim == 0) g.cos_sin.data = NULL;
+        c.qkv = qkv.c, c.q_norm = q.c, c.k_norm = k.c, c.cos_sin = rope_dim ? cs.c : g.cos_sin, c.cache = c_layer;
+        void *first = bits_of(&qkv.g, width);
+        check(gpu->copy_in(gpu_device, again.g.data, first, width * 2, &e));
+        check(gpu->rope_kv_write(gpu_device, &g, &e)), check(cpu->rope_kv_write(cpu_device, &c, &e));
+        expect_close(&qkv, 2, "norms of q and k, rope"); // of the norm, of the rotation
+        expect_cached(&g_layer, &qkv.g, slots, (size_t)h[0]);
+        g.qkv = again.g, g.cos_sin.shape[0] = 1; // the first token alone
+        check(gpu->rope_kv_write(gpu_device, &g, &e));
+        void *alone = bits_of(&again.g, width), *among = bits_of(&qkv.g, width);
+        ck_assert_msg(!memcmp(alone, among, width * 2), "norms of q and k: a token of %d is not what it is alone", T);
+        free(first), free(alone), free(among);
+        pair_free(&qkv), pair_free(&cs), pair_free(&q), pair_free(&k), pair_free(&again);
+        gpu->free(gpu_device, g_layer.k.data), gpu->free(gpu_device, g_layer.v.data);
+        cpu->free(cpu_device, c_layer.k.data), cpu->free(cpu_device, c_layer.v.data);
+    }
+}
+END_TEST
+
+START_TEST(softcap)
+{
+    static const size_t sizes[][2] = {{1, 1}, {3, 7}, {1, 256000}, {5, 32003}, {64, 1000}};
+    for (int round = 0; round < 10; round++) {
+        struct pair x = pair_of(DTYPE_F32, sizes[round / 2][0], sizes[round / 2][1]);
+        const float cap = round % 2 ? 30 : 1.5f;
+        check(gpu->softcap(gpu_device, &(struct softcap_params){x.g, cap}, &e));
+        check(cpu->softcap(cpu_device, &(struct softcap_params){x.c, cap}, &e));
+        expect_close(&x, 1, "softcap");
+        pair_free(&x);
     }
 }
 END_TEST
@@ -362,6 +438,7 @@ static void norms_draw(struct norms *n, enum dtype dtype, size_t T, size_t dim, 
     n->g = (struct norm_params){.out = n->out.g, .x = n->x.g, .weight = n->weight.g, .kind = kind, .eps = 1e-5f};
     n->c = (struct norm_params){.out = n->out.c, .x = n->x.c, .weight = n->weight.c, .kind = kind, .eps = 1e-5f};
     if (kind == NORM_LAYER) n->g.bias = n->bias.g, n->c.bias = n->bias.c;
+    n->g.weight_offset = n->c.weight_offset = random_int(0, 3) ? (float)random_int(0, 1) : 0.5f;
 }
 
 static void norms_end(struct norms *n)
@@ -493,7 +570,13 @@ START_TEST(norm_linear_rope)
         struct pair qkv = pair_of(dtype, (size_t)T, w.n_rows), cs = pair_of(DTYPE_F32, (size_t)T, (size_t)(2 * half));
         struct pair q = qkv;
         struct linear_params g = {qkv.g, n.out.g, &w.g, false}, c = {qkv.c, n.out.c, &w.c, false};
-        struct rope_kv_write_params gr = {qkv.g, cs.g, fused, slots, a.n_heads, a.n_kv_heads, a.head_dim, 2 * half}, cr = gr, pr;
+        struct pair q_norm = vector_of(dtype, head), k_norm = vector_of(dtype, head);
+        const bool heads_normed = random_int(0, 2) == 0;
+        struct rope_kv_write_params gr = {.qkv = qkv.g, .cos_sin = cs.g, .cache = fused, .slot_mapping = slots,
+            .n_heads = a.n_heads, .n_kv_heads = a.n_kv_heads, .head_dim = a.head_dim, .rope_dim = 2 * half}, cr, pr;
+        if (heads_normed) gr.q_norm = q_norm.g, gr.k_norm = k_norm.g, gr.norm_eps = 1e-6f, gr.norm_weight_offset = (float)(round % 2);
+        cr = gr;
+        if (heads_normed) cr.q_norm = q_norm.c, cr.k_norm = k_norm.c;
         cr.qkv = qkv.c, cr.cos_sin = cs.c, cr.cache = c_layer;
         cr.slot_mapping = a.slots;
         if (random_int(0, 3) == 0) gr.cos_sin.data = cr.cos_sin.data = NULL, gr.rope_dim = cr.rope_dim = 0;
@@ -511,8 +594,8 @@ START_TEST(norm_linear_rope)
                    rows[0] * sizeof(float));
         }
         check(gpu->copy_in(gpu_device, queries.g.data, some, (size_t)T * rows[0] * 2, &e));
-        expect_close(&queries, 4, "q of norm, linear, rope");
-        expect_pytorch(&queries, dtype, "norm %s, linear, rope", norm_names[n.g.kind]);
+        expect_close(&queries, heads_normed ? 5 : 4, "q of norm, linear, rope"); // and of its own norm
+        if (!heads_normed) expect_pytorch(&queries, dtype, "norm %s, linear, rope", norm_names[n.g.kind]);
         free(bits), free(some);
         expect_same_values(&fused, &c_layer, slots, (size_t)T);
         // K against the GPU's own, op by op.
@@ -530,6 +613,7 @@ START_TEST(norm_linear_rope)
                           fx[i], fy[i]);
         free(x), free(y), free(fx), free(fy);
         weights_end(&w), norms_end(&n), pair_free(&qkv), pair_free(&cs), pair_free(&queries);
+        pair_free(&q_norm), pair_free(&k_norm);
         gpu->free(gpu_device, fused.k.data), gpu->free(gpu_device, fused.v.data);
         gpu->free(gpu_device, plain.k.data), gpu->free(gpu_device, plain.v.data);
         cpu->free(cpu_device, c_layer.k.data), cpu->free(cpu_device, c_layer.v.data);
@@ -550,6 +634,8 @@ int main(int argc, char **argv)
     tcase_add_test(tc, activation);
     tcase_add_test(tc, embedding_and_rows);
     tcase_add_test(tc, rope_and_attention);
+    tcase_add_test(tc, rope_with_norms);
+    tcase_add_test(tc, softcap);
     tcase_add_test(products, norm_linear_activation);
     tcase_add_test(tc, norm_linear_activation_few);
     tcase_add_test(tc, norm_linear);

@@ -30,7 +30,7 @@ START_TEST(steps_are_staged_and_replayed)
         struct attention_params p = {.out = out.g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = cu[step % 2],
             .context_lens = len, .block_table = table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK, .n_heads = 4,
             .n_kv_heads = KV, .head_dim = DIM, .window = window, .scale = 0.125f};
-        check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+        check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
         poison(&out);
         check(gpu->attention(gpu_device, &p, &e));
         check(gpu->copy_out(gpu_device, want, out.g.data, sizeof want, &e));
@@ -38,7 +38,7 @@ START_TEST(steps_are_staged_and_replayed)
         const struct stage_table staged = {table, cu[step % 2], len, SEQS, WIDTH, BLOCK, window, NULL};
         bool replayed, launched = true;
         poison(&out);
-        check(gpu->stage(gpu_device, arrays, 2, &staged, &e));
+        check(gpu->stage(gpu_device, arrays, 2, &staged, 1, &e));
         check(gpu->graph_begin(gpu_device, window ? &k : &v, SEQS, &replayed, &e));
         ck_assert_int_eq(replayed, step % 20 != 0);
         if (!replayed) check(gpu->attention(gpu_device, &p, &e)), check(gpu->graph_end(gpu_device, true, &launched, &e));
@@ -81,13 +81,13 @@ START_TEST(two_steps_in_flight)
                 b->len[s] = random_int(1, CONTEXT);
                 for (int32_t j = 0; j < WIDTH; j++) b->table[s * WIDTH + j] = random_int(0, BLOCKS - 1);
             }
-            check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+            check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
         } else {
             if (i >= 2) check(gpu->wait(gpu_device, tickets[i - 2], &e));
             *b = batches[i];
             const struct stage_array arrays[] = {{b->cu, sizeof b->cu, 4096}, {b->len, sizeof b->len, 512}};
             const struct stage_table table = {b->table, b->cu, b->len, SEQS, WIDTH, BLOCK, 0, NULL};
-            check(gpu->stage(gpu_device, arrays, 2, &table, &e));
+            check(gpu->stage(gpu_device, arrays, 2, &table, 1, &e));
         }
         struct attention_params p = {.out = outs[i].g, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = b->cu,
             .context_lens = b->len, .block_table = b->table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK,
@@ -149,7 +149,8 @@ static void layer_run(const struct ahead_layer *l, const struct ahead_step *s, s
     cache.k.data = l->k.g.data, cache.v.data = l->v.g.data;
     struct norm_params norm = {.out = l->normed.g, .x = l->x.g, .weight = l->norm.g, .eps = 1e-5f};
     struct linear_params linear = {l->qkv.g, l->normed.g, &w, false};
-    struct rope_kv_write_params rope = {l->qkv.g, l->cos_sin.g, cache, s->slots, HEADS, KV_HEADS, (int32_t)dim, (int32_t)dim};
+    struct rope_kv_write_params rope = {.qkv = l->qkv.g, .cos_sin = l->cos_sin.g, .cache = cache, .slot_mapping = s->slots,
+        .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = (int32_t)dim, .rope_dim = (int32_t)dim};
     struct attention_params p = {.out = l->out.g, .qkv = l->qkv.g, .cache = cache, .cu_seqlens_q = s->starts,
         .context_lens = s->lens, .block_table = s->table, .n_seqs = s->n, .max_blocks = WIDTH, .block_size = BLOCK,
         .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = (int32_t)dim, .scale = 0.01f};
@@ -190,10 +191,10 @@ START_TEST(attention_reads_ahead)
                                                  {s.slots, n, sizeof s.slots}};
             const struct stage_table table = {s.table, s.starts, s.lens, s.n, WIDTH, BLOCK, 0, NULL};
             bool replayed, launched = true;
-            check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+            check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
             for (int i = 0; i < AHEAD_LAYERS; i++) layer_run(&layers[i], &s, dim);
             for (int i = 0; i < AHEAD_LAYERS; i++) layer_take(&layers[i], layers[i].want);
-            check(gpu->stage(gpu_device, arrays, 3, &table, &e));
+            check(gpu->stage(gpu_device, arrays, 3, &table, 1, &e));
             check(gpu->graph_begin(gpu_device, &owners[round], s.n, &replayed, &e));
             ck_assert_int_eq(replayed, step > 0);
             for (int i = 0; !replayed && i < AHEAD_LAYERS; i++) layer_run(&layers[i], &s, dim);
@@ -206,6 +207,69 @@ START_TEST(attention_reads_ahead)
         }
         for (int i = 0; i < AHEAD_LAYERS; i++) layer_end(&layers[i]);
     }
+}
+END_TEST
+
+// Two groups of layers, one with a window, on two staged tables, recorded once: as without staging. A device of one table, and
+// any device of a table too many, refuse.
+START_TEST(tables_have_their_places)
+{
+    enum { SEQS = 6, KV = 2, DIM = 64, BLOCKS = 64, WINDOW = 150, N_TABLES = 2 };
+    struct device_options options = device_options();
+    struct device *d;
+    options.n_tables = N_TABLES;
+    check(gpu->device_create(&d, &options, &e));
+    struct tensor t = {NULL, DTYPE_BF16, 4, {BLOCKS, KV, BLOCK, DIM}};
+    struct pair k = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM), v = pair_of(DTYPE_BF16, BLOCKS * KV * BLOCK, DIM);
+    struct pair qkv = pair_of(DTYPE_BF16, SEQS, (4 + 2 * KV) * DIM), out = pair_of(DTYPE_BF16, N_TABLES * SEQS, 4 * DIM);
+    struct kv_layer cache = {t, t};
+    static int32_t tables[2][N_TABLES][SEQS * WIDTH], lens[2][SEQS], cu[SEQS + 1];
+    static uint16_t want[N_TABLES * SEQS * 4 * DIM], got[N_TABLES * SEQS * 4 * DIM];
+    static const char owner;
+    cache.k.data = k.g.data, cache.v.data = v.g.data;
+    for (int32_t s = 0; s <= SEQS; s++) cu[s] = s;
+    for (int step = 0; step < 30; step++) {
+        int32_t *len = lens[step % 2];
+        struct stage_table staged[N_TABLES];
+        struct attention_params p[N_TABLES];
+        for (int32_t s = 0; s < SEQS; s++) len[s] = step % 5 == 4 ? random_int(1, CONTEXT) : lens[(step + 1) % 2][s] % CONTEXT + 1;
+        for (int i = 0; i < N_TABLES; i++) {
+            int32_t *table = tables[step % 2][i];
+            memcpy(table, tables[(step + 1) % 2][i], sizeof tables[0][0]);
+            for (int32_t j = 0; j < SEQS * WIDTH; j++) // the first step: all; then some
+                if (step == 0 || random_int(0, 20) == 0) table[j] = random_int(0, BLOCKS - 1);
+            staged[i] = (struct stage_table){table, cu, len, SEQS, WIDTH, BLOCK, i ? WINDOW : 0, NULL};
+            struct tensor rows = out.g;
+            rows.shape[0] = SEQS, rows.data = (char *)out.g.data + (size_t)i * SEQS * 4 * DIM * 2;
+            p[i] = (struct attention_params){.out = rows, .qkv = qkv.g, .cache = cache, .cu_seqlens_q = cu, .context_lens = len,
+                .block_table = table, .n_seqs = SEQS, .max_blocks = WIDTH, .block_size = BLOCK, .n_heads = 4, .n_kv_heads = KV,
+                .head_dim = DIM, .window = i ? WINDOW : 0, .scale = 0.125f};
+        }
+        const struct stage_array arrays[] = {{cu, sizeof cu, 4096}, {len, sizeof lens[0], 512}};
+        bool replayed, launched = true;
+        check(gpu->stage(d, NULL, 0, NULL, 0, &e));
+        poison(&out);
+        for (int i = 0; i < N_TABLES; i++) check(gpu->attention(d, &p[i], &e));
+        check(gpu->copy_out(d, want, out.g.data, sizeof want, &e));
+        poison(&out);
+        check(gpu->stage(d, arrays, 2, staged, N_TABLES, &e));
+        check(gpu->graph_begin(d, &owner, SEQS, &replayed, &e));
+        ck_assert_int_eq(replayed, step > 0);
+        for (int i = 0; !replayed && i < N_TABLES; i++) check(gpu->attention(d, &p[i], &e));
+        if (!replayed) check(gpu->graph_end(d, true, &launched, &e));
+        ck_assert(launched);
+        check(gpu->copy_out(d, got, out.g.data, sizeof got, &e));
+        ck_assert_msg(!memcmp(got, want, sizeof got), "step %d", step);
+        const struct stage_table many[] = {staged[0], staged[1], staged[0]};
+        if (step < 29) continue;
+        ck_assert_int_eq(gpu->stage(d, arrays, 2, many, N_TABLES + 1, &e), ERR_INVALID);
+        ck_assert_int_eq(gpu->stage(gpu_device, arrays, 2, many, 2, &e), ERR_INVALID);
+    }
+    gpu->device_destroy(d);
+    options.n_tables = 1000;
+    ck_assert_int_eq(gpu->device_create(&d, &options, &e), ERR_INVALID);
+    check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
+    pair_free(&k), pair_free(&v), pair_free(&qkv), pair_free(&out);
 }
 END_TEST
 
@@ -241,11 +305,11 @@ START_TEST(host_arrays_are_copied_when_they_are_given)
                                  .history_rows = zeros, .history = history, .scale = 1}, c = g;
     c.out = out.c, c.token_table = table.c;
     check(cpu->embedding(cpu_device, &c, &e));
-    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, NULL, &e));
+    check(gpu->stage(gpu_device, &(struct stage_array){tokens, sizeof tokens, 4096}, 1, NULL, 0, &e));
     memset(tokens, 0, sizeof tokens);
     check(gpu->embedding(gpu_device, &g, &e));
     expect_close(&out, 1, "staged");
-    check(gpu->stage(gpu_device, NULL, 0, NULL, &e));
+    check(gpu->stage(gpu_device, NULL, 0, NULL, 0, &e));
     for (int32_t i = 0; i < rounds(2000); i++) { // many turns of the ring of loose arrays
         for (int32_t j = 0; j < 3; j++) tokens[j] = (i * 3 + j) % VOCAB;
         check(gpu->embedding(gpu_device, &g, &e));
@@ -268,6 +332,7 @@ int main(void)
     tcase_add_test(tc, steps_are_staged_and_replayed);
     tcase_add_test(tc, two_steps_in_flight);
     tcase_add_test(tc, attention_reads_ahead);
+    tcase_add_test(tc, tables_have_their_places);
     tcase_add_test(tc, blocks_are_copied);
     tcase_add_test(tc, host_arrays_are_copied_when_they_are_given);
     suite_add_tcase(suite, tc);
