@@ -28,8 +28,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers import (BloomConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTNeoXConfig,
+                          LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen3Config,
+                          Qwen3MoeConfig)
+from transformers import (BloomForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM, GPT2LMHeadModel,
+                          GPTNeoXForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM,
+                          Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)
 
 MARGIN = 2e-3
 EXPERT_MARGIN = 2e-3
@@ -155,6 +160,42 @@ def old_rope(scaling, drop=(), **keys):
     return edit
 
 
+def old_gemma3(scaling, pattern, local_base, theta):
+    """Likewise: two kinds of RoPE and of layers without a dictionary for each."""
+    def edit(config):
+        for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+            del config[key]
+        config.update(sliding_window_pattern=pattern, rope_local_base_freq=local_base, rope_theta=theta,
+                      rope_scaling=scaling, torch_dtype=config.pop("dtype"), cache_implementation="hybrid")
+    return edit
+
+
+def old_phi3(scaling, **keys):
+    def edit(config):
+        partial = config["rope_parameters"]["partial_rotary_factor"]
+        old_rope(scaling, [], partial_rotary_factor=partial, **keys)(config)
+    return edit
+
+
+def old_gpt_neox(**keys):
+    def edit(config):
+        rope = config.pop("rope_parameters")
+        config.update(rotary_emb_base=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"],
+                      torch_dtype=config.pop("dtype"))
+        config.update(keys)
+    return edit
+
+
+def old_bloom(config):
+    config["n_embed"], config["num_attention_heads"] = config.pop("hidden_size"), config.pop("n_head")
+    del config["tie_word_embeddings"], config["dtype"]
+    config.update(offset_alibi=100, seq_length=2048, n_inner=None)
+
+
+def old_qwen3_moe(config):
+    old_rope(None, num_experts=config.pop("num_local_experts"), max_window_layers=1)(config)
+
+
 def all_to(dtype):
     return lambda name: dtype
 
@@ -174,11 +215,33 @@ def old_gpt2(directory, seed, **config):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def pythia(directory, seed, **config):
+    """As on the hub: the causal mask, its constant and RoPE's frequencies beside the weights."""
+    gpt_neox(directory, seed, **config)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    n_rotary = config["hidden_size"] // config["num_attention_heads"] // 4
+    for layer in range(config["num_hidden_layers"]):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"{attention}.rotary_emb.inv_freq"] = 1e4 ** -(torch.arange(0, n_rotary, 2) / n_rotary)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 gpt2 = hugging_face(GPT2LMHeadModel, GPT2Config)
 llama = hugging_face(LlamaForCausalLM, LlamaConfig)
 mistral = hugging_face(MistralForCausalLM, MistralConfig)
 qwen2 = hugging_face(Qwen2ForCausalLM, Qwen2Config)
 qwen3 = hugging_face(Qwen3ForCausalLM, Qwen3Config)
+gemma = hugging_face(GemmaForCausalLM, GemmaConfig, norm=0)
+gemma2 = hugging_face(Gemma2ForCausalLM, Gemma2Config, norm=0)
+gemma3 = hugging_face(Gemma3ForCausalLM, Gemma3TextConfig, norm=0)
+phi3 = hugging_face(Phi3ForCausalLM, Phi3Config)
+gpt_neox = hugging_face(GPTNeoXForCausalLM, GPTNeoXConfig)
+bloom = hugging_face(BloomForCausalLM, BloomConfig)
+mixtral = hugging_face(MixtralForCausalLM, MixtralConfig)
+qwen3_moe = hugging_face(Qwen3MoeForCausalLM, Qwen3MoeConfig)
 
 GPT2 = dict(vocab_size=97, n_positions=144, n_embd=32, n_layer=2, n_head=2)
 LLAMA = dict(vocab_size=101, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=2,
@@ -190,6 +253,24 @@ QWEN2 = dict(seed=51, vocab_size=101, hidden_size=24, intermediate_size=44, num_
              num_key_value_heads=1, max_position_embeddings=170)
 QWEN3 = dict(seed=61, vocab_size=101, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
              num_key_value_heads=1, head_dim=16, max_position_embeddings=160)
+GEMMA = dict(embed=0.05, vocab_size=101, hidden_size=24, intermediate_size=40, num_attention_heads=3,
+             num_key_value_heads=1, head_dim=16, max_position_embeddings=150)
+GEMMA2 = dict(seed=72, num_hidden_layers=3, query_pre_attn_scalar=11, sliding_window=24, **GEMMA)
+GEMMA3 = dict(seed=73, num_hidden_layers=4, query_pre_attn_scalar=9, sliding_window=24, **GEMMA)
+PHI3 = dict(seed=81, vocab_size=101, hidden_size=40, intermediate_size=44, num_hidden_layers=2, num_attention_heads=5,
+            num_key_value_heads=1)
+LONGROPE = dict(original_max_position_embeddings=150, max_position_embeddings=600)
+FACTORS = dict(short_factor=[1.0, 1.1, 1.25, 1.4], long_factor=[1.0, 2.5, 5.5, 12.0])
+PHI4 = dict(seed=82, tie_word_embeddings=True, vocab_size=103, hidden_size=48, intermediate_size=36,
+            num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+FACTORS4 = dict(short_factor=[1.0, 1.0, 1.05, 1.2, 1.3, 1.6], long_factor=[1.0, 1.5, 2.5, 4.0, 9.0, 20.0])
+NEOX = dict(seed=91, vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=72,
+            max_position_embeddings=144)
+MIXTRAL = dict(seed=111, vocab_size=101, hidden_size=24, intermediate_size=20, num_hidden_layers=2,
+               num_attention_heads=3, num_key_value_heads=1, num_local_experts=5, max_position_embeddings=160)
+QWEN3MOE = dict(vocab_size=101, hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=1,
+                head_dim=16, moe_intermediate_size=12, max_position_embeddings=160)
+SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
 
 # name: (maker, arguments, tokens in the prompt, what else)
@@ -269,6 +350,77 @@ CASES = {
                                     num_attention_heads=6, num_key_value_heads=2, head_dim=24,
                                     edit=old_rope(None, ["layer_types"], torch_dtype="bfloat16"),
                                     max_position_embeddings=150), 70, {}),
+    "gemma": (gemma, dict(seed=71, num_hidden_layers=3, rope_parameters={"rope_type": "default", "rope_theta": 2e3},
+                          **GEMMA), 72, {}),
+    "gemma-old": (gemma, dict(seed=71, weights_of="gemma", num_hidden_layers=3,
+                              edit=old_rope(None, ["tie_word_embeddings", "rms_norm_eps", "rope_theta"], hidden_act="gelu",
+                                            hidden_activation=None), **GEMMA), 72, {}),
+    "gemma-bf16": (gemma, dict(seed=78, gain=0.7, choose=all_to(torch.bfloat16), num_hidden_layers=3,
+                               edit=old_rope(None, torch_dtype="bfloat16"), **{**GEMMA, "embed": 0.03}), 72, {}),
+    "gemma2": (gemma2, dict(attn_logit_softcapping=2.5, final_logit_softcapping=0.6, **GEMMA2), 75, {}),
+    "gemma2-old": (gemma2, dict(weights_of="gemma2", attn_logit_softcapping=3.0, final_logit_softcapping=0.4,
+                                edit=old_rope(None, ["layer_types", "tie_word_embeddings", "hidden_activation"],
+                                              hidden_act="gelu_pytorch_tanh", cache_implementation="hybrid"),
+                                **GEMMA2), 75, {}),
+    "gemma2-uncapped": (gemma2, dict(weights_of="gemma2", attn_logit_softcapping=None, final_logit_softcapping=None,
+                                     layer_types=[FULL, SLIDING, SLIDING], **GEMMA2), 75, {}),
+    "gemma2-bf16": (gemma2, dict(gain=0.7, choose=all_to(torch.bfloat16), attn_logit_softcapping=2.0,
+                                 final_logit_softcapping=0.5,
+                                 **{**GEMMA2, "seed": 75, "num_key_value_heads": 3, "embed": 0.03}), 75, {}),
+    "gemma3": (gemma3, dict(layer_types=[SLIDING, FULL, SLIDING, FULL],
+                            rope_parameters={SLIDING: {"rope_type": "default", "rope_theta": 300.0},
+                                             FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}},
+                            **GEMMA3), 75, {}),
+    "gemma3-old": (gemma3, dict(weights_of="gemma3", edit=old_gemma3({"rope_type": "linear", "factor": 2.0}, 3, 500, 2e4),
+                                **GEMMA3), 75, {}),
+    "gemma3-final-cap": (gemma3, dict(weights_of="gemma3", edit=old_gemma3(None, 2, 10000, 1000000),
+                                      final_logit_softcapping=0.5, **GEMMA3), 75, {}),
+    "gemma3-bf16": (gemma3, dict(gain=0.6, choose=all_to(torch.bfloat16), layer_types=[SLIDING, FULL, SLIDING],
+                                 **{**GEMMA3, "num_hidden_layers": 3, "seed": 76, "embed": 0.03}), 75, {}),
+    "phi3": (phi3, dict(max_position_embeddings=160, **PHI3), 70, {}),
+    "phi3-window": (phi3, dict(weights_of="phi3", max_position_embeddings=160, sliding_window=24,
+                               edit=old_rope(None, ["rms_norm_eps"]), **PHI3), 80, {}),
+    "phi3-longrope": (phi3, dict(weights_of="phi3", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **FACTORS},
+                                 **LONGROPE, **PHI3), 80, {"max_model_len": 150}),
+    "phi3-longrope-long": (phi3, dict(weights_of="phi3", edit=old_rope({"type": "longrope", **FACTORS}), **LONGROPE, **PHI3),
+                           310, {"max_model_len": 310}),
+    "phi3-partial": (phi3, dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                                                 **FACTORS4}, edit=old_phi3({"type": "longrope", **FACTORS4}),
+                                sliding_window=600, **LONGROPE, **PHI4), 75, {"max_model_len": 150}),
+    "phi3-partial-long": (phi3, dict(weights_of="phi3-partial", rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "factor": 8.0, **FACTORS4},
+                                     **LONGROPE, **PHI4), 230, {"max_model_len": 230}),
+    "phi3-bf16": (phi3, dict(gain=0.7, choose=all_to(torch.bfloat16), max_position_embeddings=160, sliding_window=24,
+                             edit=old_rope(None, torch_dtype="bfloat16"), **{**PHI3, "seed": 83}), 80, {}),
+    "gpt-neox": (gpt_neox, dict(**NEOX), 70, {}),
+    "gpt-neox-sequential": (gpt_neox, dict(weights_of="gpt-neox", use_parallel_residual=False, hidden_act="gelu_fast",
+                                           rope_parameters={"rope_type": "default", "rope_theta": 500.0,
+                                                            "partial_rotary_factor": 1.0}, edit=old_gpt_neox(), **NEOX), 70,
+                            {}),
+    "gpt-neox-tied": (gpt_neox, dict(attention_bias=False, tie_word_embeddings=True, hidden_act="relu", embed=0.1,
+                                     rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                                      "partial_rotary_factor": 0.5},
+                                     **{**NEOX, "seed": 92, "hidden_size": 40, "num_attention_heads": 5}), 70, {}),
+    "gpt-neox-f16": (pythia, dict(gain=1.6, choose=all_to(torch.float16), edit=old_gpt_neox(torch_dtype="float16"),
+                                  **{**NEOX, "seed": 93, "hidden_size": 48}), 75, {}),
+    "bloom": (bloom, dict(seed=101, gain=1.6, embed=0.1, vocab_size=101, hidden_size=32, n_layer=2, n_head=4), 72, {}),
+    "bloom-3-heads": (bloom, dict(seed=102, gain=1.6, embed=0.1, base=True, edit=old_bloom, vocab_size=103,
+                                  hidden_size=24, n_layer=3, n_head=3, layer_norm_epsilon=1e-6), 85, {}),
+    "bloom-6-heads-bf16": (bloom, dict(seed=103, gain=1.2, embed=0.1, choose=all_to(torch.bfloat16), vocab_size=97,
+                                       hidden_size=48, n_layer=2, n_head=6), 75, {}),
+    "mixtral": (mixtral, dict(**MIXTRAL), 70, {}),
+    "mixtral-window": (mixtral, dict(weights_of="mixtral", sliding_window=24, num_experts_per_tok=3,
+                                     edit=old_rope(None, ["head_dim", "rms_norm_eps"]), **MIXTRAL), 80, {}),
+    "mixtral-bf16": (mixtral, dict(gain=0.8, choose=all_to(torch.bfloat16), edit=old_rope(None, torch_dtype="bfloat16"),
+                                   **{**MIXTRAL, "seed": 112, "num_local_experts": 4}), 24,
+                     {"max_model_len": 24, "least_expert_margin": 0.03}),
+    "qwen3-moe": (qwen3_moe, dict(seed=121, num_hidden_layers=2, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
+                                  **QWEN3MOE), 70, {}),
+    "qwen3-moe-raw": (qwen3_moe, dict(seed=121, weights_of="qwen3-moe", num_hidden_layers=2, num_experts=8,
+                                      num_experts_per_tok=2, edit=old_qwen3_moe, **QWEN3MOE), 70, {}),
+    "qwen3-moe-dense": (qwen3_moe, dict(seed=122, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
+                                        norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[3],
+                                        use_sliding_window=True, sliding_window=24, edit=old_qwen3_moe, **QWEN3MOE), 75, {}),
 }
 
 
@@ -301,13 +453,15 @@ def reference(directory):
 
 
 def greedy(forward, prompt, n):
-    """The continuation, and its least margin in standard deviations."""
+    """The continuation, given up where it is too close, and its least margin in standard deviations."""
     ids, least = list(prompt), float("inf")
     for _ in range(n):
         row = forward(torch.tensor([ids]))[0, -1]
         best = row.topk(2)
         least = min(least, float(best.values[0] - best.values[1]) / float(row.std()))
         ids.append(int(best.indices[0]))
+        if least < MARGIN:
+            break
     return ids[len(prompt):], least
 
 
