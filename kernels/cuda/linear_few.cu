@@ -9,7 +9,8 @@
  * the kernel before is over, what the rings hold is there, and how soon it has been worked through is a matter of the
  * instructions of a step: hence few of them (75).
  * RMS norm: x times the norm's weight is rounded where the norm's own kernel rounds, the factor of the row, from squares that
- * are summed up while the first of x is on its way, is multiplied in at the end: BF16 alone, in F16 x could overflow.
+ * are summed up while the first of x is on its way, is multiplied in at the end: BF16 alone, in F16 x could overflow. Where
+ * checkpoints keep weight - 1, x w + x takes the place of x w: as many instructions.
  * Rows of a tile: 16 in order; gated: 8 of gate and the same 8 of up; rotated heads: 8 and their 8 partners.
  * Sum of an element: a warp's columns ascending, then the warps in order: the same bits for any T.
  * Tried, slower: asking L2 for weights beyond the ring; letting the next kernel come later than at once; x whole in shared

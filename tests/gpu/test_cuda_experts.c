@@ -35,10 +35,10 @@ static struct plan plan_make(size_t T, int32_t n_experts, int32_t n_chosen, floa
     struct plan p = {.T = T, .P = P, .logits = pair_of(DTYPE_F32, T, E)};
     float *logits = p.logits.c.data;
     for (size_t i = 0; i < T * E; i++) logits[i] = roundf(logits[i] / step) * step + ((int32_t)(i % E) < n_favoured ? 20 : 0);
-    logits_set(&p);
     p.g = (struct expert_plan){poisoned(P * sizeof(float)), poisoned(P * 4), poisoned(P * 4), poisoned((E + 1) * 4), n_experts,
                                n_chosen};
     p.c = (struct expert_plan){malloc(P * sizeof(float)), malloc(P * 4), malloc(P * 4), malloc((E + 1) * 4), n_experts, n_chosen};
+    logits_set(&p);
     return p;
 }
 

@@ -574,7 +574,8 @@ START_TEST(norm_linear_rope)
         const bool heads_normed = random_int(0, 2) == 0;
         struct rope_kv_write_params gr = {.qkv = qkv.g, .cos_sin = cs.g, .cache = fused, .slot_mapping = slots,
             .n_heads = a.n_heads, .n_kv_heads = a.n_kv_heads, .head_dim = a.head_dim, .rope_dim = 2 * half}, cr, pr;
-        if (heads_normed) gr.q_norm = q_norm.g, gr.k_norm = k_norm.g, gr.norm_eps = 1e-6f, gr.norm_weight_offset = (float)(round % 2);
+        gr.norm_eps = 1e-6f, gr.norm_weight_offset = (float)(round % 2);
+        if (heads_normed) gr.q_norm = q_norm.g, gr.k_norm = k_norm.g;
         cr = gr;
         if (heads_normed) cr.q_norm = q_norm.c, cr.k_norm = k_norm.c;
         cr.qkv = qkv.c, cr.cos_sin = cs.c, cr.cache = c_layer;
