@@ -131,6 +131,19 @@ static void intermediate_dim_parse(struct model_config *c, struct json_reader *r
     c->intermediate_dim = (int32_t)width;
 }
 
+// "mlp_only_layers": numbers of layers that have one MLP.
+static void dense_layers_parse(struct model_config *c, struct json_reader *r)
+{
+    const cJSON *list = json_field(r, "mlp_only_layers"), *item;
+    if (list && !cJSON_IsArray(list)) json_fail(r, ERR_FORMAT, "mlp_only_layers", "not a list");
+    cJSON_ArrayForEach(item, list)
+    {
+        double i = cJSON_IsNumber(item) ? item->valuedouble : -1;
+        if (i >= 0 && i < c->n_layers && i == floor(i)) c->has_experts[(int32_t)i] = false;
+        else json_fail(r, ERR_FORMAT, "mlp_only_layers", "not numbers of %d layers", c->n_layers);
+    }
+}
+
 static void experts_parse(struct model_config *c, struct json_reader *r)
 {
     const struct family *f = c->family;
@@ -141,13 +154,9 @@ static void experts_parse(struct model_config *c, struct json_reader *r)
     if (f->expert_dim_key) c->expert_dim = json_integer(r, f->expert_dim_key, 1, MAX_MLP_WIDTH, f->expert_dim);
     c->renormalize = f->renormalize_key ? json_bool(r, f->renormalize_key, f->renormalize) : f->renormalize;
     if (c->n_chosen > c->n_experts) json_fail(r, ERR_FORMAT, f->n_chosen_key, "%d of %d experts", c->n_chosen, c->n_experts);
-    if (json_integer(r, "decoder_sparse_step", 0, INT32_MAX, 1) != 1) {
-        json_fail(r, ERR_UNSUPPORTED, "decoder_sparse_step", "other than 1 is not implemented");
-    }
-    const cJSON *dense = json_field(r, "mlp_only_layers");
-    if (dense && (!cJSON_IsArray(dense) || dense->child)) {
-        json_fail(r, ERR_UNSUPPORTED, "mlp_only_layers", "layers without experts are not implemented");
-    }
+    int32_t step = f->mlp_out ? json_integer(r, "decoder_sparse_step", 1, INT32_MAX, 1) : 1;
+    for (int32_t i = 0; i < c->n_layers; i++) c->has_experts[i] = (i + 1) % step == 0;
+    if (f->mlp_out) dense_layers_parse(c, r);
 }
 
 // 0: none, also where the key is null.

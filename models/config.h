@@ -35,8 +35,9 @@ struct model_config {
     float attn_scale, attn_softcap, logit_softcap; // the caps 0: none
     bool parallel;            // both halves of a layer read the same residual stream
     bool qkv_bias, attn_out_bias, mlp_bias, tied;
-    int32_t n_experts;        // 0: one MLP
+    int32_t n_experts;        // 0: every layer has one MLP
     int32_t n_chosen, expert_dim;
+    bool has_experts[MAX_LAYERS]; // of the layer
     bool renormalize;         // weights of the chosen experts sum up to 1
     int32_t bos_token_id;     // -1: none
     int32_t eos_token_ids[MAX_EOS_IDS], n_eos_token_ids;

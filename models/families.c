@@ -93,7 +93,7 @@ static const struct family families[] = {
         QWEN_WINDOW, .first_windowed_key = "max_window_layers", .first_windowed = 28,
     },
     {
-        .architecture = "Qwen3MoeForCausalLM", LLAMA_NAMES, QKV, NORM2, LLAMA_KEYS, SILU, .theta = 1e4, .norm_eps = 1e-6,
+        .architecture = "Qwen3MoeForCausalLM", LLAMA_TENSORS, LLAMA_KEYS, SILU, .theta = 1e4, .norm_eps = 1e-6,
         .q_norm = "self_attn.q_norm", .k_norm = "self_attn.k_norm", .router = "mlp.gate", .experts = "mlp.experts.",
         .expert_in = {"gate_proj", "up_proj"}, .expert_out = "down_proj", .n_kv_heads = 4,
         .qkv_bias_key = "attention_bias", .attn_out_bias_key = "attention_bias", QWEN_WINDOW,

@@ -131,11 +131,11 @@ static void attention(struct pass *p, const struct kv_layer *cache, int32_t kind
     RUN(p, attention, &params);
 }
 
-static struct activation_params activation_of(const struct pass *p)
+// Of n rows.
+static struct activation_params activation_of(const struct pass *p, int32_t n, int32_t columns)
 {
     const struct model_config *c = p->config;
-    size_t dim = (size_t)(c->n_experts ? c->expert_dim : c->intermediate_dim);
-    int32_t n = p->batch->n_tokens * (c->n_experts ? c->n_chosen : 1);
+    size_t dim = (size_t)columns;
     bool gated = c->family->gated;
     return (struct activation_params){
         .out = matrix(p->ws->mlp_out, p->ws->dtype, n, dim),
@@ -168,7 +168,7 @@ static void activate(struct pass *p, const struct layer_weights *w)
     const int32_t n = p->batch->n_tokens;
     const struct norm_params norm = norm_of(p, ws->normed, ws->x, n, &w->norm2);
     const struct linear_params in = linear_of(p, ws->mlp_in, ws->dtype, false, ws->normed, n, &w->mlp_in);
-    const struct activation_params activation = activation_of(p);
+    const struct activation_params activation = activation_of(p, n, p->config->intermediate_dim);
     if (p->kernels->norm_linear_activation) {
         RUN(p, norm_linear_activation, &norm, &in, &activation);
     } else {
@@ -202,7 +202,7 @@ static void experts_half(struct pass *p, const struct layer_weights *w)
     const struct norm_params norm = norm_of(p, ws->normed, ws->x, n, &w->norm2);
     const struct linear_params router = linear_of(p, ws->router_logits, DTYPE_F32, false, ws->normed, n, &w->router);
     const struct route_params route = {.logits = router.out, .plan = ws->plan, .renormalize = c->renormalize};
-    const struct activation_params activation = activation_of(p);
+    const struct activation_params activation = activation_of(p, n_pairs, c->expert_dim);
     const struct linear_experts_params in = {
         .out = activation.x, .x = norm.out, .by_token = true, .weights = w->expert_in, .plan = ws->plan,
     };
@@ -228,7 +228,7 @@ static void layer(struct pass *p, const struct layer_weights *w, const struct kv
     attend(p, w, cache, kind);
     if (p->config->parallel) activate(p, w);
     add_product(p, ws->attn, &w->attn_out, &w->post_attn_norm);
-    if (p->config->n_experts) {
+    if (w->expert_in) {
         experts_half(p, w);
         return;
     }

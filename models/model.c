@@ -24,7 +24,8 @@ static int options_check(const struct model_options *o, struct error *e)
 static int32_t max_dim(const struct model_config *c)
 {
     int32_t qkv = (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
-    int32_t inter = c->n_experts ? c->expert_dim : c->intermediate_dim, mlp = c->family->gated ? 2 * inter : inter;
+    int32_t inter = c->family->mlp_out && c->intermediate_dim > c->expert_dim ? c->intermediate_dim : c->expert_dim;
+    int32_t mlp = c->family->gated ? 2 * inter : inter;
     int32_t widest = qkv > mlp ? qkv : mlp;
     return widest > c->hidden_dim ? widest : c->hidden_dim;
 }

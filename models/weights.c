@@ -204,7 +204,7 @@ static void layer_bind(struct walk *k, int32_t i)
     layer->post_attn_norm = norm_bind(k, i, f->post_attn_norm, c->hidden_dim);
     layer->norm2 = norm_bind(k, i, f->norm2, c->hidden_dim);
     layer->post_mlp_norm = norm_bind(k, i, f->post_mlp_norm, c->hidden_dim);
-    if (f->router) {
+    if (c->has_experts[i]) {
         experts_bind(k, i);
         return;
     }

@@ -23,9 +23,9 @@ struct layer_weights {
     struct norm_weights norm1, norm2, q_norm, k_norm, post_attn_norm, post_mlp_norm;
     struct weight qkv;          // [(n_heads + 2 n_kv_heads) * head_dim, hidden_dim]
     struct weight attn_out;     // [hidden_dim, n_heads * head_dim]
-    // One MLP, or:
-    struct weight router;       // [n_experts, hidden_dim]
+    // One MLP, or, with these, not NULL, experts:
     struct weight *expert_in, *expert_out; // [n_experts]: as mlp_in and mlp_out, of expert_dim
+    struct weight router;       // [n_experts, hidden_dim]
     struct weight mlp_in;       // [intermediate_dim, or twice that: gate, up; hidden_dim]
     struct weight mlp_out;      // [hidden_dim, intermediate_dim]
 };

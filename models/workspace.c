@@ -40,8 +40,8 @@ void workspace_layout(struct workspace *w, const struct model_config *c)
     size_t n = (size_t)w->max_tokens, n_logits = (size_t)w->max_logits_rows, size = dtype_size(w->dtype);
     size_t hidden = (size_t)c->hidden_dim, head_dim = (size_t)c->head_dim;
     size_t n_heads = (size_t)c->n_heads, n_kv_heads = (size_t)c->n_kv_heads;
-    size_t inter = (size_t)(c->n_experts ? c->expert_dim : c->intermediate_dim);
-    size_t n_mlp = c->n_experts ? n * (size_t)c->n_chosen : n;
+    size_t dense = c->family->mlp_out ? (size_t)c->intermediate_dim : 0, chosen = (size_t)c->n_chosen * (size_t)c->expert_dim;
+    size_t inter = dense > chosen ? dense : chosen; // for each token
     positions_layout(w, c, &at);
     w->x = take(&at, n, hidden, size);
     w->normed = take(&at, n, hidden, size);
@@ -51,8 +51,8 @@ void workspace_layout(struct workspace *w, const struct model_config *c)
     w->qkv = take(&at, n, (n_heads + 2 * n_kv_heads) * head_dim, size);
     w->attn = take(&at, n, n_heads * head_dim, size);
     if (c->parallel) mlp = at;
-    w->mlp_in = take(&mlp, n_mlp, c->family->gated ? 2 * inter : inter, size);
-    w->mlp_out = c->family->gated ? take(&mlp, n_mlp, inter, size) : w->mlp_in;
+    w->mlp_in = take(&mlp, n, c->family->gated ? 2 * inter : inter, size);
+    w->mlp_out = c->family->gated ? take(&mlp, n, inter, size) : w->mlp_in;
     if (c->n_experts) experts_layout(w, c, &mlp);
     w->size = at.at > mlp.at ? at.at : mlp.at;
 }

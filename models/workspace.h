@@ -19,8 +19,8 @@ struct workspace {
     void *x;                // [T, hidden_dim] A: the residual stream
     void *normed;           // [T, hidden_dim] A
     void *qkv, *attn;       // [T, (n_heads + 2 n_kv_heads) * head_dim], [T, n_heads * head_dim] A
-    void *mlp_in;           // [T, intermediate_dim, or twice that: gate, up] A; with experts [P, expert_dim, or twice that]
-    void *mlp_out;          // [T, intermediate_dim] A; with experts [P, expert_dim]; mlp_in itself when not gated
+    void *mlp_in;           // [T, intermediate_dim, or twice that: gate, up] A; and [P, expert_dim, or twice that]
+    void *mlp_out;          // [T, intermediate_dim] A, and [P, expert_dim]; mlp_in itself when not gated
     float *router_logits;   // [T, n_experts]
     void *expert_out;       // [P, hidden_dim] A
     struct expert_plan plan;

@@ -196,8 +196,10 @@ START_TEST(experts)
     ck_assert_int_eq(c.n_kv_heads, 4);
     parse_ok(&c, QWEN3MOE, "\"moe_intermediate_size\":24,\"norm_topk_prob\":true,\"mlp_only_layers\":[]");
     ck_assert(c.n_experts == 16 && c.n_chosen == 8 && c.expert_dim == 24 && c.renormalize);
-    refused(QWEN3MOE, "\"mlp_only_layers\":[0]", "mlp_only_layers: layers without experts are not implemented");
-    refused(QWEN3MOE, "\"decoder_sparse_step\":2", "decoder_sparse_step: other than 1 is not implemented");
+    parse_ok(&c, QWEN3MOE, "\"mlp_only_layers\":[1],\"decoder_sparse_step\":2");
+    ck_assert(!c.has_experts[0] && !c.has_experts[1] && !c.has_experts[2] && c.has_experts[3]);
+    refused(QWEN3MOE, "\"mlp_only_layers\":[12]", "mlp_only_layers: not numbers of 12 layers");
+    refused(QWEN3MOE, "\"decoder_sparse_step\":0", "decoder_sparse_step: 0 is not in");
     refused(MIXTRAL, "\"num_key_value_heads\":2,\"num_experts_per_tok\":9", "num_experts_per_tok: 9 of 8 experts");
     refused(MIXTRAL, "\"num_key_value_heads\":2,\"num_local_experts\":0", "num_local_experts: 0 is not in");
 }
