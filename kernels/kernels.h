@@ -248,9 +248,9 @@ struct route_params {
 struct linear_experts_params {
     struct tensor out;     // [P, sum of part rows], in the plan's order
     struct tensor x;       // [P, n_cols] in that order; by_token: [T, n_cols], a token's row serves its pairs
-    bool by_token;
     const struct weight *weights; // [E], all of one shape and type; on a GPU each at one distance from the one before
     struct expert_plan plan;
+    bool by_token;
 };
 
 // out[t] += sum over t's experts, in ascending order, of weight * x[row of the pair].

@@ -38,9 +38,9 @@ static void sort_ascending(int32_t *ids, int32_t n)
 static void weigh(const float *logits, int32_t n_experts, const int32_t *ids, int32_t n, bool renormalize, float *weights)
 {
     float max = -INFINITY, sum = 0, chosen = 0;
-    for (int32_t i = 0; i < n_experts; i++) max = fmaxf(max, logits[i]);
-    for (int32_t i = 0; i < n_experts; i++) sum += expf(logits[i] - max);
-    for (int32_t i = 0; i < n; i++) chosen += weights[i] = expf(logits[ids[i]] - max) / sum;
+    for (int32_t i = 0; i < n_experts; i++) max = fmaxf(max, logits[i]); // NaN is left out, here and of the sum
+    for (int32_t i = 0; i < n_experts; i++) sum += isnan(logits[i]) ? 0 : expf(logits[i] - max);
+    for (int32_t i = 0; i < n; i++) chosen += weights[i] = isnan(logits[ids[i]]) ? 0 : expf(logits[ids[i]] - max) / sum;
     for (int32_t i = 0; renormalize && i < n; i++) weights[i] /= chosen;
 }
 
