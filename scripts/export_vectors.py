@@ -374,8 +374,6 @@ CASES = {
                             **GEMMA3), 75, {}),
     "gemma3-old": (gemma3, dict(weights_of="gemma3", edit=old_gemma3({"rope_type": "linear", "factor": 2.0}, 3, 500, 2e4),
                                 **GEMMA3), 75, {}),
-    "gemma3-final-cap": (gemma3, dict(weights_of="gemma3", edit=old_gemma3(None, 2, 10000, 1000000),
-                                      final_logit_softcapping=0.5, **GEMMA3), 75, {}),
     "gemma3-bf16": (gemma3, dict(gain=0.6, choose=all_to(torch.bfloat16), layer_types=[SLIDING, FULL, SLIDING],
                                  **{**GEMMA3, "num_hidden_layers": 3, "seed": 76, "embed": 0.03}), 75, {}),
     "phi3": (phi3, dict(max_position_embeddings=160, **PHI3), 70, {}),
