@@ -237,6 +237,20 @@ qwen2 = hugging_face(Qwen2ForCausalLM, Qwen2Config)
 qwen3 = hugging_face(Qwen3ForCausalLM, Qwen3Config)
 gemma = hugging_face(GemmaForCausalLM, GemmaConfig, norm=0)
 gemma2 = hugging_face(Gemma2ForCausalLM, Gemma2Config, norm=0)
+def gemma3_vision(directory, of):
+    """The text of another case as a checkpoint with a vision tower has it; the answers are that case's."""
+    other = directory.parent / of
+    tensors = {"language_model." + name: t for name, t in load_file(other / "model.safetensors").items()}
+    tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.ones(2, 3, 4, 4)
+    tensors["multi_modal_projector.mm_input_projection_weight"] = torch.ones(4, 4)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((other / "config.json").read_text())
+    write_json(directory / "config.json", {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {},
+                                           "text_config": text, "eos_token_id": [text["eos_token_id"]],
+                                           "torch_dtype": text.pop("torch_dtype")})
+    os.symlink(f"../{of}/expected.safetensors", directory / "expected.safetensors")
+
+
 gemma3 = hugging_face(Gemma3ForCausalLM, Gemma3TextConfig, norm=0)
 phi3 = hugging_face(Phi3ForCausalLM, Phi3Config)
 gpt_neox = hugging_face(GPTNeoXForCausalLM, GPTNeoXConfig)
@@ -374,6 +388,9 @@ CASES = {
                             **GEMMA3), 75, {}),
     "gemma3-old": (gemma3, dict(weights_of="gemma3", edit=old_gemma3({"rope_type": "linear", "factor": 2.0}, 3, 500, 2e4),
                                 **GEMMA3), 75, {}),
+    "gemma3-final-cap": (gemma3, dict(weights_of="gemma3", edit=old_gemma3(None, 2, 10000, 1000000),
+                                      final_logit_softcapping=0.5, **GEMMA3), 75, {}),
+    "gemma3-vision": (gemma3_vision, dict(of="gemma3-old"), None, {}),
     "gemma3-bf16": (gemma3, dict(gain=0.6, choose=all_to(torch.bfloat16), layer_types=[SLIDING, FULL, SLIDING],
                                  **{**GEMMA3, "num_hidden_layers": 3, "seed": 76, "embed": 0.03}), 75, {}),
     "phi3": (phi3, dict(max_position_embeddings=160, **PHI3), 70, {}),
@@ -407,8 +424,6 @@ CASES = {
                                   hidden_size=24, n_layer=3, n_head=3, layer_norm_epsilon=1e-6), 85, {}),
     "bloom-6-heads-bf16": (bloom, dict(seed=104, gain=1.6, embed=0.1, choose=all_to(torch.bfloat16), vocab_size=97,
                                        hidden_size=48, n_layer=2, n_head=6), 75, {}),
-    "bloom-post-layernorm": (bloom, dict(seed=101, weights_of="bloom", gain=1.6, embed=0.1, vocab_size=101, hidden_size=32,
-                                         n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True), None, {}),
     "mixtral": (mixtral, dict(**MIXTRAL), 70, {}),
     "mixtral-window": (mixtral, dict(weights_of="mixtral", sliding_window=24, num_experts_per_tok=3,
                                      edit=old_rope(None, ["head_dim", "rms_norm_eps"]), **MIXTRAL), 80, {}),

@@ -107,8 +107,9 @@ int vectors_find(char cases[MAX_CASES][128])
     int n_cases = 0;
     struct dirent **list;
     int n = scandir(VECTORS, &list, is_case, alphasort);
+    if (n > MAX_CASES) abort(); // none is left out silently
     for (int i = 0; i < n; i++) {
-        if (n_cases < MAX_CASES) snprintf(cases[n_cases++], sizeof *cases, VECTORS "/%.100s", list[i]->d_name);
+        snprintf(cases[n_cases++], sizeof *cases, VECTORS "/%.100s", list[i]->d_name);
         free(list[i]);
     }
     if (n >= 0) free(list);

@@ -4,7 +4,7 @@
 
 #include "tests/model_rig.h"
 
-enum { MAX_CASES = 64, MAX_LEN = 512, MAX_ROWS = 16, MAX_VOCAB = 512 };
+enum { MAX_CASES = 96, MAX_LEN = 512, MAX_ROWS = 16, MAX_VOCAB = 512 };
 
 struct expected {
     int32_t ids[MAX_LEN];      // prompt, then generated
