@@ -57,6 +57,13 @@ void exchange_header(struct exchange *x, const char *name, const char *value)
     snprintf(x->headers[x->n_headers++].value, sizeof x->headers[0].value, "%s", value);
 }
 
+void exchange_header_constant(struct exchange *x, const char *name, const char *value)
+{
+    if (x->n_headers == EXCHANGE_MAX_HEADERS) return;
+    x->headers[x->n_headers].name = name;
+    x->headers[x->n_headers++].constant = value;
+}
+
 static void add_headers(struct exchange *x, struct MHD_Response *response, const char *content_type)
 {
     char milliseconds[32];
@@ -68,7 +75,8 @@ static void add_headers(struct exchange *x, struct MHD_Response *response, const
     if (x->http->options->cors_origin)
         MHD_add_response_header(response, "Access-Control-Allow-Origin", x->http->options->cors_origin);
     for (int32_t i = 0; i < x->n_headers; i++)
-        MHD_add_response_header(response, x->headers[i].name, x->headers[i].value);
+        MHD_add_response_header(response, x->headers[i].name,
+                                x->headers[i].constant ? x->headers[i].constant : x->headers[i].value);
     if (x->close || atomic_load(&x->http->quiesced)) MHD_add_response_header(response, "Connection", "close");
 }
 
@@ -260,7 +268,7 @@ static void set_id(struct exchange *x, const struct http_headers *h)
 static bool path_matches(const struct route *r, const char *path)
 {
     size_t n = strlen(r->path);
-    return r->path[n - 1] == '/' ? !strncmp(path, r->path, n) && path[n] : !strcmp(path, r->path);
+    return n > 1 && r->path[n - 1] == '/' ? !strncmp(path, r->path, n) && path[n] : !strcmp(path, r->path);
 }
 
 static int check_route(struct exchange *x, const char *method)
