@@ -63,7 +63,7 @@ function onSettings() {
   const chat = mode() === "chat";
   CONTROLS[0].input.disabled = !chat;
   CONTROLS.find(c => c.name === "max_tokens").input.placeholder = chat ? "no limit" : COMPLETION_TOKENS;
-  $("message").placeholder = chat ? "Message" : "Text to go on with";
+  $("message").placeholder = chat ? "Message" : "Text to continue";
   showExamples();
   keep("sessionStorage", "settings", values);
 }
@@ -94,7 +94,7 @@ function togglePanel(open) {
 }
 
 const narrow = matchMedia("(max-width: 56rem)");
-narrow.onchange = () => togglePanel(!$("settings").hidden);
+narrow.onchange = () => togglePanel(!narrow.matches && !$("settings").hidden);
 
 const THEMES = ["system", "light", "dark"];
 let theme = THEMES.includes(recall("localStorage", "theme")) ? recall("localStorage", "theme") : "system";

@@ -69,8 +69,9 @@ class Turn {
     Object.assign(this, {mode: "chat", prompt: "", fields: {}, answer: "", status: "done", usage: null, reason: null,
                          began: 0, first: 0, last: 0, failure: null}, saved);
     const edit = button("Edit", () => beginEdit(this));
-    const asked = make("div", {className: "asked"}, make("h2", {}, this.mode === "chat" ? "You" : "Text"),
-      make("div", {className: "text"}, this.prompt), make("div", {className: "below actions"}, edit));
+    const head = make("div", {className: "head"}, make("h2", {}, this.mode === "chat" ? "You" : "Text"),
+      make("span", {className: "actions"}, edit));
+    const asked = make("div", {className: "asked"}, head, make("div", {className: "text"}, this.prompt));
     this.node = make("li", {className: "turn"}, asked);
     this.title = make("h2");
     this.output = make("div");
@@ -132,7 +133,7 @@ function figuresOf(turn) {
   if (n > 8 && last > first) parts.push(`${Math.round((n - 1) / (last - first) * 1000).toLocaleString("en")} tokens/s`);
   if (first) parts.push(`first token after ${Math.max(1, Math.round(first - began)).toLocaleString("en")} ms`);
   if (turn.status === "stopped") parts.push("stopped");
-  if (turn.reason === "length") parts.push("cut off at the limit of tokens");
+  if (turn.reason === "length") parts.push("ended by the limit of tokens");
   for (const [name, value] of Object.entries(turn.fields)) parts.push(`${name} ${JSON.stringify(value)}`);
   return parts.join(" \u00b7 ");
 }
@@ -183,7 +184,7 @@ function withoutChat(turn) {
   turns.splice(turns.indexOf(turn), 1);
   turn.node.remove();
   setMode("completion");
-  note("This model has no chat template, so it cannot chat. It goes on with your text instead (completion mode).");
+  note("This model has no chat template, so it cannot chat. It continues your text instead (completion mode).");
   return ask(fields);
 }
 
