@@ -118,9 +118,10 @@ class Turn {
     this.below.replaceChildren();
     if (busy) return;
     const copy = button("Copy", () => copyText(this.answer, copy), {ariaLabel: "Copy the answer"});
+    const again = button("Regenerate", () => run(this));
     if (this.failure) this.below.append(failureNode(this.failure, () => run(this)));
     this.below.append(make("div", {className: "below"}, make("span", {className: "figures"}, figuresOf(this)),
-      ...(this.answer ? [copy] : []), make("span", {className: "actions"}, button("Regenerate", () => run(this)))));
+      ...(this.answer ? [copy] : []), ...(this.failure ? [] : [make("span", {className: "actions"}, again)])));
     if (follow) scrollToEnd();
   }
 }
@@ -152,8 +153,8 @@ function failureNode(failure, retry) {
   return make("div", {className: "failure", role: "alert"}, failure.message, again);
 }
 
-const lacksTemplate = (turn, failure) => turn.mode === "chat" && failure.status === 400 && failure.param !== "messages" &&
-  /chat.template/i.test(failure.message);
+const lacksTemplate = (turn, failure) => turn.mode === "chat" && failure.status === 400 && !failure.param &&
+  failure.message.includes("no chat template");
 
 async function run(turn) {
   if (running) return;
