@@ -109,6 +109,7 @@ class Page:
         browser._pages[self._session] = self
         for domain in ("Page", "Runtime", "Log", "Network", "DOM", "Accessibility"):
             self.call(domain + ".enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
         self.size(width, height)
         self.scheme(scheme)
         if before:  # JavaScript that runs before the page's own
@@ -196,6 +197,11 @@ class Page:
                 properties = {p["name"]: p["value"].get("value") for p in node.get("properties", ())}
                 nodes.append((node["role"]["value"], node.get("name", {}).get("value", ""), properties))
         return nodes
+
+    def cpu_seconds(self):
+        """The time that the page's own thread has computed: what else the machine does is not in it."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in metrics if m["name"] == "TaskDuration")
 
     def screenshot(self, path):
         data = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])

@@ -10,6 +10,40 @@ from page_rig import ANSWERED, MARKDOWN, PageCase, StandIn, chat, connected, sen
 setUpModule, tearDownModule = rig.start, rig.stop
 
 
+# Lines that begin as one thing and turn out to be another.
+TRICKY = """text
+---x
+text
+-- y
+text
+1. z
+1.5 w
+#
+#x
+# heading
+text
+``` not`a fence
+text
+>quote
+* * x
+* * *
+text
+a|b
+-|-x
+
+a|b
+-|-
+c|d
+e
+- a
+
+ b
+  c
+~~~ x
+~~
+~~~
+after"""
+
 ATTACKS = ["<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "[x](javascript:alert(1))", "[x](JaVaScRiPt:alert(1))",
            "[x](java\tscript:alert(1))", "[x](data:text/html,<script>alert(1)</script>)", "<javascript:alert(1)>",
            "[x](vbscript:x)", "![x](https://example.com/x.png)", "[x](//example.com)", "[x](/v1/models)",
@@ -17,10 +51,11 @@ ATTACKS = ["<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "[x](jav
            "<a href='https://example.com' onclick='alert(1)'>x</a>", "| <b>x</b> | y |\n|---|---|\n| <u>z</u> | w |",
            "# <h1>x</h1>", "> <iframe src=//example.com>", "&lt;b&gt; &#60;b&#62;", "[a](https://a.example \"t\" onclick=x)"]
 
-HOSTILE = ["*a ", "**a ", "_a ", "a*", "a**", "[", "]", "[a](", "[a](b", "![", "`", "``a`", "`a``", "<", "<http://", "http://%% ",
-           "http://a", "\\", "> ", ">", "- ", "-", "1. ", "| ", "|", "#", "# ",
-           "~~a", "~~~\n", "```\n", "```a\n", "a\n\n", "- a\n\n", "> a\n", "*a_b", "**a*", "***a** ", "*a **b ", " ", "\t", "\n", "|a\n|-\n", "a|b\n-|-\n", "(", "[a](b \"", "- - a\n", "  - a\n",
-           "1. a\n   ", "___", "=", "h", "[[a](http://b) ", "[a](http://b)", "`` ` ", " `a", "\u2028", "# \u2028"]
+HOSTILE = ["*a ", "**a ", "_a ", "a*", "a**", "[", "]", "[a](", "[a](b", "![", "`", "``a`", "`a``", "<", "<http://",
+           "http://%% ", "http://a", "\\", "> ", ">", "- ", "-", "1. ", "| ", "|", "#", "# ", "~~a", "~~~\n", "```\n", "```a\n",
+           "a\n\n", "- a\n\n", "> a\n", "*a_b", "**a*", "***a** ", "*a **b ", " ", "\t", "\n", "|a\n|-\n", "a|b\n-|-\n", "(",
+           "[a](b \"", "- - a\n", "  - a\n", "1. a\n   ", "___", "=", "h", "[[a](http://b) ", "[a](http://b)", "`` ` ", " `a",
+           "\u2028", "# \u2028"]
 
 
 class Markdown(PageCase):
@@ -81,14 +116,23 @@ class Markdown(PageCase):
             self.assertEqual(self.render(pieces)[0], whole)
         text = "Größe 😀 名前 — *ü*"
         self.assertEqual(self.render([text], size=1)[0], self.render(text)[0])
-        # However the frames fall: drawn after each character.
+
+    def test_drawn_at_any_time(self):
+        """However the frames fall, what is seen in the end is the same, and a block that is over is not drawn again."""
+        draw = """((pieces, made = 0) => {
+            const node = document.createElement("div"), view = new AnswerView(node, true), make = document.createElement;
+            document.createElement = function (tag) { made++; return make.call(this, tag); };
+            for (const piece of pieces) { view.rest += piece; view.draw(); }
+            delete document.createElement;
+            return [node.innerHTML, made, node.querySelectorAll("*").length];
+        })"""
         with StandIn() as s, rig.browser.page(s.url) as page:
-            drawn = page.js("""(text => {
-                const node = document.createElement("div"), view = new AnswerView(node, true);
-                for (const c of text) { view.rest += c; view.draw(); }
-                return node.innerHTML;
-            })(""" + json.dumps(MARKDOWN) + ")")
-            self.assertEqual(drawn, whole)
+            for text in (MARKDOWN, TRICKY):
+                whole = page.js(f"{draw}([{json.dumps(text)}])")[0]
+                self.assertEqual(page.js(f"{draw}([...{json.dumps(text)}])")[0], whole)
+            text, made, elements = page.js(draw + "(" + json.dumps(["One *paragraph*.\n\n"] * 300) + ")")
+            self.assertEqual(elements, 600)
+            self.assertLess(made, 3 * elements)
 
     def test_copy(self):
         with StandIn(stream("```\nsome\n  code\n```")) as s:
@@ -100,19 +144,37 @@ class Markdown(PageCase):
                 page.wait("window.copied === 'some\\n  code' && document.querySelector('.code button').textContent === 'Copied'")
 
     def test_hostile_text_takes_linear_time(self):
-        """Eight times the text takes about eight times the time, whatever it is made of."""
+        """Eight times the text takes about eight times the work, whatever it is made of, and nests no deeper than it may."""
         n = 5000
+        units = [*HOSTILE, " ".join("`" * i for i in range(1, 100)), " ".join("*_"[i % 2] * i for i in range(1, 100))]
         with StandIn() as s, rig.browser.page(s.url) as page:
-            page.js("""window.time = (unit, n) => {
-                const text = unit.repeat(n / unit.length), began = performance.now();
-                appendBlocks(document.createElement("div"), text.split("\\n"), 0);
-                return performance.now() - began;
-            }""")
-            page.js("Array.from('12').map(() => time('a ', 50000))")  # compiled
-            for unit in [*HOSTILE, " ".join("`" * i for i in range(1, 100)), " ".join("*_"[i % 2] * i for i in range(1, 100))]:
+            page.js("window.render = text => { const node = document.createElement('div');"
+                    " appendBlocks(node, text.split('\\n'), 0); return node; }")
+
+            def work(unit, m):
+                before = page.cpu_seconds()
+                page.js(f"render({json.dumps(unit)}.repeat({m // len(unit) + 1})) && 0")
+                return page.cpu_seconds() - before
+            for unit in units:
                 with self.subTest(unit=unit[:20]):
-                    once, eight = (min(page.js(f"time({json.dumps(unit)}, {m})") for _ in range(2)) for m in (n, 8 * n))
-                    self.assertLess(eight, 24 * once + 200, "eight times the text")
+                    once, eight = (min(work(unit, m) for _ in range(2)) for m in (n, 8 * n))
+                    self.assertLess(eight, 20 * once + 0.1, "eight times the text")
+
+    def test_nesting_is_bounded(self):
+        depth = """(text => {
+            const node = document.createElement("div");
+            appendBlocks(node, text.split("\\n"), 0);
+            const above = e => e === node ? 0 : 1 + above(e.parentElement);
+            return Math.max(...[...node.querySelectorAll("*")].map(above));
+        })"""
+        deep = {"emphasis": "*a **b " * 3000 + "b** a* " * 3000, "quotes": "> " * 3000 + "x", "lists": "- " * 3000 + "x",
+                "both": "> - " * 3000 + "x"}
+        with StandIn() as s, rig.browser.page(s.url) as page:
+            for name, text in deep.items():
+                with self.subTest(name=name):
+                    found = page.js(depth + "(" + json.dumps(text) + ")")
+                    self.assertGreater(found, 8)
+                    self.assertLess(found, 60)
 
     def test_long_answer(self):
         words = "The quick brown fox jumps over the **lazy** dog. "
