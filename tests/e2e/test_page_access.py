@@ -141,6 +141,10 @@ class Access(PageCase):
             for name in ("Message", "Send", "Temperature", "System prompt", "API key", "Model", "Copy the code", "Settings",
                          "New chat", "Regenerate"):
                 self.assertIn(name, names)
+            # A placeholder is no label: it goes when something is typed.
+            unlabelled = page.js("[...document.querySelectorAll('input, select, textarea')]"
+                                 ".filter(e => !e.labels.length && !e.ariaLabel).map(e => e.id)")
+            self.assertEqual(unlabelled, [])
             roles = [(role, name) for role, name, _ in nodes]
             for landmark in (("banner", ""), ("main", ""), ("complementary", "Settings"), ("region", "Conversation")):
                 self.assertIn(landmark, roles)
