@@ -543,6 +543,14 @@ static void on_connection(void *cls, struct MHD_Connection *mhd, void **context,
     watchdog_add(h->watchdog, &c->watch);
 }
 
+// A NUL would end the path early ("/health%00x"): a path with one stays as it came, and is found nowhere.
+static size_t on_unescape(void *cls, struct MHD_Connection *mhd, char *text)
+{
+    (void)cls;
+    (void)mhd;
+    return strstr(text, "%00") ? strlen(text) : MHD_http_unescape(text);
+}
+
 // The request line has come: the time for the headers begins.
 static void *on_request_line(void *cls, const char *uri, struct MHD_Connection *mhd)
 {
@@ -646,7 +654,7 @@ int http_start(struct http *h, struct error *e)
         MHD_OPTION_THREAD_POOL_SIZE, n_threads > 1 ? n_threads : 0, MHD_OPTION_CONNECTION_LIMIT, limit,
         MHD_OPTION_CONNECTION_TIMEOUT, 0u, MHD_OPTION_SIGPIPE_HANDLED_BY_APP, 1,
         MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection, h,
-        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h,
+        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h, MHD_OPTION_UNESCAPE_CALLBACK, on_unescape, NULL,
 #if MHD_VERSION >= 0x00097701
         MHD_OPTION_CLIENT_DISCIPLINE_LVL, 1, // no bare line feeds, no folded lines
 #endif

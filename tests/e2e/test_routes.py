@@ -167,7 +167,7 @@ class Routes(ServerTest):
 
     def test_not_found(self):
         for path in ("//", "/v1", "/v1/completion", "/v1/completions/", "/v2/completions", "/health/x", "/../etc/passwd",
-                     "/%00", "/v1/chat/completionsx"):
+                     "/%00", "/health%00x", "/v1/chat/completionsx"):
             with self.subTest(path=path):
                 answer = self.server.get(path)
                 self.assertEqual(answer.status, 404)
