@@ -45,6 +45,7 @@ MODELS_SRC := $(wildcard models/*.c)
 ENGINE_SRC := $(wildcard engine/*.c)
 TOKENIZER_SRC := $(wildcard tokenizer/*.c tokenizer/*.cc)
 SERVER_SRC := $(filter-out server/main.c,$(wildcard server/*.c))
+SERVER_FILES := $(wildcard server/openapi.json server/page/*) # linked in as they are
 
 objects = $(patsubst %,$(BUILD)/obj/%.o,$(1))
 
@@ -100,7 +101,7 @@ $(BUILD)/gptd: $(call objects,server/main.c) $(LIBS_GPTD)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) $(RPATH) -o $@ $^ $(LIBS_SYSTEM)
 
-$(BUILD)/libserver.a: $(call objects,$(SERVER_SRC) $(wildcard server/openapi.json))
+$(BUILD)/libserver.a: $(call objects,$(SERVER_SRC) $(SERVER_FILES))
 $(BUILD)/libengine.a: $(call objects,$(ENGINE_SRC))
 $(BUILD)/libmodels.a: $(call objects,$(MODELS_SRC))
 $(BUILD)/libtokenizer.a: $(call objects,$(TOKENIZER_SRC))
@@ -118,9 +119,15 @@ $(BUILD)/obj/%.cc.o: %.cc
 	@mkdir -p $(@D)
 	$(call say,CXX,$<)
 	$(Q)$(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c -o $@ $<
-$(BUILD)/obj/%.json.o: %.json
+$(call objects,$(SERVER_FILES)): $(BUILD)/obj/%.o: %
 	@mkdir -p $(@D)
 	$(Q)ld -r -b binary -z noexecstack -o $@ $<
+# The page's policy allows its style and its script by their hashes: of the files in the order in which page.c sends them.
+PAGE_SCRIPT := $(patsubst %,server/page/%.js,dom markdown api settings turns page)
+sha256_base64 = $$(printf '%b' "$$(cat $(1) | sha256sum | sed 's/ .*//; s/../\\x&/g')" | base64)
+$(BUILD)/obj/server/page.c.o: server/page/style.css $(PAGE_SCRIPT)
+$(BUILD)/obj/server/page.c.o: CPPFLAGS += -DGPTD_PAGE_STYLE_SHA256=\"$(call sha256_base64,server/page/style.css)\" \
+  -DGPTD_PAGE_SCRIPT_SHA256=\"$(call sha256_base64,$(PAGE_SCRIPT))\"
 define isa_rule
 $(BUILD)/obj/kernels/cpu/simd/%.$(1).o: kernels/cpu/simd/%.c
 	@mkdir -p $$(@D)

@@ -46,6 +46,8 @@ enum exchange_next completion_stream(struct exchange *x);
 bool completion_ready(const struct exchange *x);
 void completion_done_with(struct exchange *x);
 
+enum exchange_next page_handle(struct exchange *x);
+
 // The table of routes.
 extern const struct route server_routes[];
 extern const size_t server_n_routes;

@@ -57,6 +57,13 @@ void exchange_header(struct exchange *x, const char *name, const char *value)
     snprintf(x->headers[x->n_headers++].value, sizeof x->headers[0].value, "%s", value);
 }
 
+void exchange_header_constant(struct exchange *x, const char *name, const char *value)
+{
+    if (x->n_headers == EXCHANGE_MAX_HEADERS) return;
+    x->headers[x->n_headers].name = name;
+    x->headers[x->n_headers++].constant = value;
+}
+
 static void add_headers(struct exchange *x, struct MHD_Response *response, const char *content_type)
 {
     char milliseconds[32];
@@ -68,7 +75,8 @@ static void add_headers(struct exchange *x, struct MHD_Response *response, const
     if (x->http->options->cors_origin)
         MHD_add_response_header(response, "Access-Control-Allow-Origin", x->http->options->cors_origin);
     for (int32_t i = 0; i < x->n_headers; i++)
-        MHD_add_response_header(response, x->headers[i].name, x->headers[i].value);
+        MHD_add_response_header(response, x->headers[i].name,
+                                x->headers[i].constant ? x->headers[i].constant : x->headers[i].value);
     if (x->close || atomic_load(&x->http->quiesced)) MHD_add_response_header(response, "Connection", "close");
 }
 
@@ -260,7 +268,7 @@ static void set_id(struct exchange *x, const struct http_headers *h)
 static bool path_matches(const struct route *r, const char *path)
 {
     size_t n = strlen(r->path);
-    return r->path[n - 1] == '/' ? !strncmp(path, r->path, n) && path[n] : !strcmp(path, r->path);
+    return n > 1 && r->path[n - 1] == '/' ? !strncmp(path, r->path, n) && path[n] : !strcmp(path, r->path);
 }
 
 static int check_route(struct exchange *x, const char *method)
@@ -535,6 +543,14 @@ static void on_connection(void *cls, struct MHD_Connection *mhd, void **context,
     watchdog_add(h->watchdog, &c->watch);
 }
 
+// A NUL would end the path early ("/health%00x"): a path with one stays as it came, and is found nowhere.
+static size_t on_unescape(void *cls, struct MHD_Connection *mhd, char *text)
+{
+    (void)cls;
+    (void)mhd;
+    return strstr(text, "%00") ? strlen(text) : MHD_http_unescape(text);
+}
+
 // The request line has come: the time for the headers begins.
 static void *on_request_line(void *cls, const char *uri, struct MHD_Connection *mhd)
 {
@@ -638,7 +654,7 @@ int http_start(struct http *h, struct error *e)
         MHD_OPTION_THREAD_POOL_SIZE, n_threads > 1 ? n_threads : 0, MHD_OPTION_CONNECTION_LIMIT, limit,
         MHD_OPTION_CONNECTION_TIMEOUT, 0u, MHD_OPTION_SIGPIPE_HANDLED_BY_APP, 1,
         MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection, h,
-        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h,
+        MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h, MHD_OPTION_UNESCAPE_CALLBACK, on_unescape, NULL,
 #if MHD_VERSION >= 0x00097701
         MHD_OPTION_CLIENT_DISCIPLINE_LVL, 1, // no bare line feeds, no folded lines
 #endif

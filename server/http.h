@@ -29,7 +29,7 @@ enum exchange_next {
 };
 
 struct route {
-    const char *method, *path; // "GET" (answers HEAD too) or "POST"; a path that ends in '/' takes what follows as well
+    const char *method, *path; // "GET" (answers HEAD too) or "POST"; a path that ends in '/' takes what follows too, "/" nothing
     bool open;                 // without a key, and while the server drains
     enum exchange_next (*handle)(struct exchange *x);
     enum exchange_next (*stream)(struct exchange *x); // after exchange_reply_stream: appends to x->out, which is empty
@@ -69,7 +69,7 @@ struct exchange {
     bool queued;                  // an answer has been given to libmicrohttpd
     bool end;                     // stream: out holds the last of it
     struct {
-        const char *name;
+        const char *name, *constant; // constant: the value, NULL: it is in value
         char value[128];
     } headers[EXCHANGE_MAX_HEADERS]; // [n_headers] of the answer
     int32_t n_headers;
@@ -77,6 +77,8 @@ struct exchange {
 
 // Adds a header to the answer to come. name is a constant.
 void exchange_header(struct exchange *x, const char *name, const char *value);
+// The same with a value that is a constant, too, and may be long.
+void exchange_header_constant(struct exchange *x, const char *name, const char *value);
 // Answers with body, which is taken (and left empty). Out of memory in it: a 503 instead.
 enum exchange_next exchange_reply(struct exchange *x, int32_t status, const char *content_type,
                                   struct text_buffer *body);

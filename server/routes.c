@@ -290,5 +290,6 @@ const struct route server_routes[] = {
     {"GET", "/version", false, version_handle, NULL, NULL, NULL},
     {"GET", "/metrics", false, metrics_handle, NULL, NULL, NULL},
     {"GET", "/openapi.json", false, openapi_handle, NULL, NULL, NULL},
+    {"GET", "/", true, page_handle, NULL, NULL, NULL},
 };
 const size_t server_n_routes = sizeof server_routes / sizeof *server_routes;

@@ -166,8 +166,8 @@ class Routes(ServerTest):
                 self.assertEqual(answer.status, 200, (field, answer))
 
     def test_not_found(self):
-        for path in ("/", "/v1", "/v1/completion", "/v1/completions/", "/v2/completions", "/health/x", "/../etc/passwd",
-                     "/%00", "/v1/chat/completionsx"):
+        for path in ("//", "/v1", "/v1/completion", "/v1/completions/", "/v2/completions", "/health/x", "/../etc/passwd",
+                     "/%00", "/health%00x", "/v1/chat/completionsx"):
             with self.subTest(path=path):
                 answer = self.server.get(path)
                 self.assertEqual(answer.status, 404)
