@@ -26,7 +26,7 @@ static void setup(void)
     options.max_logprobs = MAX_LOGPROBS_HERE;
     plan.vocab_size = tokenizer_vocab_size(tokenizer);
     plan.max_model_len = CONTEXT;
-    limits = (struct completion_limits){&options, &plan, tokenizer, 64};
+    limits = (struct completion_limits){.options = &options, .plan = &plan, .tokenizer = tokenizer, .max_token_bytes = 64};
 }
 
 static void teardown(void) { tokenizer_destroy(tokenizer); }

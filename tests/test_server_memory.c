@@ -68,7 +68,7 @@ static void setup(void)
     log_init(open("/dev/null", O_WRONLY), LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     ck_assert_msg(engine_create(&engine, &engine_options, &e) == 0, "%s", e.message);
     ck_assert_int_eq(tokenizer_create(&tokenizer, "models/demo", e.message, sizeof e.message), 0);
-    ck_assert_msg(server_create(&server, &options, engine, tokenizer, &e) == 0, "%s", e.message);
+    ck_assert_msg(server_create(&server, &options, engine, tokenizer, NULL, &e) == 0, "%s", e.message);
     ck_assert_msg(server_start(server, &e) == 0, "%s", e.message);
     ck_assert_msg(engine_start(engine, &e) == 0, "%s", e.message);
     ck_assert_msg(server_open(server, &e) == 0, "%s", e.message);

@@ -23,7 +23,7 @@ static void setup(void)
     options = (struct server_options){.served_model_names = names, .n_served_model_names = 1, .max_prompts = 8,
                                       .max_choices = 64, .max_logprobs = 5};
     plan = (struct engine_plan){.vocab_size = tokenizer_vocab_size(tokenizer), .max_model_len = CONTEXT};
-    limits = (struct completion_limits){&options, &plan, tokenizer, 64};
+    limits = (struct completion_limits){.options = &options, .plan = &plan, .tokenizer = tokenizer, .max_token_bytes = 64};
 }
 
 static void check_request(const struct completion_request *r)
