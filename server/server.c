@@ -42,6 +42,9 @@ int server_create(struct server **out, const struct server_options *options, str
                                            .max_token_bytes = tokenizer ? longest_token(tokenizer) : 0,
                                            .chat_template = chat_template};
     infill_find(&s->limits.infill, tokenizer);
+    const struct infill *f = &s->limits.infill;
+    for (int32_t i = 0; i < f->n_ends; i++)
+        if (f->end_ids[i] >= s->limits.plan->vocab_size) s->limits.infill.found = false; // a tokenizer with more than its model
     s->metrics = metrics_create(options->served_model_names[0], s->limits.plan->max_model_len);
     failed = s->metrics ? 0 : error_set(e, ERR_NOMEM, "out of memory");
     if (!failed) failed = http_create(&s->http, &s->options, server_routes, server_n_routes, s, s->metrics, e);

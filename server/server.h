@@ -33,7 +33,7 @@ struct server_options {
     int64_t max_request_tokens;            // prompts once, max_tokens for each choice, and the prompt again for each
                                            // choice that repeats it (echo, prompt_logprobs, return_token_ids); a token
                                            // with k alternatives counts 1 + k times; 0: 256 contexts
-    int32_t max_logprobs;                  // largest `logprobs` and `prompt_logprobs`; the engine's own
+    int32_t max_logprobs;                  // largest `logprobs`, `top_logprobs` and `prompt_logprobs`; the engine's
     double header_timeout;                 // from the request line (a new connection: from accept) to the headers' end
     double body_timeout;                   // from the end of the headers to the end of the body
     double idle_timeout;                   // between requests of one connection
