@@ -236,8 +236,9 @@ START_TEST(demo_prompt)
     ck_assert_str_eq(prompt_text(""), "<s><|user|>\nHi<|end|>\n<|assistant|>\n");
     ck_assert_str_eq(prompt_text("\"add_special_tokens\":true"), "<s><s><|user|>\nHi<|end|>\n<|assistant|>\n");
     ck_assert_str_eq(prompt_text("\"add_generation_prompt\":false"), "<s><|user|>\nHi<|end|>\n");
-    ck_assert_str_eq(prompt_text("\"messages\":[{\"role\":\"developer\",\"content\":\"Be short.\"},{\"role\":\"user\",\"content\":\"a\"},"
-                                 "{\"role\":\"assistant\",\"content\":\"Once upon\"}],\"add_generation_prompt\":false,"
+    ck_assert_str_eq(prompt_text("\"messages\":[{\"role\":\"developer\",\"content\":\"Be short.\"},"
+                                 "{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"Once upon\"}],"
+                                 "\"add_generation_prompt\":false,"
                                  "\"continue_final_message\":true"),
                      "<s><|system|>\nBe short.<|end|>\n<|user|>\na<|end|>\n<|assistant|>\nOnce upon");
 }
@@ -438,7 +439,8 @@ static void expect_words(const char *words, const char *param)
     struct completion_request r;
     struct http_error e;
     ck_assert_int_ne(parse(&r, body_of(""), &e), 0);
-    ck_assert_msg(e.status == 400 && strstr(e.message, words) && !strcmp(e.param, param), "%d %s: %s", e.status, e.param, e.message);
+    bool ok = e.status == 400 && strstr(e.message, words) && !strcmp(e.param, param);
+    ck_assert_msg(ok, "%d %s: %s", e.status, e.param, e.message);
 }
 
 START_TEST(templates)

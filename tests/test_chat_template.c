@@ -1,5 +1,5 @@
-/* test_chat_template.c: where a checkpoint's chat template and its special tokens come from, what a template sees, what a broken one
- * does, and where a final message that is to be continued ends.
+/* test_chat_template.c: where a checkpoint's chat template and its special tokens come from, what a template sees, what a broken
+ * one does, and where a final message that is to be continued ends.
  */
 #include "tokenizer/chat_template.h"
 
@@ -88,7 +88,8 @@ START_TEST(places)
         {"file", "{\"chat_template\": \"config\"}", "file"},
         {"file", "{\"chat_template\": \"{% broken\"}", "file"},
         {NULL, "{\"chat_template\": \"config {{ messages|length }}\"}", "config 1"},
-        {NULL, "{\"chat_template\": [{\"name\": \"tool_use\", \"template\": \"a\"}, {\"name\": \"default\", \"template\": \"b\"}]}", "b"},
+        {NULL, "{\"chat_template\": [{\"name\": \"tool_use\", \"template\": \"a\"},"
+               " {\"name\": \"default\", \"template\": \"b\"}]}", "b"},
         {"", NULL, ""},
     };
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
@@ -233,7 +234,8 @@ END_TEST
 
 // ---- a final message that goes on ----
 
-static const char keeps[] = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}{% if add_generation_prompt %}<>{% endif %}";
+static const char keeps[] = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
+                            "{% if add_generation_prompt %}<>{% endif %}";
 static const char trims[] = "{% for m in messages %}<{{ m.role }}>{{ m.content|trim }}</>\n{% endfor %}";
 
 START_TEST(final_message)

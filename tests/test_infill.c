@@ -127,7 +127,8 @@ START_TEST(no_space_before_a_suffix)
 {
     static const char *const suffixes[] = {"x = 1", " x", "\n    return", "世界", "(a, b)", "A", "+", "  two"};
     struct infill f;
-    write_file("tokenizer_config.json", "{\"added_tokens_decoder\": {\"1600\": {\"content\": \"\xE2\x96\x81<PRE>\", \"special\": true},"
+    write_file("tokenizer_config.json",
+               "{\"added_tokens_decoder\": {\"1600\": {\"content\": \"\xE2\x96\x81<PRE>\", \"special\": true},"
                " \"1601\": {\"content\": \"\xE2\x96\x81<SUF>\", \"special\": true},"
                " \"1602\": {\"content\": \"\xE2\x96\x81<MID>\", \"special\": true}}}");
     char *here = realpath("models/demo/tokenizer.model", NULL);
@@ -140,7 +141,8 @@ START_TEST(no_space_before_a_suffix)
         int32_t *ids;
         size_t n, at = 0, length;
         char text[256] = "";
-        ck_assert_int_eq(infill_encode(&f, t, "def f():", 8, suffixes[i], strlen(suffixes[i]), true, &ids, &n, error, sizeof error), 0);
+        size_t n_suffix = strlen(suffixes[i]);
+        ck_assert_int_eq(infill_encode(&f, t, "def f():", 8, suffixes[i], n_suffix, true, &ids, &n, error, sizeof error), 0);
         ck_assert(ids[0] == 1 && ids[1] == 1600 && ids[n - 1] == 1602);
         while (ids[at] != 1601) at++;
         for (size_t k = at + 1; k + 1 < n; k++) strncat(text, tokenizer_token_bytes(t, ids[k], &length), 32);

@@ -122,7 +122,8 @@ static int append_inside(const struct tokenizer *t, const char *text, size_t len
     if (!result) result = append_text(t, joined, n_anchor + length, false, &both, error, error_size);
     bool apart = !result && alone.n > 0 && both.n >= alone.n && !memcmp(both.ids, alone.ids, alone.n * sizeof *alone.ids);
     if (!result && !apart) result = append_text(t, text, length, false, list, error, error_size);
-    else if (!result && id_list_append(list, both.ids + alone.n, both.n - alone.n)) result = fail(error, error_size, "out of memory");
+    else if (!result && id_list_append(list, both.ids + alone.n, both.n - alone.n))
+        result = fail(error, error_size, "out of memory");
     free(joined);
     free(alone.ids);
     free(both.ids);

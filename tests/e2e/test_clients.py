@@ -61,9 +61,12 @@ with_openai = unittest.skipUnless(openai or os.environ.get("CI"),
                                   "the openai package is not installed (see scripts/setup.sh check)")
 
 
-def client_of(server, kind="OpenAI", **options):
+def need_openai():
     if not openai:
         raise AssertionError("the openai package is not installed, and CI is set")
+
+
+def client_of(server, kind="OpenAI", **options):
     options = {"max_retries": 0, **options}
     return getattr(openai, kind)(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", **options)
 
@@ -74,6 +77,7 @@ class OpenAIClient(ServerTest):
 
     @classmethod
     def setUpClass(cls):
+        need_openai()
         super().setUpClass()
         cls.client = client_of(cls.server)
 
@@ -142,6 +146,7 @@ class OpenAIChat(ServerTest):
 
     @classmethod
     def setUpClass(cls):
+        need_openai()
         super().setUpClass()
         cls.client = client_of(cls.server)
 
@@ -249,6 +254,8 @@ class OpenAIChat(ServerTest):
 @with_openai
 class OpenAIRetries(unittest.TestCase):
     """What the client does by itself about 429, 503 and 408."""
+
+    setUpClass = classmethod(lambda cls: need_openai())
 
     def ask(self, client, server, **fields):
         return client.chat.completions.create(model=server.name, messages=[{"role": "user", "content": "Hi"}],
