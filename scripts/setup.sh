@@ -45,15 +45,17 @@ if [ -n "$missing" ]; then
 fi
 
 # What the tests hold ours against, in a virtual environment of the build's own: the official OpenAI client, Hugging Face's
-# tokenizers, Python's Jinja2.
-if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai, tokenizers, jinja2' 2>/dev/null; then
-    echo "setup: installing the Python packages openai, tokenizers and jinja2 into build/venv"
+# tokenizers, Python's Jinja2, and chat templates of models (files of trl, of which nothing is imported).
+if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai, tokenizers, jinja2
+from importlib.util import find_spec; assert find_spec("trl")' 2>/dev/null; then
+    echo "setup: installing the Python packages openai, tokenizers, jinja2 and trl into build/venv"
     mkdir -p build
     for python in python3 /usr/bin/python3; do
         "$python" -m venv build/venv && break
     done
-    build/venv/bin/pip install --quiet --disable-pip-version-check openai tokenizers jinja2 || {
-        echo "setup: pip could not install openai, tokenizers and jinja2: the tests with them cannot run" >&2
+    pip="build/venv/bin/pip install --quiet --disable-pip-version-check"
+    { $pip openai tokenizers jinja2 && $pip --no-deps trl; } || {
+        echo "setup: pip could not install openai, tokenizers, jinja2 and trl: the tests with them cannot run" >&2
         [ -z "${CI:-}" ] || exit 1 # elsewhere they are skipped, and counted as such
     }
 fi
