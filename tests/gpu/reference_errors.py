@@ -19,7 +19,7 @@ import export_vectors  # noqa: E402
 
 def forward_on_gpu(directory, dtype):
     """ids [n] -> logits [n, V] F32, computed in dtype."""
-    model = export_vectors.reference(directory)
+    model, _ = export_vectors.reference(directory)
     if isinstance(model, torch.nn.Module):
         model = model.to("cuda", dtype)
     else:
