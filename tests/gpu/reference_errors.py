@@ -23,7 +23,9 @@ def forward_on_gpu(directory, dtype):
     if isinstance(model, torch.nn.Module):
         model = model.to("cuda", dtype)
     else:
-        loaded = export_vectors.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+        # Experts one by one: the grouped product does not take odd sizes.
+        loaded = export_vectors.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager",
+                                                                     experts_implementation="eager")
         loaded = loaded.to("cuda").eval()
         model = lambda ids: loaded(ids, use_cache=False).logits  # noqa: E731
 

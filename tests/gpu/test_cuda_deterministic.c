@@ -284,9 +284,9 @@ static void models_reset(struct models *m)
 // One step of the sequences, in the order given; logits of the rows that x wants of the main one go to their place.
 static void step(struct models *m, struct sequence **seqs, int32_t n_seqs)
 {
-    enum { MOST = MAX_LEN + COMPANY * COMPANY_CHUNK };
-    int32_t tokens[MOST], positions[MOST], slots[MOST], zeros[MOST] = {0}, cu[COMPANY + 2] = {0}, context[COMPANY + 1];
-    int32_t tables[(COMPANY + 1) * (MAX_LEN / 16)], rows[MAX_ROWS], n = 0, n_rows = 0, first_row = 0;
+    enum { MOST = MAX_LEN + COMPANY * COMPANY_CHUNK, TABLE = (COMPANY + 1) * (MAX_LEN / 16) };
+    int32_t tokens[MOST], positions[MOST], zeros[MOST] = {0}, cu[COMPANY + 2] = {0}, context[COMPANY + 1];
+    int32_t slots[MAX_KV_GROUPS][MOST], tables[MAX_KV_GROUPS][TABLE], rows[MAX_ROWS], n = 0, n_rows = 0, first_row = 0;
     struct rig *r = &m->rig;
     for (int32_t i = 0; i < n_seqs; i++) {
         struct sequence *s = seqs[i];
@@ -294,7 +294,7 @@ static void step(struct models *m, struct sequence **seqs, int32_t n_seqs)
             int32_t position = s->n_context + j, *block = &s->table[position / r->block_size];
             if (*block < 0) *block = r->groups[0].free_blocks[--r->groups[0].n_free];
             tokens[n] = s->ids[position], positions[n] = position;
-            slots[n] = *block * r->block_size + position % r->block_size;
+            slots[0][n] = *block * r->block_size + position % r->block_size;
         }
         for (int32_t k = 0; s == &m->main && k < m->x.n_rows; k++) {
             int32_t at = m->x.rows[k] - s->n_context;
@@ -303,13 +303,17 @@ static void step(struct models *m, struct sequence **seqs, int32_t n_seqs)
         }
         s->n_context += s->n_new;
         cu[i + 1] = n, context[i] = s->n_context;
-        memcpy(tables + i * r->max_blocks, s->table, (size_t)r->max_blocks * sizeof *tables);
+        memcpy(tables[0] + i * r->max_blocks, s->table, (size_t)r->max_blocks * sizeof **tables);
     }
     struct batch batch = {.n_tokens = n, .n_seqs = n_seqs, .n_logits_rows = n_rows, .max_blocks = r->max_blocks,
                           .block_size = r->block_size, .tokens = tokens, .positions = positions, .history_rows = zeros,
-                          .slot_mapping = {slots}, .cu_seqlens_q = cu, .context_lens = context, .block_tables = {tables},
-                          .logits_rows = rows};
-    struct kv_cache kv = {.layers = {r->groups[0].layers}, .n_blocks = {r->n_blocks}};
+                          .cu_seqlens_q = cu, .context_lens = context, .logits_rows = rows};
+    struct kv_cache kv = {0};
+    for (int32_t g = 0; g < r->info->n_kv_groups; g++) { // the same blocks in the cache of each group
+        memmove(slots[g], slots[0], sizeof *slots), memmove(tables[g], tables[0], sizeof *tables);
+        batch.slot_mapping[g] = slots[g], batch.block_tables[g] = tables[g];
+        kv.layers[g] = r->groups[g].layers, kv.n_blocks[g] = r->n_blocks;
+    }
     struct tensor out;
     check(model_forward(r->model, &batch, &kv, &out, &e));
     size_t width = (size_t)m->x.vocab_size;
