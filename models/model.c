@@ -71,6 +71,10 @@ static int plan(struct model *m, struct error *e)
     // Stretching "dynamic" frequencies changes every answer: only when a longer context was asked for.
     if (o->max_model_len) m->config.max_model_len = o->max_model_len;
     else if (m->config.kinds[0].rope.type == ROPE_DYNAMIC) m->config.max_model_len = m->config.max_positions;
+    if (o->copies_weights && (m->config.expert_dim % 8 || (m->config.n_experts && m->config.hidden_dim % 8))) {
+        return error_set(e, ERR_UNSUPPORTED, "on a GPU, experts of %d by %d elements, which are no multiples of 8",
+                         m->config.expert_dim, m->config.hidden_dim);
+    }
     bool dummy = o->load_format == LOAD_DUMMY;
     if (!dummy) rc = checkpoint_open(&m->checkpoint, o->dir, e);
     if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, o->copies_weights,

@@ -281,10 +281,10 @@ PHI4 = dict(seed=82, tie_word_embeddings=True, vocab_size=103, hidden_size=48, i
 FACTORS4 = dict(short_factor=[1.0, 1.0, 1.05, 1.2, 1.3, 1.6], long_factor=[1.0, 1.5, 2.5, 4.0, 9.0, 20.0])
 NEOX = dict(seed=91, vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=72,
             max_position_embeddings=144)
-MIXTRAL = dict(seed=111, vocab_size=101, hidden_size=24, intermediate_size=20, num_hidden_layers=2,
+MIXTRAL = dict(seed=111, vocab_size=101, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                num_attention_heads=3, num_key_value_heads=1, num_local_experts=5, max_position_embeddings=160)
 QWEN3MOE = dict(vocab_size=101, hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=1,
-                head_dim=16, moe_intermediate_size=12, max_position_embeddings=160)
+                head_dim=16, moe_intermediate_size=16, max_position_embeddings=160)
 SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
 
