@@ -25,7 +25,8 @@ struct family {
     const char *norm2;
     const char *mlp_in[2];    // gate, up: two tensors or one fused; or one when not gated
     const char *mlp_out;
-    const char *router, *experts; // instead of the MLP, of all layers or, with mlp_out, of some: logits of the experts; then an expert's number, then:
+    const char *router;       // of experts instead of the MLP, in all layers or, with mlp_out, in some
+    const char *experts;      // then an expert's number, then:
     const char *expert_in[2], *expert_out;
     const char *final_norm;
     const char *lm_head;
