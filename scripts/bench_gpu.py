@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """`make bench-gpu`: what a GPU can do, and what ours does with it, in one run on a machine with a GPU and PyTorch.
 
-    python3 scripts/bench_gpu.py --bundle build/gpu --out $OUT          everything, under 9 minutes
+    python3 scripts/bench_gpu.py --bundle build/gpu --out $OUT          everything but families, under 9 minutes
+    python3 scripts/bench_gpu.py --bundle build/gpu --out $OUT --only ceilings families     a few shapes of each family
     python3 scripts/bench_gpu.py --quick --only ceilings batch1         less of it
 
 Sections run in the order below, each within its budget of seconds; what fails or finds no time is reported and ends no
@@ -44,6 +45,7 @@ SECTIONS = {
     "itl": Section(60, 30, serving.itl),
     "streams": Section(180, 70, serving.streams),
     "deterministic": Section(60, 40, serving.deterministic),
+    "families": Section(200, 150, serving.families),
     "small": Section(40, 25, serving.small),
     "ttft": Section(100, 40, serving.ttft),
     "idle": Section(70, 40, serving.idle),
@@ -187,7 +189,8 @@ def parse_arguments():
     here = [os.path.join(ROOT, "tests", "bench", "models", name) for name in ("llama-3-8b", "llama-3.2-1b")]
     add("--bundle", default=os.path.join(ROOT, "build", "gpu"), help="of make gpu-bundle [build/gpu]")
     add("--out", default=os.path.join(ROOT, "build"), help="directory of the results [build]")
-    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=" ".join(SECTIONS))
+    add("--only", nargs="+", choices=SECTIONS, default=[name for name in SECTIONS if name != "families"],
+        metavar="SECTION", help=" ".join(SECTIONS) + " [all but families]")
     add("--skip", nargs="+", choices=SECTIONS, default=[], metavar="SECTION")
     add("--quick", action="store_true", help="fewer cases, under 3 minutes")
     add("--limit", type=float, metavar="SECONDS", help=f"for all of it [{LIMIT[False]}; with --quick {LIMIT[True]}]")

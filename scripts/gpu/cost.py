@@ -92,6 +92,27 @@ class Ceilings:
         return self.flash[min(self.flash, key=lambda m: max(m / s, s / m))] if self.flash else None
 
 
+def family_token_bytes(path):
+    """What a step of one sequence reads of the weights of a checkpoint of any family: its layers, of experts the chosen ones,
+    and the output layer. Returns that and the size of the vocabulary."""
+    with open(os.path.join(path, "config.json")) as f:
+        c = json.load(f)
+    gemma3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+    c = {**gemma3, **c["text_config"]} if "text_config" in c else c
+
+    def first(*keys):
+        return next((c[k] for k in keys if c.get(k)), None)
+
+    hidden, n_heads = first("hidden_size", "n_embed", "n_embd"), first("num_attention_heads", "n_head")
+    head_dim, n_layers = c.get("head_dim") or hidden // n_heads, first("num_hidden_layers", "n_layer")
+    gated = c.get("architectures", [None])[0] not in ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "BloomForCausalLM")
+    mlp = first("moe_intermediate_size", "intermediate_size") or 4 * hidden
+    n_experts = first("num_local_experts", "num_experts") or 0
+    attention = hidden * head_dim * (2 * n_heads + 2 * (c.get("num_key_value_heads") or n_heads))
+    mlps = (3 if gated else 2) * hidden * mlp * (c["num_experts_per_tok"] if n_experts else 1)
+    return BYTES * (n_layers * (attention + mlps + n_experts * hidden) + c["vocab_size"] * hidden), c["vocab_size"]
+
+
 def decode_bytes(model, n_seqs, context):
     return model.token_weight_bytes() + model.kv_bytes(n_seqs * context)
 

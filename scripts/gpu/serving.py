@@ -247,6 +247,32 @@ def streams(bench):
         bench.attempt(f"{n} streams", streams_of, bench, server, n, 1 if bench.arguments.quick else 2)
 
 
+class Shapes:
+    """What `load` wants to know of a checkpoint of any family."""
+
+    def __init__(self, path):
+        self.path, self.max_positions = path, 2048
+        self.token_bytes, self.vocab_size = cost.family_token_bytes(path)
+
+
+def family(bench, path):
+    shapes, name = Shapes(path), os.path.basename(path)
+    server = dummy_server(bench, shapes, 2048, 64)
+    run = load(bench, server, shapes, 1, 2, 128, 128)
+    tpot = run["tpot_ms"]["p50"] * 1e-3
+    many = load(bench, server, shapes, 64, 64, 128, 128, warmup=8)["steady_decode"]
+    bandwidth = bench.ceilings().bandwidth
+    bench.add("families", model=name, **{
+        "GB a token": shapes.token_bytes / 1e9, "tokens/s": 1 / tpot, "TTFT ms": run["ttft_ms"]["p50"],
+        "share of bandwidth": bandwidth and shapes.token_bytes / tpot / bandwidth,
+        "64 streams tokens/s": many and many["tokens_per_second"]})
+
+
+def families(bench):
+    for path in sorted(glob.glob(os.path.join(ROOT, "tests", "bench", "models", "*"))):
+        bench.attempt(os.path.basename(path), family, bench, path)
+
+
 def deterministic(bench):
     """What answers that are the same whatever else is served cost: beside the streams of this run, or its batch 1."""
     server = main_server(bench, "--deterministic")
