@@ -94,7 +94,7 @@ class Ceilings:
 
 def family_token_bytes(path):
     """What a step of one sequence reads of the weights of a checkpoint of any family: its layers, of experts the chosen ones,
-    and the output layer. Returns that and the size of the vocabulary."""
+    and the output layer. Returns that, the size of the vocabulary, and the length of the context."""
     with open(os.path.join(path, "config.json")) as f:
         c = json.load(f)
     gemma3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
@@ -110,7 +110,8 @@ def family_token_bytes(path):
     n_experts = first("num_local_experts", "num_experts") or 0
     attention = hidden * head_dim * (2 * n_heads + 2 * (c.get("num_key_value_heads") or n_heads))
     mlps = (3 if gated else 2) * hidden * mlp * (c["num_experts_per_tok"] if n_experts else 1)
-    return BYTES * (n_layers * (attention + mlps + n_experts * hidden) + c["vocab_size"] * hidden), c["vocab_size"]
+    size = n_layers * (attention + mlps + n_experts * hidden) + c["vocab_size"] * hidden
+    return BYTES * size, c["vocab_size"], first("max_position_embeddings", "n_positions") or 2048
 
 
 def decode_bytes(model, n_seqs, context):

@@ -251,8 +251,8 @@ class Shapes:
     """What `load` wants to know of a checkpoint of any family."""
 
     def __init__(self, path):
-        self.path, self.max_positions = path, 2048
-        self.token_bytes, self.vocab_size = cost.family_token_bytes(path)
+        self.path = path
+        self.token_bytes, self.vocab_size, self.max_positions = cost.family_token_bytes(path)
 
 
 def family(bench, path):
