@@ -42,16 +42,18 @@ if [ -n "$missing" ]; then
     rm -f "$log"
 fi
 
-# What the tests hold ours against, in a virtual environment of the build's own: the official OpenAI client, Hugging Face's
-# tokenizers, Python's Jinja2.
-if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai, tokenizers, jinja2' 2>/dev/null; then
-    echo "setup: installing the Python packages openai, tokenizers and jinja2 into build/venv"
+# What the tests hold ours against, in a virtual environment of the build's own: the official OpenAI client, LangChain's,
+# schemathesis, Hugging Face's tokenizers, Python's Jinja2.
+python_packages="openai langchain-openai schemathesis tokenizers jinja2"
+if [ "${1:-run}" = check ] &&
+   ! build/venv/bin/python -c 'import openai, langchain_openai, schemathesis, tokenizers, jinja2' 2>/dev/null; then
+    echo "setup: installing the Python packages $python_packages into build/venv"
     mkdir -p build
     for python in python3 /usr/bin/python3; do
         "$python" -m venv build/venv && break
     done
-    build/venv/bin/pip install --quiet --disable-pip-version-check openai tokenizers jinja2 || {
-        echo "setup: pip could not install openai, tokenizers and jinja2: the tests with them cannot run" >&2
+    build/venv/bin/pip install --quiet --disable-pip-version-check $python_packages || {
+        echo "setup: pip could not install $python_packages: the tests with them cannot run" >&2
         [ -z "${CI:-}" ] || exit 1 # elsewhere they are skipped, and counted as such
     }
 fi
