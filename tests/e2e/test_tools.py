@@ -11,7 +11,7 @@ import tempfile
 import unittest
 
 import harness
-from harness import ServerTest, same_server, scale
+from harness import ServerTest, scale
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -24,6 +24,10 @@ def needs(package):
     """Skips without the package, but not where CI is set: nobody reads there what was skipped."""
     return unittest.skipUnless(has(package) or os.environ.get("CI"),
                                f"{package} is not installed (see scripts/setup.sh check)")
+
+
+async def gather(stream):
+    return [chunk async for chunk in stream]
 
 
 @needs("schemathesis")
@@ -62,6 +66,141 @@ class Description(ServerTest):
         def idle():
             return not any(v for k, v in self.metrics().items() if k.startswith("gptd_kv_cache_usage_ratio"))
         harness.wait_until(idle, 20, "every block is free")
+
+
+@needs("langchain_openai")
+class LangChain(ServerTest):
+    """langchain-openai's OpenAI, which is of completions."""
+
+    flags = ("--deterministic",)
+    prompts = ["12+30=", "Once upon a time"]
+
+    @classmethod
+    def setUpClass(cls):
+        import openai
+        from langchain_openai import OpenAI
+        super().setUpClass()
+        cls.openai, cls.model_class = openai, OpenAI
+        cls.answers = [cls.server.text(p, max_tokens=12, temperature=0) for p in cls.prompts]
+
+    def client(self, **fields):
+        fields = {"model": self.server.name, "temperature": 0, "max_tokens": 12, "max_retries": 0, **fields}
+        return self.model_class(base_url=f"http://127.0.0.1:{self.server.port}/v1", api_key="none", **fields)
+
+    def run_async(self, model, call):
+        """The connections end with their event loop."""
+        async def calls():
+            try:
+                return await call()
+            finally:
+                await model.async_client._client.close()
+        return asyncio.run(calls())
+
+    def test_sync(self):
+        model = self.client()
+        self.assertEqual(model.invoke(self.prompts[0]), self.answers[0])
+        self.assertEqual(model.batch(self.prompts), self.answers)
+        self.assertEqual(model.invoke(self.prompts[0], stop=["\n"]), "42")
+
+    def test_stream(self):
+        chunks = list(self.client().stream(self.prompts[1]))
+        self.assertEqual("".join(chunks), self.answers[1])
+        self.assertGreater(len(chunks), 1)
+
+    def test_async(self):
+        model = self.client()
+
+        async def calls():
+            return await asyncio.gather(model.ainvoke(self.prompts[0]), gather(model.astream(self.prompts[1])),
+                                        model.abatch(self.prompts))
+
+        answer, chunks, batch = self.run_async(model, calls)
+        self.assertEqual([answer, "".join(chunks)], self.answers)
+        self.assertEqual(batch, self.answers)
+
+    def test_fields(self):
+        """What the class has parameters for, and what goes beside them."""
+        model = self.client(n=2, best_of=3, temperature=1, seed=5, top_p=0.9, frequency_penalty=0.5, presence_penalty=0.5,
+                           logit_bias={"5": -100}, logprobs=2, extra_body={"top_k": 40, "return_token_ids": True})
+        result = model.generate(self.prompts)
+        self.assertEqual([len(g) for g in result.generations], [2, 2])
+        self.assertEqual(result, model.generate(self.prompts).model_copy(update={"run": result.run}))
+        usage = result.llm_output["token_usage"]
+        self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"])
+        self.assertTrue(result.generations[0][0].generation_info["logprobs"]["tokens"])
+
+    def test_errors(self):
+        for fields, kind in (({"model": "none-such"}, self.openai.NotFoundError),
+                             ({"temperature": 3}, self.openai.BadRequestError)):
+            with self.assertRaises(kind):
+                self.client(**fields).invoke("x")
+            with self.assertRaises(kind):
+                list(self.client(**fields).stream("x"))
+            with self.assertRaises(kind):
+                model = self.client(**fields)
+                self.run_async(model, lambda: model.ainvoke("x"))
+
+
+# 200 MB of its own: see `make check-clients`.
+@unittest.skipUnless(has("litellm"), "litellm is not installed (see scripts/setup.sh clients)")
+class LiteLLM(ServerTest):
+    """litellm's text_completion, under both names that lead to a server of one's own."""
+
+    flags = ("--deterministic",)
+    prompts = ["12+30=", "Once upon a time"]
+
+    @classmethod
+    def setUpClass(cls):
+        os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # prices are not to be fetched
+        import litellm
+        litellm.suppress_debug_info = litellm.disable_aiohttp_transport = True
+        cls.litellm = litellm
+        super().setUpClass()
+        cls.answers = [cls.server.text(p, max_tokens=12, temperature=0) for p in cls.prompts]
+
+    def fields(self, provider, **fields):
+        return {"api_base": f"http://127.0.0.1:{self.server.port}/v1", "api_key": "none", "max_tokens": 12,
+                "temperature": 0, "max_retries": 0, "model": f"{provider}/{self.server.name}", **fields}
+
+    def each_provider(self):
+        for provider in ("openai", "text-completion-openai"):
+            with self.subTest(provider):
+                yield provider
+
+    def test_sync(self):
+        for provider in self.each_provider():
+            answer = self.litellm.text_completion(prompt=self.prompts[0], **self.fields(provider))
+            self.assertEqual(answer.choices[0].text, self.answers[0])
+            self.assertEqual(answer.usage.completion_tokens, 12)
+
+    def test_prompts(self):
+        answer = self.litellm.text_completion(prompt=self.prompts, **self.fields("text-completion-openai"))
+        self.assertEqual([c.text for c in answer.choices], self.answers)
+
+    def test_stream(self):
+        for provider in self.each_provider():
+            chunks = list(self.litellm.text_completion(prompt=self.prompts[1], stream=True, **self.fields(provider)))
+            self.assertEqual("".join(c.choices[0].text or "" for c in chunks), self.answers[1])
+            self.assertGreater(len(chunks), 2)
+
+    def test_async(self):
+        async def calls(fields):
+            whole = await self.litellm.atext_completion(prompt=self.prompts[0], **fields)
+            chunks = await self.litellm.atext_completion(prompt=self.prompts[1], stream=True, **fields)
+            text = "".join(c.choices[0].text or "" for c in await gather(chunks))
+            await self.litellm.close_litellm_async_clients()
+            return [whole.choices[0].text, text]
+
+        for provider in self.each_provider():
+            self.assertEqual(asyncio.run(calls(self.fields(provider))), self.answers)
+
+    def test_errors(self):
+        for provider in self.each_provider():
+            for fields, kind in (({"model": f"{provider}/none-such"}, self.litellm.NotFoundError),
+                                 ({"temperature": 3}, self.litellm.BadRequestError),
+                                 ({"max_tokens": 100_000}, self.litellm.BadRequestError)):
+                with self.assertRaises(kind):
+                    self.litellm.text_completion(prompt="x", **self.fields(provider, **fields))
 
 
 if __name__ == "__main__":
