@@ -1,12 +1,15 @@
 """The clients people use: curl and the official OpenAI package."""
 
+import asyncio
+import concurrent.futures
 import json
 import os
 import shutil
+import signal
 import subprocess
 import unittest
 
-from harness import ServerTest, parse_events
+from harness import Server, ServerTest, parse_events, wait_until
 
 try:
     import openai
@@ -48,7 +51,15 @@ class Curl(ServerTest):
 
 
 # Where CI is set the tests run, and fail for want of the package: nobody reads there what was skipped.
-@unittest.skipUnless(openai or os.environ.get("CI"), "the openai package is not installed (see scripts/setup.sh check)")
+needs_openai = unittest.skipUnless(openai or os.environ.get("CI"),
+                                   "the openai package is not installed (see scripts/setup.sh check)")
+
+
+def aborted(server):
+    return server.metrics()['gptd_request_success_total{finished_reason="abort"}']
+
+
+@needs_openai
 class OpenAIClient(ServerTest):
     flags = ("--deterministic",)
 
@@ -115,6 +126,160 @@ class OpenAIClient(ServerTest):
         next(iter(stream))
         stream.close()
         self.server.wait_idle()
+
+
+class OpenAITest(unittest.TestCase):
+    """What the classes below share: clients of a server, closed when the test ends."""
+
+    def connect(self, server, **fields):
+        fields = {"api_key": "none", "max_retries": 0, **fields}
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", **fields)
+        self.addCleanup(client.close)
+        return client
+
+    def run_async(self, server, call, **fields):
+        """call(client) within an event loop of its own."""
+        async def calls():
+            fields_of = {"api_key": "none", "max_retries": 0, **fields}
+            async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", **fields_of) as client:
+                return await call(client)
+        return asyncio.run(calls())
+
+
+@needs_openai
+class OpenAIAsync(OpenAITest, ServerTest):
+    flags = ("--deterministic",)
+
+    def fields(self, **fields):
+        return {"model": self.server.name, "prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, **fields}
+
+    def test_whole_and_streamed(self):
+        expected = self.server.text("Once upon a time", max_tokens=16, temperature=0)
+
+        async def streamed(client):
+            chunks = await client.completions.create(stream=True, **self.fields())
+            return "".join([choice.text async for chunk in chunks for choice in chunk.choices])
+
+        async def calls(client):
+            whole = [client.completions.create(**self.fields()) for _ in range(8)]
+            return await asyncio.gather(*whole, *[streamed(client) for _ in range(8)])
+
+        answers = self.run_async(self.server, calls)
+        self.assertEqual([a.choices[0].text for a in answers[:8]] + answers[8:], [expected] * 16)
+
+    def test_errors(self):
+        for fields, kind in (({"temperature": 3}, openai.BadRequestError), ({"model": "none"}, openai.NotFoundError),
+                             ({"max_tokens": 100_000}, openai.BadRequestError)):
+            for stream in (False, True):
+                with self.assertRaises(kind):
+                    self.run_async(self.server,
+                                   lambda client: client.completions.create(**self.fields(stream=stream, **fields)))
+
+    def test_leaving(self):
+        """A task that is cancelled and a stream that is left end on the server, too."""
+        async def calls(client):
+            long = self.fields(max_tokens=1900, n=64, extra_body={"ignore_eos": True})
+            task = asyncio.create_task(client.completions.create(**long))
+            while not self.server.metrics()["gptd_num_requests_running"]:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            async with await client.completions.create(stream=True, **long) as chunks:
+                await anext(aiter(chunks))
+
+        before = aborted(self.server)
+        self.run_async(self.server, calls)
+        self.server.wait_idle()
+        self.assertGreaterEqual(aborted(self.server), before + 2)
+
+
+@needs_openai
+class OpenAIKey(OpenAITest, ServerTest):
+    flags = ("--api-key", "right")
+
+    def test_key(self):
+        fields = {"model": self.server.name, "prompt": "x", "max_tokens": 1}
+        for key in ("wrong", "righ", "rightly"):
+            client = self.connect(self.server, api_key=key)
+            for call in (lambda: client.completions.create(**fields), client.models.list,
+                         lambda: client.completions.create(stream=True, **fields)):
+                with self.assertRaises(openai.AuthenticationError) as caught:
+                    call()
+                self.assertEqual(caught.exception.type, "authentication_error")
+        client = self.connect(self.server, api_key="right")
+        self.assertEqual(len(client.completions.create(**fields).choices), 1)
+        self.assertEqual(len(client.models.list().data), 1)
+
+
+@needs_openai
+class OpenAIOverload(OpenAITest):
+    """A server that is full, goes away or is slow: what the client does about it, with its own retries."""
+
+    def hold(self, server):
+        """A stream that goes on until the socket is closed."""
+        holder = server.socket()
+        self.addCleanup(holder.close)
+        holder.sendall(server.completion_bytes(prompt="Once", max_tokens=1900, n=64, ignore_eos=True, stream=True))
+        wait_until(lambda: server.metrics()["gptd_num_requests_running"] >= 1, 5, "it runs")
+        return holder
+
+    def fill(self, server):
+        """The same where only one runs and one waits, and one that waits."""
+        holder, waiting = self.hold(server), server.socket()
+        waiting.sendall(server.completion_bytes(prompt="Once", max_tokens=2))
+        wait_until(lambda: server.metrics()["gptd_num_requests_waiting"] == 1, 5, "one waits")
+        self.addCleanup(waiting.close)
+        return holder
+
+    def create(self, server, **fields):
+        return self.connect(server, **fields).completions.create(model=server.name, prompt="Once", max_tokens=2)
+
+    def test_full(self):
+        server = Server("--max-num-seqs", "1", "--max-queue-requests", "1")
+        holder = self.fill(server)
+        with self.assertRaises(openai.RateLimitError) as caught:
+            self.create(server)
+        self.assertEqual(caught.exception.type, "rate_limit_error")
+        self.assertGreaterEqual(int(caught.exception.response.headers["retry-after"]), 1)
+
+        def refused():
+            return sum('"status":429' in line.replace(" ", "") for line in server.log)
+
+        before = refused()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.create, server, max_retries=5)
+            wait_until(lambda: refused() > before, 10, "the client was refused")
+            holder.close()  # there is room when it tries again
+            self.assertEqual(len(answer.result(30).choices), 1)
+        server.check_stopped()
+
+    def test_restart(self):
+        """A kept connection to a server that drains gets a 503, and the client's next try the server's successor."""
+        server = Server("--drain-delay", "0")
+        client = self.connect(server, max_retries=5)
+        fields = {"model": server.name, "prompt": "Once", "max_tokens": 2}
+        client.completions.create(**fields)
+        holder = self.hold(server)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: any("drain" in line for line in server.log), 5, "it drains")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.completions.create, **fields)
+            successor = Server("--port", str(server.port))
+            self.assertEqual(len(answer.result(30).choices), 1)
+        self.assertTrue(any('"status":503' in line.replace(" ", "") for line in server.log), server.log[-5:])
+        holder.close()
+        self.assertEqual(server.stop(None), 0)
+        successor.check_stopped()
+
+    def test_timeout(self):
+        """The client's own time limit cancels what it asked for; it is not left to run."""
+        server = Server()
+        client = self.connect(server, timeout=0.5)
+        with self.assertRaises(openai.APITimeoutError):
+            client.completions.create(model=server.name, prompt="Once", max_tokens=1900, n=64,
+                                      extra_body={"ignore_eos": True})
+        server.wait_idle(5)
+        self.assertEqual(aborted(server), 1)
+        server.check_stopped()
 
 
 if __name__ == "__main__":
