@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what `make run` (setup.sh run) or `make check` (setup.sh check) needs and this machine lacks, by package name.
+# Installs what `make run` (setup.sh run), `make check` (setup.sh check) or `make check-clients` (setup.sh clients) needs and
+# this machine lacks, by package name.
 # Debian 12 and Ubuntu 24.04. Says what it installs; uses sudo when not root. Does nothing when nothing is missing.
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,6 +10,7 @@ if [ "${1:-run}" = check ]; then
     # Sanitizers and fuzzing need clang's runtime; the end-to-end tests are Python.
     packages="$packages check clang libclang-rt-dev python3 python3-venv"
 fi
+[ "${1:-run}" != clients ] || packages="$packages python3 python3-venv"
 
 missing=""
 if command -v dpkg-query >/dev/null 2>&1; then
@@ -42,18 +44,29 @@ if [ -n "$missing" ]; then
     rm -f "$log"
 fi
 
-# What the tests hold ours against, in a virtual environment of the build's own: the official OpenAI client, LangChain's,
-# schemathesis, Hugging Face's tokenizers, Python's Jinja2.
-python_packages="openai langchain-openai schemathesis tokenizers jinja2"
-if [ "${1:-run}" = check ] &&
-   ! build/venv/bin/python -c 'import openai, langchain_openai, schemathesis, tokenizers, jinja2' 2>/dev/null; then
-    echo "setup: installing the Python packages $python_packages into build/venv"
+# A virtual environment of the build's own: $1 its directory, $2 the packages, $3 what shows that they are there.
+install_python_packages() {
+    "$1/bin/python" -c "import $3" 2>/dev/null && return
+    echo "setup: installing the Python packages $2 into $1"
     mkdir -p build
     for python in python3 /usr/bin/python3; do
-        "$python" -m venv build/venv && break
+        "$python" -m venv "$1" && break
     done
-    build/venv/bin/pip install --quiet --disable-pip-version-check $python_packages || {
-        echo "setup: pip could not install $python_packages: the tests with them cannot run" >&2
-        [ -z "${CI:-}" ] || exit 1 # elsewhere they are skipped, and counted as such
-    }
+    "$1/bin/pip" install --quiet --disable-pip-version-check $2 && return
+    echo "setup: pip could not install $2: the tests with them cannot run" >&2
+    return 1
+}
+
+# What the tests hold ours against: the official OpenAI client, LangChain's, schemathesis, Hugging Face's tokenizers,
+# Python's Jinja2.
+if [ "${1:-run}" = check ]; then
+    install_python_packages build/venv "openai langchain-openai schemathesis tokenizers jinja2" \
+        "openai, langchain_openai, schemathesis, tokenizers, jinja2" ||
+        [ -z "${CI:-}" ] # elsewhere they are skipped, and counted as such
+fi
+
+# Clients that bring much with them: 1.3 GB.
+if [ "${1:-run}" = clients ]; then
+    install_python_packages build/clients "openai litellm lm_eval[api] transformers sentencepiece protobuf gradio" \
+        "openai, litellm, lm_eval.models.openai_completions, transformers, sentencepiece, google.protobuf, gradio"
 fi

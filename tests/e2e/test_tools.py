@@ -17,7 +17,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def has(package):
-    return importlib.util.find_spec(package) is not None
+    spec = importlib.util.find_spec(package)
+    return bool(spec and spec.origin)
 
 
 def needs(package):
