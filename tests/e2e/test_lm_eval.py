@@ -13,8 +13,9 @@ SPEC = importlib.util.find_spec("lm_eval")
 
 
 def tolerance(reference):
-    """transformers' own BF16 is up to 2.4 away from its F32, far down where a mistake would be certain."""
-    return 0.005 if reference > -20 else 0.08 * -reference
+    """What is at all likely is compared closely (measured: 0.0004). The rest are wrong codes, of which the model is sure:
+    there BF16 changes much (measured: 3 %; transformers' own BF16 against its F32: 10 %)."""
+    return 0.002 if reference > -5 else 0.05 * -reference
 
 
 # 700 MB with what it needs: see `make check-clients`. (A folder beside this file has its name, and no origin.)
