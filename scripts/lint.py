@@ -16,7 +16,8 @@ MAY_INCLUDE = {
     "models": ["kernels/kernels.h", "kernels/error.h"],
     "tokenizer": [],
     "engine": ["models/model.h", "kernels/kernels.h", "kernels/error.h", "kernels/sampling.h"],
-    "server": ["engine/engine.h", "tokenizer/tokenizer.h", "tokenizer/detokenizer.h", "kernels/error.h"],
+    "server": ["engine/engine.h", "tokenizer/tokenizer.h", "tokenizer/detokenizer.h", "tokenizer/chat_template.h",
+               "tokenizer/infill.h", "kernels/error.h"],
 }
 # folder -> headers of ours that it may not even see through others: the server knows no tensors.
 NEVER_SEES = {

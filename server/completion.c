@@ -1,5 +1,7 @@
 #include "server/completion.h"
 
+#include "server/answer_json.h"
+#include "server/chat_json.h"
 #include "server/completion_json.h"
 #include "server/watchdog.h"
 
@@ -43,14 +45,14 @@ static int set_params(const struct completion *c, struct request *r)
     return failed ? -1 : 0;
 }
 
-// What the engine says of a field begins with its name.
-static int refuse(struct http_error *e, const struct error *cause)
+// What the engine says of a field begins with its name. Its prompt is a chat's messages.
+static int refuse(const struct completion *c, struct http_error *e, const struct error *cause)
 {
     char field[sizeof e->param] = "";
     const char *colon = strchr(cause->message, ':');
     if (cause->code == ERR_INVALID && colon)
         snprintf(field, sizeof field, "%.*s", (int)(colon - cause->message), cause->message);
-    return http_error_from(e, cause, field);
+    return http_error_from(e, cause, c->request.chat && !strcmp(field, "prompt") ? "messages" : field);
 }
 
 static int submit(struct completion *c, int32_t i, struct engine *engine, struct http_error *e)
@@ -64,7 +66,7 @@ static int submit(struct completion *c, int32_t i, struct engine *engine, struct
     }
     if (engine_submit(engine, r, &cause)) {
         request_release(r);
-        return refuse(e, &cause);
+        return refuse(c, e, &cause);
     }
     c->requests[i] = r;
     for (int32_t j = 0; j < c->request.params.n; j++) {
@@ -156,8 +158,9 @@ static void push_token(struct completion *c, struct choice *ch, const struct tok
     if (ch->stop.stopped) return;
     ch->n_tokens++;
     ch->sum_logprob += (double)token->logprob;
-    if (c->request.logprobs >= 0) completion_write_logprob(c, ch, token, c->request.logprobs, ch->n_chars);
-    completion_write_token_id(c, ch, token->id);
+    if (c->request.logprobs >= 0 && c->request.chat) chat_write_logprob(c, ch, token, c->request.logprobs);
+    else if (c->request.logprobs >= 0) completion_write_logprob(c, ch, token, c->request.logprobs, ch->n_chars);
+    answer_write_token_id(c, ch, token->id);
     if (may_stop(c, token->id))
         ch->deferred = token->id;
     else

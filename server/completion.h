@@ -18,9 +18,10 @@ struct choice {
     int32_t index;           // within request
     const struct completion_prompt *prompt;
 
-    // Not yet taken by completion_json.h:
+    // Not yet taken by completion_json.h or chat_json.h:
     struct text_buffer text;
-    struct text_buffer tokens, token_logprobs, top_logprobs, text_offset; // elements of JSON lists, with commas between
+    struct text_buffer tokens, token_logprobs, top_logprobs, text_offset; // elements of JSON lists, with commas between;
+                                                                          // a chat's are whole entries in the first
     struct text_buffer token_ids;                                         // likewise
     bool begun;          // echo is in
     bool first_written;  // what stands in the first chunk alone has been written

@@ -1,35 +1,11 @@
 #include "server/completion_json.h"
 
+#include "server/answer_json.h"
+
 #include <stdlib.h>
 #include <string.h>
 
 // ---- fragments ----
-
-static void separate(struct text_buffer *list)
-{
-    if (list->length) text_char(list, ',');
-}
-
-// Bytes that are no text by themselves, as OpenAI writes them: bytes:\xe2\x9c
-static void write_bytes(struct text_buffer *out, const char *bytes, size_t n)
-{
-    text_string(out, "\"bytes:");
-    for (size_t i = 0; i < n; i++) text_printf(out, "\\\\x%02x", (unsigned char)bytes[i]);
-    text_char(out, '"');
-}
-
-static void write_token(struct text_buffer *out, const struct completion *c, int32_t id)
-{
-    size_t n;
-    const char *bytes =
-        c->tokenizer && !c->request.tokens_as_ids ? tokenizer_token_bytes(c->tokenizer, id, &n) : NULL;
-    if (!bytes)
-        text_printf(out, "\"token_id:%d\"", id);
-    else if (utf8_valid(bytes, n))
-        text_json_string(out, bytes, n);
-    else
-        write_bytes(out, bytes, n);
-}
 
 // Whether two ids would be the same key of a JSON object: a piece and a byte token may both be "A".
 static bool same_token(const struct completion *c, int32_t a, int32_t b)
@@ -53,7 +29,7 @@ static void write_top(struct text_buffer *out, const struct completion *c, const
     int32_t n = token->n_top < n_top ? token->n_top : n_top;
     text_char(out, '{');
     if (!is_repeated(c, token->top, n, token->id)) {
-        write_token(out, c, token->id);
+        answer_write_token(out, c, token->id);
         text_char(out, ':');
         text_json_float(out, token->logprob);
         if (n) text_char(out, ',');
@@ -61,7 +37,7 @@ static void write_top(struct text_buffer *out, const struct completion *c, const
     for (int32_t i = 0; i < n; i++) {
         if (is_repeated(c, token->top, i, token->top[i].id)) continue;
         if (i) text_char(out, ',');
-        write_token(out, c, token->top[i].id);
+        answer_write_token(out, c, token->top[i].id);
         text_char(out, ':');
         text_json_float(out, token->top[i].logprob);
     }
@@ -70,11 +46,11 @@ static void write_top(struct text_buffer *out, const struct completion *c, const
 
 static void begin_entry(const struct completion *c, struct choice *ch, int32_t id, size_t offset)
 {
-    separate(&ch->tokens);
-    separate(&ch->token_logprobs);
-    separate(&ch->top_logprobs);
-    separate(&ch->text_offset);
-    write_token(&ch->tokens, c, id);
+    answer_separate(&ch->tokens);
+    answer_separate(&ch->token_logprobs);
+    answer_separate(&ch->top_logprobs);
+    answer_separate(&ch->text_offset);
+    answer_write_token(&ch->tokens, c, id);
     text_int(&ch->text_offset, (int64_t)offset);
 }
 
@@ -136,101 +112,28 @@ void completion_write_prompt_logprobs(const struct completion *c, struct choice 
     }
 }
 
-static bool returns_ids(const struct completion *c) { return c->request.return_token_ids || !c->tokenizer; }
-
-void completion_write_token_id(const struct completion *c, struct choice *ch, int32_t id)
-{
-    if (!returns_ids(c)) return;
-    separate(&ch->token_ids);
-    text_int(&ch->token_ids, id);
-}
-
 // ---- answers ----
 
-void completion_write_head(struct text_buffer *out, const char *id, int64_t created, const char *model)
+void completion_write_head(struct text_buffer *out, const char *model, bool stream)
 {
-    text_printf(out, "{\"id\":\"%s\",\"object\":\"text_completion\",\"created\":%lld,\"model\":", id,
-                (long long)created);
-    text_json_string(out, model, strlen(model));
-    text_string(out, ",\"system_fingerprint\":\"gptd-" GPTD_VERSION "\"");
-}
-
-// Takes the text of from.
-static void move_text(struct text_buffer *out, struct text_buffer *from)
-{
-    text_append(out, from->data, from->length);
-    text_clear(from);
-}
-
-static void write_list(struct text_buffer *out, const char *name, struct text_buffer *elements)
-{
-    text_printf(out, "\"%s\":[", name);
-    move_text(out, elements);
-    text_char(out, ']');
+    (void)stream; // chunks are called the same
+    answer_write_head(out, "cmpl", "text_completion", model);
 }
 
 static void write_logprobs(struct text_buffer *out, struct choice *ch)
 {
     text_char(out, '{');
-    write_list(out, "tokens", &ch->tokens);
+    answer_write_list(out, "tokens", &ch->tokens);
     text_char(out, ',');
-    write_list(out, "token_logprobs", &ch->token_logprobs);
+    answer_write_list(out, "token_logprobs", &ch->token_logprobs);
     text_char(out, ',');
-    write_list(out, "top_logprobs", &ch->top_logprobs);
+    answer_write_list(out, "top_logprobs", &ch->top_logprobs);
     text_char(out, ',');
-    write_list(out, "text_offset", &ch->text_offset);
+    answer_write_list(out, "text_offset", &ch->text_offset);
     text_char(out, '}');
 }
 
-static void write_prompt_ids(struct text_buffer *out, const struct completion_prompt *prompt)
-{
-    text_string(out, ",\"prompt_token_ids\":[");
-    for (int32_t i = 0; i < prompt->n_ids; i++) {
-        if (i) text_char(out, ',');
-        text_int(out, prompt->ids[i]);
-    }
-    text_char(out, ']');
-}
-
-static void write_candidate(struct text_buffer *out, const struct completion *c, int32_t id, float logprob)
-{
-    text_printf(out, "\"%d\":{\"logprob\":", id);
-    text_json_float(out, logprob);
-    text_string(out, ",\"decoded_token\":");
-    write_token(out, c, id);
-    text_char(out, '}');
-}
-
-// vLLM's prompt_logprobs: null for the first token, then {id: {logprob, decoded_token}} of each and its alternatives.
-static void write_prompt_logprobs(struct text_buffer *out, const struct completion *c, const struct choice *ch)
-{
-    const struct token_out *tokens = request_prompt_logprobs(ch->request);
-    text_string(out, ",\"prompt_logprobs\":[null");
-    for (int32_t i = 1; i < ch->prompt->n_ids; i++) {
-        const struct token_out *t = &tokens[i];
-        int32_t n = t->n_top < c->request.prompt_logprobs ? t->n_top : c->request.prompt_logprobs;
-        bool listed = false;
-        text_string(out, ",{");
-        for (int32_t k = 0; k < n; k++) {
-            if (k) text_char(out, ',');
-            write_candidate(out, c, t->top[k].id, t->top[k].logprob);
-            listed = listed || t->top[k].id == t->id;
-        }
-        if (!listed) {
-            if (n) text_char(out, ',');
-            write_candidate(out, c, t->id, t->logprob);
-        }
-        text_char(out, '}');
-    }
-    text_char(out, ']');
-}
-
-bool choice_has_news(const struct choice *ch)
-{
-    return ch->text.length || ch->tokens.length || ch->token_ids.length || (ch->finish && !ch->finish_written);
-}
-
-void choice_write(struct text_buffer *out, const struct completion *c, struct choice *ch, int32_t index)
+static void write_choice(struct text_buffer *out, const struct completion *c, struct choice *ch, int32_t index)
 {
     text_string(out, "{\"text\":");
     text_json_string(out, ch->text.data ? ch->text.data : "", ch->text.length);
@@ -240,29 +143,22 @@ void choice_write(struct text_buffer *out, const struct completion *c, struct ch
         write_logprobs(out, ch);
     else
         text_string(out, "null");
-    if (ch->finish)
-        text_printf(out, ",\"finish_reason\":\"%s\"", ch->finish);
-    else
-        text_string(out, ",\"finish_reason\":null");
-    if (returns_ids(c)) {
+    answer_write_finish(out, ch->finish);
+    if (answer_returns_ids(c)) {
         text_char(out, ',');
-        write_list(out, "token_ids", &ch->token_ids);
+        answer_write_list(out, "token_ids", &ch->token_ids);
     }
-    if (!ch->first_written && c->request.return_token_ids) write_prompt_ids(out, ch->prompt);
-    if (!ch->first_written && c->request.prompt_logprobs >= 0) write_prompt_logprobs(out, c, ch);
+    if (!ch->first_written && c->request.return_token_ids) answer_write_prompt_ids(out, ch->prompt);
+    if (!ch->first_written && c->request.prompt_logprobs >= 0) answer_write_prompt_logprobs(out, c, ch);
     ch->first_written = true;
     ch->finish_written = ch->finish;
     text_char(out, '}');
 }
 
-void completion_write_usage(struct text_buffer *out, const struct completion *c)
+void completion_write_chunk(struct text_buffer *out, const struct completion *c, struct choice *ch, int32_t index)
 {
-    int64_t prompt = completion_prompt_tokens(c), generated = completion_tokens(c);
-    text_printf(out,
-                "{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
-                "\"prompt_tokens_details\":{\"cached_tokens\":%lld}}",
-                (long long)prompt, (long long)generated, (long long)(prompt + generated),
-                (long long)completion_cached_tokens(c));
+    write_choice(out, c, ch, index);
+    text_char(out, ']');
 }
 
 // ---- the best of several ----
@@ -291,10 +187,10 @@ void completion_write_whole(struct text_buffer *out, struct completion *c)
         if (best_of > n) qsort(order, (size_t)best_of, sizeof *order, compare_choices);
         for (int32_t j = 0; j < n; j++, index++) {
             if (index) text_char(out, ',');
-            choice_write(out, c, order[j], index);
+            write_choice(out, c, order[j], index);
         }
     }
     text_string(out, "],\"usage\":");
-    completion_write_usage(out, c);
+    answer_write_usage(out, c);
     text_char(out, '}');
 }

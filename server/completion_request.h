@@ -11,6 +11,8 @@
 #include "server/error_response.h"
 #include "server/server.h"
 #include "server/stop_matcher.h"
+#include "tokenizer/chat_template.h"
+#include "tokenizer/infill.h"
 #include "tokenizer/tokenizer.h"
 
 // What a request is checked against.
@@ -19,6 +21,8 @@ struct completion_limits {
     const struct engine_plan *plan;
     const struct tokenizer *tokenizer; // NULL: none
     size_t max_token_bytes;            // of the longest token; with a tokenizer
+    struct infill infill;              // of the tokenizer
+    const struct chat_template *chat_template; // NULL: none
 };
 
 struct completion_prompt {
@@ -37,6 +41,7 @@ struct completion_request {
     int32_t logprobs;                  // to return: -1 none, k: of the token and the top k
     int32_t prompt_logprobs;           // likewise; params.prompt_logprobs also serves echo
     bool echo, stream, include_usage, skip_special_tokens, include_stop, return_token_ids, tokens_as_ids;
+    bool chat;                         // of /v1/chat/completions: one prompt, and answers are messages
     struct stop_matcher *stop;         // NULL: no stop strings
 };
 

@@ -1,16 +1,30 @@
-/* POST /v1/completions: the life of a call, from body to answer. */
+/* POST /v1/completions and /v1/chat/completions: the life of a call, from body to answer. */
+#include "server/answer_json.h"
+#include "server/chat_json.h"
+#include "server/chat_request.h"
 #include "server/completion.h"
 #include "server/completion_json.h"
 #include "server/context.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <sys/random.h>
-#include <time.h>
+
+// What the two routes differ in.
+struct call_kind {
+    int (*parse)(struct completion_request *r, char *body, size_t length, const char *api_key,
+                 const struct completion_limits *limits, struct http_error *e);
+    void (*write_head)(struct text_buffer *out, const char *model, bool stream);
+    void (*write_chunk)(struct text_buffer *out, const struct completion *c, struct choice *ch, int32_t index);
+    void (*write_whole)(struct text_buffer *out, struct completion *c);
+};
+
+static const struct call_kind completion_kind = {completion_request_parse, completion_write_head, completion_write_chunk,
+                                                 completion_write_whole};
+static const struct call_kind chat_kind = {chat_request_parse, chat_write_head, chat_write_chunk, chat_write_whole};
 
 struct call {
     struct work work;
+    const struct call_kind *kind;
     struct http_error error;
     struct completion completion;
     bool submitted, told; // told: the last event but [DONE] is out
@@ -21,17 +35,8 @@ struct call {
 static void parse_body(struct exchange *x)
 {
     struct call *call = x->state;
-    completion_request_parse(&call->completion.request, x->body.data ? x->body.data : "", x->body.length, x->api_key,
-                             &x->server->limits, &call->error);
-}
-
-static void write_head(struct exchange *x, struct call *call)
-{
-    char id[48];
-    uint64_t random[2] = {0};
-    (void)!getrandom(random, sizeof random, 0);
-    snprintf(id, sizeof id, "cmpl-%016lx%016lx", (unsigned long)random[0], (unsigned long)random[1]);
-    completion_write_head(&call->head, id, (int64_t)time(NULL), x->server->options.served_model_names[0]);
+    call->kind->parse(&call->completion.request, x->body.data ? x->body.data : "", x->body.length, x->api_key,
+                      &x->server->limits, &call->error);
 }
 
 // ---- answered whole ----
@@ -43,7 +48,7 @@ static enum exchange_next answer_whole(struct exchange *x, struct call *call)
     if (completion_collect(c, &call->error) || (!completion_done(c) && request_check_time(x, &call->error)))
         return exchange_reply_error(x, &call->error);
     if (!completion_done(c)) return EXCHANGE_WAIT;
-    completion_write_whole(&call->head, c);
+    call->kind->write_whole(&call->head, c);
     return exchange_reply_json(x, &call->head);
 }
 
@@ -55,11 +60,11 @@ static enum exchange_next submit(struct exchange *x, struct call *call)
         return exchange_reply_error(x, &call->error);
     call->submitted = true;
     call->last_sent = watchdog_now();
-    write_head(x, call);
+    call->kind->write_head(&call->head, s->options.served_model_names[0], call->completion.request.stream);
     return call->completion.request.stream ? exchange_reply_stream(x) : answer_whole(x, call);
 }
 
-enum exchange_next completion_handle(struct exchange *x)
+static enum exchange_next handle(struct exchange *x, const struct call_kind *kind)
 {
     struct call *call = x->state;
     struct http_error e;
@@ -69,6 +74,7 @@ enum exchange_next completion_handle(struct exchange *x)
             return exchange_reply_error(x, &e);
         }
         x->state = call = calloc(1, sizeof *call);
+        if (call) call->kind = kind;
         if (!call || !work_begin(&call->work, x, parse_body)) {
             http_error_set(&e, 503, NULL, NULL, call ? "too many long prompts at once" : "out of memory");
             return exchange_reply_error(x, &e);
@@ -80,6 +86,9 @@ enum exchange_next completion_handle(struct exchange *x)
         return exchange_reply_error(x, &call->error);
     return call->submitted ? answer_whole(x, call) : submit(x, call);
 }
+
+enum exchange_next completion_handle(struct exchange *x) { return handle(x, &completion_kind); }
+enum exchange_next chat_handle(struct exchange *x) { return handle(x, &chat_kind); }
 
 bool completion_ready(const struct exchange *x)
 {
@@ -101,10 +110,11 @@ static void write_chunks(struct text_buffer *out, struct call *call)
 {
     struct completion *c = &call->completion;
     for (int32_t i = 0; i < c->n_choices; i++) {
-        if (!choice_has_news(&c->choices[i])) continue;
-        begin_event(out, call);
-        choice_write(out, c, &c->choices[i], i);
-        text_string(out, c->request.include_usage ? "],\"usage\":null}\n\n" : "]}\n\n");
+        while (choice_has_news(&c->choices[i])) {
+            begin_event(out, call);
+            call->kind->write_chunk(out, c, &c->choices[i], i);
+            text_string(out, c->request.include_usage ? ",\"usage\":null}\n\n" : "}\n\n");
+        }
     }
 }
 
@@ -113,7 +123,7 @@ static enum exchange_next write_end(struct text_buffer *out, struct call *call)
     if (call->completion.request.include_usage) {
         begin_event(out, call);
         text_string(out, "],\"usage\":");
-        completion_write_usage(out, &call->completion);
+        answer_write_usage(out, &call->completion);
         text_string(out, "}\n\n");
     }
     text_string(out, "data: [DONE]\n\n");

@@ -42,6 +42,7 @@ double request_deadline(const struct exchange *x); // CLOCK_MONOTONIC seconds
 int request_check_time(const struct exchange *x, struct http_error *e);
 
 enum exchange_next completion_handle(struct exchange *x);
+enum exchange_next chat_handle(struct exchange *x); // the other three are for both
 enum exchange_next completion_stream(struct exchange *x);
 bool completion_ready(const struct exchange *x);
 void completion_done_with(struct exchange *x);

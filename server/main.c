@@ -18,6 +18,7 @@
 #include "server/options.h"
 #include "server/plan.h"
 #include "server/server.h"
+#include "tokenizer/chat_template.h"
 #include "tokenizer/tokenizer.h"
 
 // What scripts and orchestrators see; --help documents it.
@@ -167,13 +168,24 @@ static enum exit_status run_until_stopped(const struct options *o, struct engine
     }
 }
 
-static enum exit_status serve(const struct options *o, struct engine *engine, const struct tokenizer *tokenizer,
-                              double started)
+// The tokenizer and the chat template, which are loaded while the engine looks for its device: a large tokenizer.json takes a third
+// of a second.
+struct text_load {
+    const char *dir;
+    pthread_t thread;
+    bool begun;
+    struct tokenizer *tokenizer;
+    struct chat_template *chat_template;
+    int rc;
+    struct error error, template_error; // the second: code is ERR_FORMAT if there is one
+};
+
+static enum exit_status serve(const struct options *o, struct engine *engine, const struct text_load *text, double started)
 {
     struct error e;
     struct server *server = NULL;
     enum exit_status status = EXIT_NETWORK;
-    if (server_create(&server, &o->server, engine, tokenizer, &e)) goto fail;
+    if (server_create(&server, &o->server, engine, text->tokenizer, text->chat_template, &e)) goto fail;
     if (server_start(server, &e)) goto fail;
     status = EXIT_MODEL;
     if (engine_start(engine, &e)) goto fail;
@@ -194,30 +206,35 @@ fail:
     return e.code == ERR_DEVICE ? EXIT_DEVICE : status;
 }
 
-// A tokenizer that is loaded while the engine looks for its device: a large tokenizer.json takes a third of a second.
-struct tokenizer_load {
-    const char *dir;
-    pthread_t thread;
-    bool begun;
-    struct tokenizer *tokenizer;
-    int rc;
-    struct error error;
-};
-
-static void *load_tokenizer(void *arg)
+static void *load_text(void *arg)
 {
-    struct tokenizer_load *l = arg;
-    l->rc = tokenizer_create(&l->tokenizer, l->dir, l->error.message, sizeof l->error.message);
+    struct text_load *l = arg;
+    struct error *e = &l->error, *broken = &l->template_error;
+    l->rc = tokenizer_create(&l->tokenizer, l->dir, e->message, sizeof e->message);
+    if (l->rc == 0 && chat_template_create(&l->chat_template, l->dir, broken->message, sizeof broken->message) < 0)
+        broken->code = ERR_FORMAT;
     return NULL;
 }
 
-// Returns 0, TOKENIZER_ABSENT, or -1 with e; the tokenizer, where there is one, is the caller's.
-static int end_load(struct tokenizer_load *l, struct error *e)
+// Returns 0, TOKENIZER_ABSENT, or -1 with e.
+static int end_load(struct text_load *l, struct error *e)
 {
     if (l->begun) pthread_join(l->thread, NULL);
-    else load_tokenizer(l);
+    else load_text(l);
+    l->begun = false;
     if (l->rc < 0) *e = l->error;
+    if (l->rc > 0)
+        log_message(LOG_LEVEL_WARNING, "no tokenizer.model or tokenizer.json: prompts and answers are token ids");
+    if (l->template_error.code)
+        log_message(LOG_LEVEL_WARNING, "no chat, since its template is broken: %s", l->template_error.message);
     return l->rc;
+}
+
+static void text_load_deinit(struct text_load *l)
+{
+    if (l->begun) pthread_join(l->thread, NULL);
+    tokenizer_destroy(l->tokenizer);
+    chat_template_destroy(l->chat_template);
 }
 
 // Plans, and serves what was planned.
@@ -225,9 +242,9 @@ static enum exit_status run(struct options *o, double started)
 {
     struct error e;
     struct engine *engine = NULL;
-    struct tokenizer_load load = {.dir = o->engine.model_dir};
+    struct text_load load = {.dir = o->engine.model_dir};
     enum exit_status status = EXIT_MODEL;
-    load.begun = !o->dry_run && pthread_create(&load.thread, NULL, load_tokenizer, &load) == 0;
+    load.begun = !o->dry_run && pthread_create(&load.thread, NULL, load_text, &load) == 0;
     if (engine_create(&engine, &o->engine, &e)) {
         const char *dir = o->engine.model_dir;
         if (e.code == ERR_DEVICE)
@@ -243,17 +260,14 @@ static enum exit_status run(struct options *o, double started)
         return EXIT_DONE;
     }
     log_plan(plan, o);
-    if (end_load(&load, &e) < 0) goto fail_loaded;
-    if (!load.tokenizer) log_message(LOG_LEVEL_WARNING, "no tokenizer.model or tokenizer.json: prompts and answers are token ids");
+    if (end_load(&load, &e) < 0) goto fail;
     raise_file_limit(&o->server);
-    status = serve(o, engine, load.tokenizer, started);
-    tokenizer_destroy(load.tokenizer);
+    status = serve(o, engine, &load, started);
+    text_load_deinit(&load);
     engine_destroy(engine);
     return status;
 fail:
-    if (load.begun) pthread_join(load.thread, NULL);
-    tokenizer_destroy(load.tokenizer);
-fail_loaded:
+    text_load_deinit(&load);
     log_message(LOG_LEVEL_ERROR, "%s", e.message);
     engine_destroy(engine);
     return status;

@@ -281,6 +281,7 @@ static enum exchange_next openapi_handle(struct exchange *x)
 
 const struct route server_routes[] = {
     {"POST", "/v1/completions", false, completion_handle, completion_stream, completion_ready, completion_done_with},
+    {"POST", "/v1/chat/completions", false, chat_handle, completion_stream, completion_ready, completion_done_with},
     {"GET", "/v1/models", false, models_handle, NULL, NULL, NULL},
     {"GET", "/v1/models/", false, model_handle, NULL, NULL, NULL},
     {"POST", "/tokenize", false, tokenize_handle, NULL, text_ready, text_done},

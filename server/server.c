@@ -28,7 +28,7 @@ static int check_options(const struct server_options *o, struct error *e)
 }
 
 int server_create(struct server **out, const struct server_options *options, struct engine *engine,
-                  const struct tokenizer *tokenizer, struct error *e)
+                  const struct tokenizer *tokenizer, const struct chat_template *chat_template, struct error *e)
 {
     int failed = check_options(options, e);
     if (failed) return failed;
@@ -38,8 +38,13 @@ int server_create(struct server **out, const struct server_options *options, str
     s->engine = engine;
     s->tokenizer = tokenizer;
     s->created = (int64_t)time(NULL);
-    s->limits = (struct completion_limits){&s->options, engine_plan_get(engine), tokenizer,
-                                           tokenizer ? longest_token(tokenizer) : 0};
+    s->limits = (struct completion_limits){.options = &s->options, .plan = engine_plan_get(engine), .tokenizer = tokenizer,
+                                           .max_token_bytes = tokenizer ? longest_token(tokenizer) : 0,
+                                           .chat_template = chat_template};
+    infill_find(&s->limits.infill, tokenizer);
+    const struct infill *f = &s->limits.infill;
+    for (int32_t i = 0; i < f->n_ends; i++)
+        if (f->end_ids[i] >= s->limits.plan->vocab_size) s->limits.infill.found = false; // a tokenizer with more than its model
     s->metrics = metrics_create(options->served_model_names[0], s->limits.plan->max_model_len);
     failed = s->metrics ? 0 : error_set(e, ERR_NOMEM, "out of memory");
     if (!failed) failed = http_create(&s->http, &s->options, server_routes, server_n_routes, s, s->metrics, e);

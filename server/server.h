@@ -1,6 +1,6 @@
 /* server.h: the HTTP server: its life, from options to drained.
  *
- * Called by main.c alone. It borrows the engine and the tokenizer, which must outlive it, and owns its threads: HTTP
+ * Called by main.c alone. It borrows the engine, the tokenizer and its template, which must outlive it, and owns its threads: HTTP
  * (libmicrohttpd's pool), tokenizer workers, notifier, watchdog. Order of a life:
  *
  *   engine_create, server_create, server_start   requests get 503 and /ready says no, /health and /metrics answer
@@ -12,6 +12,7 @@
 #define GPTD_SERVER_SERVER_H
 
 #include "engine/engine.h"
+#include "tokenizer/chat_template.h"
 #include "tokenizer/tokenizer.h"
 
 // Strings and arrays are borrowed and must outlive the server. Times are in seconds. Defaults: options.c.
@@ -32,7 +33,7 @@ struct server_options {
     int64_t max_request_tokens;            // prompts once, max_tokens for each choice, and the prompt again for each
                                            // choice that repeats it (echo, prompt_logprobs, return_token_ids); a token
                                            // with k alternatives counts 1 + k times; 0: 256 contexts
-    int32_t max_logprobs;                  // largest `logprobs` and `prompt_logprobs`; the engine's own
+    int32_t max_logprobs;                  // largest `logprobs`, `top_logprobs` and `prompt_logprobs`; the engine's
     double header_timeout;                 // from the request line (a new connection: from accept) to the headers' end
     double body_timeout;                   // from the end of the headers to the end of the body
     double idle_timeout;                   // between requests of one connection
@@ -45,9 +46,9 @@ struct server_options {
 
 struct server;
 
-// Checks the options and binds the port. tokenizer may be NULL: token ids only.
+// Checks the options and binds the port. tokenizer may be NULL: token ids only; chat_template may be: no chat.
 int server_create(struct server **out, const struct server_options *options, struct engine *engine,
-                  const struct tokenizer *tokenizer, struct error *e);
+                  const struct tokenizer *tokenizer, const struct chat_template *chat_template, struct error *e);
 // Starts the threads.
 int server_start(struct server *s, struct error *e);
 // Takes requests from now on. The engine has been started.

@@ -26,7 +26,7 @@ static void setup(void)
     options.max_logprobs = MAX_LOGPROBS_HERE;
     plan.vocab_size = tokenizer_vocab_size(tokenizer);
     plan.max_model_len = CONTEXT;
-    limits = (struct completion_limits){&options, &plan, tokenizer, 64};
+    limits = (struct completion_limits){.options = &options, .plan = &plan, .tokenizer = tokenizer, .max_token_bytes = 64};
 }
 
 static void teardown(void) { tokenizer_destroy(tokenizer); }
@@ -369,6 +369,40 @@ START_TEST(bad_words)
 }
 END_TEST
 
+START_TEST(suffixes)
+{
+    struct completion_request r;
+    limits.infill = (struct infill){.found = true, .prefix_id = 5, .suffix_id = 6, .middle_id = 7, .end_ids = {5, 6, 7, 1 << 30},
+                                    .n_ends = 4};
+    expect_ok(&r, "\"suffix\":\"end\",\"prompt\":[\"Once\",\"\"],\"add_special_tokens\":false,\"stop_token_ids\":[9],"
+                  "\"echo\":true");
+    ck_assert(r.n_prompts == 2 && r.prompts[0].ids[0] == 5 && r.prompts[0].ids[r.prompts[0].n_ids - 1] == 7);
+    ck_assert(r.prompts[1].ids[0] == 5 && r.prompts[1].ids[1] == 6 && r.prompts[1].n_ids < r.prompts[0].n_ids);
+    ck_assert_str_eq(r.prompts[0].text, "Once");
+    ck_assert(r.params.n_stop_token_ids == 4 && r.params.stop_token_ids[0] == 9 && r.params.stop_token_ids[3] == 7);
+    completion_request_deinit(&r);
+    expect_ok(&r, "\"suffix\":\"end\",\"ignore_eos\":true");
+    ck_assert_int_eq(r.params.n_stop_token_ids, 0);
+    completion_request_deinit(&r);
+    expect_ok(&r, "\"suffix\":\"\"");
+    ck_assert(r.prompts[0].ids[0] != 5 && r.params.n_stop_token_ids == 0);
+    completion_request_deinit(&r);
+    expect_refused("\"suffix\":\"end\",\"prompt\":[1]", "suffix");
+    expect_refused("\"suffix\":\"end\",\"prompt\":[[1],[2]]", "suffix");
+    expect_refused("\"suffix\":\"end\",\"echo\":true,\"logprobs\":0", "suffix");
+    expect_refused("\"suffix\":[\"end\"]", "suffix");
+    expect_refused("\"suffix\":\"end\",\"prompt\":5", "prompt");
+    char *body = malloc(100000), *at = body + sprintf(body, "{\"model\":\"m\",\"prompt\":\"a\",\"suffix\":\"");
+    struct http_error e;
+    memset(at, 'b', 90000);
+    strcpy(at + 90000, "\"}");
+    ck_assert_int_ne(parse(&r, body, &e), 0);
+    ck_assert_str_eq(e.code, "context_length_exceeded");
+    free(body);
+    limits.infill = (struct infill){0};
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("completion_request");
@@ -385,6 +419,7 @@ int main(void)
     tcase_add_test(tc, size_of_the_answer);
     tcase_add_test(tc, without_a_tokenizer);
     tcase_add_test(tc, bad_words);
+    tcase_add_test(tc, suffixes);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);

@@ -47,6 +47,7 @@ void *_Znam(size_t bytes) { return __libc_malloc(bytes); }
 
 static struct engine *engine;
 static struct tokenizer *tokenizer;
+static struct chat_template *chat_template;
 static struct server *server;
 
 static void setup(void)
@@ -68,7 +69,8 @@ static void setup(void)
     log_init(open("/dev/null", O_WRONLY), LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     ck_assert_msg(engine_create(&engine, &engine_options, &e) == 0, "%s", e.message);
     ck_assert_int_eq(tokenizer_create(&tokenizer, "models/demo", e.message, sizeof e.message), 0);
-    ck_assert_msg(server_create(&server, &options, engine, tokenizer, &e) == 0, "%s", e.message);
+    ck_assert_int_eq(chat_template_create(&chat_template, "models/demo", e.message, sizeof e.message), 0);
+    ck_assert_msg(server_create(&server, &options, engine, tokenizer, chat_template, &e) == 0, "%s", e.message);
     ck_assert_msg(server_start(server, &e) == 0, "%s", e.message);
     ck_assert_msg(engine_start(engine, &e) == 0, "%s", e.message);
     ck_assert_msg(server_open(server, &e) == 0, "%s", e.message);
@@ -80,6 +82,7 @@ static void teardown(void)
     server_destroy(server);
     engine_destroy(engine);
     tokenizer_destroy(tokenizer);
+    chat_template_destroy(chat_template);
 }
 
 // Sends one request, returns all that comes back, NUL-terminated: from the status line to the end of the connection.
@@ -110,9 +113,9 @@ static char *ask(const char *path, const char *body)
 static char *texts(const char *answer)
 {
     char *all = calloc(1, strlen(answer) + 1), *end = all;
-    static const char *const keys[] = {"\"text\":\"", "\"tokens\":["};
+    static const char *const keys[] = {"\"text\":\"", "\"tokens\":[", "\"content\":\""};
     for (const char *p = answer; *p; p++)
-        for (size_t i = 0; i < 2; i++)
+        for (size_t i = 0; i < 3; i++)
             if (!strncmp(p, keys[i], strlen(keys[i])))
                 for (const char *q = p + strlen(keys[i]); *q && *q != '"' && *q != ']'; q++) *end++ = *q;
     return all;
@@ -128,6 +131,14 @@ static const struct {
                         "\"allowed_token_ids\":[300,301,302,303],\"bad_words\":[\"bad\"],\"return_token_ids\":true}"},
     {"/v1/completions", "{\"model\":\"demo\",\"prompt\":[5,6,7],\"max_tokens\":8,\"temperature\":0,\"stream\":true,"
                         "\"stream_options\":{\"include_usage\":true},\"logprobs\":1}"},
+    {"/v1/chat/completions", "{\"model\":\"demo\",\"messages\":[{\"role\":\"system\",\"content\":\"Be kind.\"},"
+                             "{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"Say\"},{\"type\":\"text\","
+                             "\"text\":\"this\"}]}],\"max_tokens\":4,\"temperature\":0,\"logprobs\":true,\"top_logprobs\":2}"},
+    {"/v1/chat/completions", "{\"model\":\"demo\",\"messages\":[{\"role\":\"assistant\",\"content\":\"a\",\"tool_calls\":[{"
+                             "\"id\":\"c\",\"function\":{\"name\":\"f\",\"arguments\":\"{\\\"x\\\":1}\"}}]},"
+                             "{\"role\":\"assistant\","
+                             "\"content\":\"Once\"}],\"max_tokens\":4,\"temperature\":0,\"stream\":true,"
+                             "\"add_generation_prompt\":false,\"continue_final_message\":true}"},
     {"/tokenize", "{\"prompt\":\"Once upon a time\"}"},
     {"/detokenize", "{\"tokens\":[300,301,302]}"},
 };

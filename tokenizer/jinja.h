@@ -1,8 +1,8 @@
 /* jinja.h: the part of Jinja2 that chat templates use, rendered in a sandbox of its own.
  *
- * For /v1/chat/completions, which is not there yet: so far tests alone call it. A template is immutable after creation and may be
- * rendered from any number of threads at once. Text is UTF-8. Templates come from the checkpoint, never from a request; its
- * variables do come from requests. Nothing outside the variables can be reached, and steps, depth, memory and output are limited.
+ * Called by chat_template.c. A template is immutable after creation and may be rendered from any number of threads at once. Text is
+ * UTF-8. Templates come from the checkpoint, never from a request; its variables do come from requests. Nothing outside the
+ * variables can be reached, and steps, depth, memory and output are limited.
  * Whitespace is as transformers sets Jinja up: trim_blocks and lstrip_blocks on, one trailing newline of the template dropped.
  * Output is Jinja2's own, byte for byte (tests/jinja compares them). What Jinja2 has and this has not is an error: integers
  * beyond 64 bits, recursive loops, blocks of templates, filters of HTML. The one known difference is told at the end of

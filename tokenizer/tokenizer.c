@@ -4,19 +4,18 @@
 #include "tokenizer/fail.h"
 #include "tokenizer/id_list.h"
 #include "tokenizer/json_tokenizer.h"
+#include "tokenizer/read_file.h"
 #include "tokenizer/sentencepiece_wrapper.h"
 #include "tokenizer/tokens.h"
 
 #include <cjson/cJSON.h>
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    MAX_FILE_BYTES = 1 << 28,
-    MAX_ADDED_TOKENS = 1 << 16, // ids beyond SentencePiece's own
-};
+enum { MAX_ADDED_TOKENS = 1 << 16 }; // ids beyond SentencePiece's own
+
+_Static_assert((int)TOKENIZER_ABSENT == (int)READ_FILE_ABSENT, "what the readers below return");
 
 struct tokenizer {
     struct json_tokenizer *json; // of tokenizer.json; NULL: what follows is of tokenizer.model
@@ -34,31 +33,6 @@ struct tokenizer {
 };
 
 static const char space_mark[] = "\xE2\x96\x81";
-
-// ---- files ----
-
-// Reads a whole file into malloc'd, NUL-terminated memory. Returns 0, TOKENIZER_ABSENT or -1.
-static int read_file(const char *path, char **data, size_t *size, char *error, size_t error_size)
-{
-    int result = -1;
-    *data = NULL;
-    FILE *file = fopen(path, "rb");
-    if (!file) return errno == ENOENT ? TOKENIZER_ABSENT : fail(error, error_size, "%s: %s", path, strerror(errno));
-    long length = fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
-    if (length < 0 || length > MAX_FILE_BYTES || fseek(file, 0, SEEK_SET) != 0) {
-        fail(error, error_size, "%s: cannot be read, or has more than %d bytes", path, MAX_FILE_BYTES);
-    } else if (!(*data = malloc((size_t)length + 1))) {
-        fail(error, error_size, "%s: out of memory", path);
-    } else if ((*size = fread(*data, 1, (size_t)length, file)) != (size_t)length) {
-        fail(error, error_size, "%s: read failed", path);
-    } else {
-        (*data)[*size] = '\0';
-        result = 0;
-    }
-    fclose(file);
-    if (result) free(*data);
-    return result;
-}
 
 // ---- tokens ----
 
@@ -197,16 +171,17 @@ static int apply_names(struct tokenizer *t, const cJSON *config, char *error, si
     return 0;
 }
 
-static int read_config(struct tokenizer *t, const char *path, char *error, size_t error_size)
+static int read_config(struct tokenizer *t, const char *dir, char *error, size_t error_size)
 {
+    static const char name[] = "tokenizer_config.json";
     char *text, message[200];
     size_t size;
-    int result = read_file(path, &text, &size, error, error_size);
+    int result = read_file(dir, name, &text, &size, error, error_size);
     if (result) return result == TOKENIZER_ABSENT ? 0 : -1;
     cJSON *config = cJSON_ParseWithLengthOpts(text, size + 1, NULL, true);
     if (!utf8_valid(text, size)) result = fail(message, sizeof message, "not UTF-8");
     else result = t->json ? apply_names(t, config, message, sizeof message) : apply_config(t, config, message, sizeof message);
-    if (result) fail(error, error_size, "%s: %s", path, message);
+    if (result) fail(error, error_size, "%s/%s: %s", dir, name, message);
     cJSON_Delete(config);
     free(text);
     return result;
@@ -257,19 +232,19 @@ static int collect_marks(struct tokenizer *t)
 // Of dir/tokenizer.model. Returns 0, TOKENIZER_ABSENT or -1.
 static int load_model(struct tokenizer *t, const char *dir, char *error, size_t error_size)
 {
-    char path[4096], message[200], *model;
+    static const char name[] = "tokenizer.model";
+    char message[200], *model;
     size_t size;
-    snprintf(path, sizeof path, "%s/tokenizer.model", dir);
-    int result = read_file(path, &model, &size, error, error_size);
+    int result = read_file(dir, name, &model, &size, error, error_size);
     if (result) return result;
     result = spm_create(&t->spm, model, size, message, sizeof message);
     free(model);
-    if (result) return fail(error, error_size, "%s: not a SentencePiece model: %s", path, message);
+    if (result) return fail(error, error_size, "%s/%s: not a SentencePiece model: %s", dir, name, message);
     t->spm_size = t->vocab_size = spm_size(t->spm);
     t->bos_id = spm_bos_id(t->spm), t->eos_id = spm_eos_id(t->spm);
     t->adds_bos = t->bos_id >= 0;
     t->tokens = calloc((size_t)t->vocab_size, sizeof *t->tokens);
-    if (!t->tokens || add_pieces(t)) return fail(error, error_size, "%s: out of memory", path);
+    if (!t->tokens || add_pieces(t)) return fail(error, error_size, "%s/%s: out of memory", dir, name);
     t->strip = find_strip(t);
     return 0;
 }
@@ -277,30 +252,28 @@ static int load_model(struct tokenizer *t, const char *dir, char *error, size_t 
 // Of dir/tokenizer.json. Returns 0, TOKENIZER_ABSENT or -1.
 static int load_json(struct tokenizer *t, const char *dir, char *error, size_t error_size)
 {
-    char path[4096], message[300], *json;
+    static const char name[] = "tokenizer.json";
+    char message[300], *json;
     size_t size;
-    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
-    int result = read_file(path, &json, &size, error, error_size);
+    int result = read_file(dir, name, &json, &size, error, error_size);
     if (result) return result;
     if (utf8_valid(json, size))
         result = json_tokenizer_create(&t->json, json, size, &t->tokens, &t->vocab_size, &t->strip, message, sizeof message);
     else result = fail(message, sizeof message, "not UTF-8");
     free(json);
-    return result ? fail(error, error_size, "%s: %s", path, message) : 0;
+    return result ? fail(error, error_size, "%s/%s: %s", dir, name, message) : 0;
 }
 
 int tokenizer_create(struct tokenizer **out, const char *dir, char *error, size_t error_size)
 {
-    char path[4096];
     struct tokenizer *t = calloc(1, sizeof *t);
     *out = NULL;
     if (!t) return fail(error, error_size, "%s: out of memory", dir);
     t->bos_id = t->eos_id = -1;
     int result = load_model(t, dir, error, error_size);
     if (result == TOKENIZER_ABSENT) result = load_json(t, dir, error, error_size);
-    snprintf(path, sizeof path, "%s/tokenizer_config.json", dir);
-    if (!result) result = read_config(t, path, error, error_size);
-    if (!result && !t->json && collect_marks(t)) result = fail(error, error_size, "%s: out of memory", path);
+    if (!result) result = read_config(t, dir, error, error_size);
+    if (!result && !t->json && collect_marks(t)) result = fail(error, error_size, "%s: out of memory", dir);
     if (result) {
         tokenizer_destroy(t);
         return result;

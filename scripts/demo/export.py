@@ -3,7 +3,7 @@
     python scripts/demo/export.py --run build/demo/run --out models/demo
 
 One BF16 model.safetensors (tied embeddings, so no lm_head), config.json, generation_config.json,
-tokenizer.model and tokenizer_config.json with the chat template.
+tokenizer.model, tokenizer_config.json and chat_template.jinja.
 """
 
 import argparse
@@ -18,11 +18,18 @@ from safetensors.torch import save_file
 import corpus
 from model import Config
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
+CHAT_TEMPLATE = r"""{{- bos_token }}
+{%- for message in messages %}
+    {%- set role = 'system' if message.role == 'developer' else message.role %}
+    {%- if role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('roles are system, user and assistant, not ' ~ role) }}
+    {%- endif %}
+    {{- '<|' ~ role ~ '|>\n' ~ message.content ~ '<|end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\n' }}
+{%- endif %}
+"""
 
 
 def write_json(path, value):
@@ -59,8 +66,8 @@ def export(run, tokenizer, out):
             "content": t, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
             "special": True} for i, t in special.items()},
         "additional_special_tokens": corpus.CONTROL,
-        "chat_template": CHAT_TEMPLATE,
     })
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     if not (out / "tokenizer.model").exists() or not tokenizer.samefile(out / "tokenizer.model"):
         shutil.copyfile(tokenizer, out / "tokenizer.model")
     size = (out / "model.safetensors").stat().st_size

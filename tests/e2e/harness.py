@@ -204,6 +204,24 @@ class Server:
         assert answer.status == 200, answer
         return parse_events(answer.body)
 
+    def chat_completions(self, messages, headers=None, **fields):
+        """The whole response, whatever its status. messages: a list, or what the user says."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.post("/v1/chat/completions", {"model": self.name, "messages": messages, **fields}, headers=headers)
+
+    def chat(self, messages, **fields):
+        """The answer of a chat that must succeed."""
+        answer = self.chat_completions(messages, **fields)
+        assert answer.status == 200, answer
+        return answer.json()
+
+    def chat_stream(self, messages, **fields):
+        """The events of a stream that must succeed."""
+        answer = self.chat_completions(messages, stream=True, **fields)
+        assert answer.status == 200, answer
+        return parse_events(answer.body)
+
     def tokenize(self, text, **fields):
         answer = self.post("/tokenize", {"model": self.name, "prompt": text, **fields})
         assert answer.status == 200, answer

@@ -1,12 +1,11 @@
 """The clients people use: curl and the official OpenAI package."""
 
 import asyncio
-import concurrent.futures
 import json
 import os
 import shutil
-import signal
 import subprocess
+import threading
 import unittest
 
 from harness import Server, ServerTest, parse_events, wait_until
@@ -41,6 +40,13 @@ class Curl(ServerTest):
         events = parse_events(self.curl("/v1/completions", "-N", data={**fields, "stream": True}))
         self.assertEqual("".join(c["text"] for e in events for c in e["choices"]), plain)
 
+    def test_chat(self):
+        fields = {"model": self.server.name, "messages": [{"role": "user", "content": "What is 12+30?"}], "temperature": 0}
+        body = json.loads(self.curl("/v1/chat/completions", data=fields))
+        self.assertEqual(body["choices"][0]["message"]["content"], "12+30=42.")
+        events = parse_events(self.curl("/v1/chat/completions", "-N", data={**fields, "stream": True}))
+        self.assertEqual("".join(c["delta"].get("content", "") for e in events for c in e["choices"]), "12+30=42.")
+
     def test_others(self):
         self.assertEqual(json.loads(self.curl("/v1/models"))["data"][0]["id"], self.server.name)
         self.assertIn(b"gptd_num_requests_running", self.curl("/metrics"))
@@ -51,24 +57,29 @@ class Curl(ServerTest):
 
 
 # Where CI is set the tests run, and fail for want of the package: nobody reads there what was skipped.
-needs_openai = unittest.skipUnless(openai or os.environ.get("CI"),
-                                   "the openai package is not installed (see scripts/setup.sh check)")
+with_openai = unittest.skipUnless(openai or os.environ.get("CI"),
+                                  "the openai package is not installed (see scripts/setup.sh check)")
 
 
-def aborted(server):
-    return server.metrics()['gptd_request_success_total{finished_reason="abort"}']
+def need_openai():
+    if not openai:
+        raise AssertionError("the openai package is not installed, and CI is set")
 
 
-@needs_openai
+def client_of(server, kind="OpenAI", **options):
+    options = {"max_retries": 0, **options}
+    return getattr(openai, kind)(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", **options)
+
+
+@with_openai
 class OpenAIClient(ServerTest):
     flags = ("--deterministic",)
 
     @classmethod
     def setUpClass(cls):
-        if not openai:
-            raise AssertionError("the openai package is not installed, and CI is set")
+        need_openai()
         super().setUpClass()
-        cls.client = openai.OpenAI(base_url=f"http://127.0.0.1:{cls.server.port}/v1", api_key="none", max_retries=0)
+        cls.client = client_of(cls.server)
 
     @classmethod
     def tearDownClass(cls):
@@ -128,157 +139,171 @@ class OpenAIClient(ServerTest):
         self.server.wait_idle()
 
 
-class OpenAITest(unittest.TestCase):
-    """What the classes below share: clients of a server, closed when the test ends."""
-
-    def connect(self, server, **fields):
-        fields = {"api_key": "none", "max_retries": 0, **fields}
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", **fields)
-        self.addCleanup(client.close)
-        return client
-
-    def run_async(self, server, call, **fields):
-        """call(client) within an event loop of its own."""
-        async def calls():
-            fields_of = {"api_key": "none", "max_retries": 0, **fields}
-            async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", **fields_of) as client:
-                return await call(client)
-        return asyncio.run(calls())
-
-
-@needs_openai
-class OpenAIAsync(OpenAITest, ServerTest):
+@with_openai
+class OpenAIChat(ServerTest):
     flags = ("--deterministic",)
+    messages = [{"role": "user", "content": "Tell me a story about a fox."}]
 
-    def fields(self, **fields):
-        return {"model": self.server.name, "prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, **fields}
+    @classmethod
+    def setUpClass(cls):
+        need_openai()
+        super().setUpClass()
+        cls.client = client_of(cls.server)
 
-    def test_whole_and_streamed(self):
-        expected = self.server.text("Once upon a time", max_tokens=16, temperature=0)
+    @classmethod
+    def tearDownClass(cls):
+        cls.client.close()
+        super().tearDownClass()
 
-        async def streamed(client):
-            chunks = await client.completions.create(stream=True, **self.fields())
-            return "".join([choice.text async for chunk in chunks for choice in chunk.choices])
+    def create(self, **fields):
+        fields = {"messages": self.messages, "temperature": 0, **fields}
+        return self.client.chat.completions.create(model=self.server.name, **fields)
 
-        async def calls(client):
-            whole = [client.completions.create(**self.fields()) for _ in range(8)]
-            return await asyncio.gather(*whole, *[streamed(client) for _ in range(8)])
+    def test_plain(self):
+        answer = self.create(n=2, max_completion_tokens=30, logprobs=True, top_logprobs=3, seed=1, stop=["\n\n\n"], user="me")
+        self.assertEqual(answer.object, "chat.completion")
+        self.assertEqual([c.index for c in answer.choices], [0, 1])
+        choice = answer.choices[0]
+        self.assertEqual((choice.message.role, choice.message.refusal, choice.finish_reason), ("assistant", None, "length"))
+        self.assertEqual(len(choice.logprobs.content), 30)
+        self.assertEqual("".join(t.token for t in choice.logprobs.content), choice.message.content)
+        self.assertEqual([len(t.top_logprobs) for t in choice.logprobs.content], [3] * 30)
+        self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + 60)
+        self.assertIsNotNone(answer.usage.prompt_tokens_details.cached_tokens)
+        self.assertTrue(answer._request_id)
 
-        answers = self.run_async(self.server, calls)
-        self.assertEqual([a.choices[0].text for a in answers[:8]] + answers[8:], [expected] * 16)
+    def test_conversation(self):
+        messages = [{"role": "user", "content": "My name is Anna."}]
+        for said in ("What is my name?", "Thank you!"):
+            messages.append(self.create(messages=messages).choices[0].message)  # as the client hands it back
+            messages.append({"role": "user", "content": said})
+            if said == "Thank you!":
+                self.assertEqual(messages[-2].content, "Your name is Anna.")
+        dumped = [m if isinstance(m, dict) else m.model_dump() for m in messages]
+        self.assertEqual(self.create(messages=dumped).choices, self.create(messages=messages).choices)
+
+    def test_stream(self):
+        plain = self.create().choices[0]
+        text, roles, reasons, usage = "", [], [], None
+        for chunk in self.create(stream=True, stream_options={"include_usage": True}):
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                roles += [choice.delta.role] if choice.delta.role else []
+                reasons += [choice.finish_reason] if choice.finish_reason else []
+            usage = chunk.usage or usage
+        self.assertEqual((text, roles, reasons), (plain.message.content, ["assistant"], [plain.finish_reason]))
+        self.assertGreater(usage.completion_tokens, 20)
+
+    def test_stream_helper(self):
+        # The client's own way to put a stream together again. It takes an answer that was cut for an error.
+        fields = {"n": 2, "logprobs": True, "messages": [{"role": "user", "content": "What is 12+30?"}]}
+        with self.client.chat.completions.stream(model=self.server.name, temperature=0, **fields) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_completion()
+        plain = self.create(**fields)
+        self.assertEqual([c.message.content for c in final.choices], ["12+30=42."] * 2)
+        self.assertEqual([c.logprobs.content for c in final.choices], [c.logprobs.content for c in plain.choices])
+        self.assertLessEqual({"chunk", "content.delta", "content.done", "logprobs.content.done"}, kinds)
+
+    def test_async(self):
+        plain = self.create(max_tokens=40).choices[0].message.content
+
+        async def ask(client, stream):
+            answer = await client.chat.completions.create(model=self.server.name, messages=self.messages, temperature=0,
+                                                          max_tokens=40, stream=stream)
+            if not stream:
+                return answer.choices[0].message.content
+            return "".join([c.delta.content or "" async for chunk in answer for c in chunk.choices])
+
+        async def ask_all():
+            async with client_of(self.server, "AsyncOpenAI") as client:
+                return await asyncio.gather(*(ask(client, i % 2 == 0) for i in range(20)))
+
+        self.assertEqual(asyncio.run(ask_all()), [plain] * 20)
+
+    def test_extra_fields(self):
+        answer = self.create(max_tokens=5, extra_body={"ignore_eos": True, "return_token_ids": True, "top_k": 1,
+                                                       "chat_template_kwargs": {"enable_thinking": False}})
+        self.assertEqual(len(answer.choices[0].model_extra["token_ids"]), 5)
+        self.assertTrue(answer.model_extra["prompt_token_ids"])
 
     def test_errors(self):
-        for fields, kind in (({"temperature": 3}, openai.BadRequestError), ({"model": "none"}, openai.NotFoundError),
-                             ({"max_tokens": 100_000}, openai.BadRequestError)):
+        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        for fields, param in (({"temperature": 3}, "temperature"), ({"tools": [tool]}, "tools"), ({"messages": []}, "messages"),
+                              ({"response_format": {"type": "json_object"}}, "response_format"),
+                              ({"messages": [{"role": "wizard", "content": "x"}]}, "messages")):
             for stream in (False, True):
-                with self.assertRaises(kind):
-                    self.run_async(self.server,
-                                   lambda client: client.completions.create(**self.fields(stream=stream, **fields)))
+                with self.assertRaises(openai.BadRequestError) as caught:
+                    self.create(stream=stream, **fields)
+                self.assertEqual((caught.exception.param, caught.exception.type), (param, "invalid_request_error"))
+        with self.assertRaises(openai.NotFoundError):
+            self.client.chat.completions.create(model="none-such", messages=self.messages)
 
     def test_leaving(self):
-        """A task that is cancelled and a stream that is left end on the server, too."""
-        async def calls(client):
-            long = self.fields(max_tokens=1900, n=64, extra_body={"ignore_eos": True})
-            task = asyncio.create_task(client.completions.create(**long))
-            while not self.server.metrics()["gptd_num_requests_running"]:
-                await asyncio.sleep(0.01)
-            task.cancel()
-            async with await client.completions.create(stream=True, **long) as chunks:
-                await anext(aiter(chunks))
-
-        before = aborted(self.server)
-        self.run_async(self.server, calls)
+        fields = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+        stream = self.create(stream=True, **fields)
+        next(iter(stream))
+        stream.close()
         self.server.wait_idle()
-        self.assertGreaterEqual(aborted(self.server), before + 2)
+        impatient = self.client.with_options(timeout=0.05)
+        with self.assertRaises(openai.APITimeoutError):
+            impatient.chat.completions.create(model=self.server.name, messages=self.messages, n=64, **fields)
+        self.server.wait_idle()
 
 
-@needs_openai
-class OpenAIKey(OpenAITest, ServerTest):
-    flags = ("--api-key", "right")
+@with_openai
+class OpenAIRetries(unittest.TestCase):
+    """What the client does by itself about 429, 503 and 408."""
 
-    def test_key(self):
-        fields = {"model": self.server.name, "prompt": "x", "max_tokens": 1}
-        for key in ("wrong", "righ", "rightly"):
-            client = self.connect(self.server, api_key=key)
-            for call in (lambda: client.completions.create(**fields), client.models.list,
-                         lambda: client.completions.create(stream=True, **fields)):
-                with self.assertRaises(openai.AuthenticationError) as caught:
-                    call()
-                self.assertEqual(caught.exception.type, "authentication_error")
-        client = self.connect(self.server, api_key="right")
-        self.assertEqual(len(client.completions.create(**fields).choices), 1)
-        self.assertEqual(len(client.models.list().data), 1)
+    setUpClass = classmethod(lambda cls: need_openai())
 
+    def ask(self, client, server, **fields):
+        return client.chat.completions.create(model=server.name, messages=[{"role": "user", "content": "Hi"}],
+                                              **{"max_tokens": 2, **fields})
 
-@needs_openai
-class OpenAIOverload(OpenAITest):
-    """A server that is full, goes away or is slow: what the client does about it, with its own retries."""
-
-    def hold(self, server):
-        """A stream that goes on until the socket is closed."""
-        holder = server.socket()
-        self.addCleanup(holder.close)
-        holder.sendall(server.completion_bytes(prompt="Once", max_tokens=1900, n=64, ignore_eos=True, stream=True))
-        wait_until(lambda: server.metrics()["gptd_num_requests_running"] >= 1, 5, "it runs")
-        return holder
-
-    def fill(self, server):
-        """The same where only one runs and one waits, and one that waits."""
-        holder, waiting = self.hold(server), server.socket()
-        waiting.sendall(server.completion_bytes(prompt="Once", max_tokens=2))
-        wait_until(lambda: server.metrics()["gptd_num_requests_waiting"] == 1, 5, "one waits")
-        self.addCleanup(waiting.close)
-        return holder
-
-    def create(self, server, **fields):
-        return self.connect(server, **fields).completions.create(model=server.name, prompt="Once", max_tokens=2)
-
-    def test_full(self):
+    def test_busy(self):
         server = Server("--max-num-seqs", "1", "--max-queue-requests", "1")
-        holder = self.fill(server)
-        with self.assertRaises(openai.RateLimitError) as caught:
-            self.create(server)
-        self.assertEqual(caught.exception.type, "rate_limit_error")
-        self.assertGreaterEqual(int(caught.exception.response.headers["retry-after"]), 1)
-
-        def refused():
-            return sum('"status":429' in line.replace(" ", "") for line in server.log)
-
-        before = refused()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(self.create, server, max_retries=5)
-            wait_until(lambda: refused() > before, 10, "the client was refused")
-            holder.close()  # there is room when it tries again
-            self.assertEqual(len(answer.result(30).choices), 1)
+        sockets = [server.socket() for _ in range(2)]
+        for name, s in zip(("running", "waiting"), sockets):
+            s.sendall(server.completion_bytes(prompt="Once", max_tokens=1500, n=64, ignore_eos=True, stream=True))
+            wait_until(lambda: server.metrics()[f"gptd_num_requests_{name}"] >= 1, 5, name)
+        with client_of(server) as client:
+            with self.assertRaises(openai.RateLimitError) as caught:
+                self.ask(client, server)
+            self.assertGreaterEqual(int(caught.exception.response.headers["Retry-After"]), 1)
+            leave = threading.Timer(0.3, lambda: [s.close() for s in sockets])
+            leave.start()
+            answer = self.ask(client.with_options(max_retries=5), server)
+            leave.join()
+        self.assertEqual(answer.choices[0].message.role, "assistant")
+        wait_until(lambda: sum(e.get("status") == 429 for e in server.log_entries()) >= 2, 5, "it was refused, and came back")
         server.check_stopped()
 
-    def test_restart(self):
-        """A kept connection to a server that drains gets a 503, and the client's next try the server's successor."""
-        server = Server("--drain-delay", "0")
-        client = self.connect(server, max_retries=5)
-        fields = {"model": server.name, "prompt": "Once", "max_tokens": 2}
-        client.completions.create(**fields)
-        holder = self.hold(server)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: any("drain" in line for line in server.log), 5, "it drains")
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.completions.create, **fields)
-            successor = Server("--port", str(server.port))
-            self.assertEqual(len(answer.result(30).choices), 1)
-        self.assertTrue(any('"status":503' in line.replace(" ", "") for line in server.log), server.log[-5:])
-        holder.close()
-        self.assertEqual(server.stop(None), 0)
-        successor.check_stopped()
+    def test_no_connection_left(self):
+        server = Server("--max-connections", "2")
+        sockets = [server.socket() for _ in range(2)]
+        with client_of(server) as client:
+            with self.assertRaises(openai.InternalServerError) as caught:
+                self.ask(client, server)
+            self.assertEqual(caught.exception.status_code, 503)
+            leave = threading.Timer(0.3, lambda: [s.close() for s in sockets])
+            leave.start()
+            answer = self.ask(client.with_options(max_retries=5), server)
+            leave.join()
+        self.assertEqual(answer.choices[0].message.role, "assistant")
+        server.check_stopped()
 
-    def test_timeout(self):
-        """The client's own time limit cancels what it asked for; it is not left to run."""
-        server = Server()
-        client = self.connect(server, timeout=0.5)
-        with self.assertRaises(openai.APITimeoutError):
-            client.completions.create(model=server.name, prompt="Once", max_tokens=1900, n=64,
-                                      extra_body={"ignore_eos": True})
-        server.wait_idle(5)
-        self.assertEqual(aborted(server), 1)
+    def test_too_late(self):
+        server = Server("--request-timeout", "0.2")
+        fields = {"max_tokens": 1500, "n": 64, "extra_body": {"ignore_eos": True}}
+        with client_of(server) as client:
+            with self.assertRaises(openai.APIStatusError) as caught:
+                self.ask(client, server, **fields)
+            self.assertEqual(caught.exception.status_code, 408)
+            with self.assertRaises(openai.APIError) as caught:  # the headers are out: it is told in the stream
+                for _ in self.ask(client, server, stream=True, **fields):
+                    pass
+            self.assertIn("longer than", caught.exception.message)
         server.check_stopped()
 
 

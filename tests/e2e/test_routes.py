@@ -6,9 +6,9 @@ import unittest
 import harness
 from harness import Server, ServerTest, in_threads, read_until, readable, scale, wait_until
 
-ROUTES = {"/v1/completions": "post", "/v1/models": "get", "/v1/models/{model}": "get", "/tokenize": "post",
-          "/detokenize": "post", "/health": "get", "/ready": "get", "/metrics": "get", "/version": "get",
-          "/openapi.json": "get"}
+ROUTES = {"/v1/completions": "post", "/v1/chat/completions": "post", "/v1/models": "get", "/v1/models/{model}": "get",
+          "/tokenize": "post", "/detokenize": "post", "/health": "get", "/ready": "get", "/metrics": "get",
+          "/version": "get", "/openapi.json": "get"}
 
 
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
@@ -33,6 +33,9 @@ def schema_problems(value, schema, spec, where):
     if isinstance(value, dict):
         yield from (f"{where}: lacks {name}" for name in schema.get("required", ()) if name not in value)
         other = schema.get("additionalProperties", {})
+        if other is False:
+            yield from (f"{where}: {name} is not listed" for name in value if name not in schema["properties"])
+            other = {}
         for key, item in value.items():
             yield from schema_problems(item, schema.get("properties", {}).get(key, other), spec, f"{where}.{key}")
     elif isinstance(value, list):
@@ -153,8 +156,13 @@ class Routes(ServerTest):
                    ("Status", self.server.get("/health").json()),
                    ("TokenizeResponse", self.server.post("/tokenize", {"prompt": "a", "return_token_strs": True}).json()),
                    ("DetokenizeResponse", self.server.post("/detokenize", {"tokens": [5]}).json())]
-        events = self.server.stream(**fields, stream_options={"include_usage": True})
-        for schema, answer in answers + [("CompletionChunk", e) for e in events]:
+        chat = {"max_tokens": 3, "logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2}
+        answers += [("ChatCompletion", self.server.chat("Hi", **chat, prompt_logprobs=1)),
+                    ("ChatCompletion", self.server.chat("Hi")), ("Error", self.server.chat_completions([]).json())]
+        usage = {"stream_options": {"include_usage": True}}
+        answers += [("CompletionChunk", e) for e in self.server.stream(**fields, **usage)]
+        answers += [("ChatChunk", e) for e in self.server.chat_stream("Hi", **chat, **usage)]
+        for schema, answer in answers:
             problems = list(schema_problems(answer, schemas[schema], spec, schema))
             self.assertEqual(problems, [], answer)
             self.assertLessEqual(set(answer), set(schemas[schema]["properties"]))
@@ -163,6 +171,14 @@ class Routes(ServerTest):
             if field not in ("model", "prompt", "user"):
                 answer = self.server.completions(prompt="Once", max_tokens=None if field == "max_tokens" else 1,
                                                  **({field: None} if field != "max_tokens" else {}))
+                self.assertEqual(answer.status, 200, (field, answer))
+        for field in schemas["ChatRequest"]["properties"]:
+            if field not in ("model", "messages", "user"):
+                answer = self.server.chat_completions("Hi", **{"max_tokens": 1, field: None})
+                self.assertEqual(answer.status, 200, (field, answer))
+        for field in schemas["ChatMessage"]["properties"]:
+            if field not in ("role", "content"):
+                answer = self.server.chat_completions([{"role": "user", "content": "Hi", field: None}], max_tokens=1)
                 self.assertEqual(answer.status, 200, (field, answer))
 
     def test_not_found(self):
@@ -175,7 +191,8 @@ class Routes(ServerTest):
 
     def test_method_not_allowed(self):
         for method, path in (("GET", "/v1/completions"), ("DELETE", "/v1/completions"), ("PUT", "/tokenize"),
-                             ("POST", "/v1/models"), ("POST", "/health"), ("DELETE", "/metrics")):
+                             ("POST", "/v1/models"), ("POST", "/health"), ("DELETE", "/metrics"),
+                             ("GET", "/v1/chat/completions")):
             with self.subTest(method=method, path=path):
                 answer = self.server.request(method, path, body="{}" if method in ("POST", "PUT") else None)
                 self.assertEqual(answer.status, 405, answer)

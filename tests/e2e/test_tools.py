@@ -104,9 +104,9 @@ class LangChain(ServerTest):
         self.assertEqual(model.invoke(self.prompts[0], stop=["\n"]), "42")
 
     def test_stream(self):
-        chunks = list(self.client().stream(self.prompts[1]))
-        self.assertEqual("".join(chunks), self.answers[1])
-        self.assertGreater(len(chunks), 1)
+        self.assertEqual("".join(self.client().stream(self.prompts[1])), self.answers[1])
+        chunks = self.client(max_tokens=600, extra_body={"ignore_eos": True}).stream(self.prompts[1])
+        self.assertGreater(sum(1 for _ in chunks), 1)  # not all of it at the end
 
     def test_async(self):
         model = self.client()
@@ -182,7 +182,6 @@ class LiteLLM(ServerTest):
         for provider in self.each_provider():
             chunks = list(self.litellm.text_completion(prompt=self.prompts[1], stream=True, **self.fields(provider)))
             self.assertEqual("".join(c.choices[0].text or "" for c in chunks), self.answers[1])
-            self.assertGreater(len(chunks), 2)
 
     def test_async(self):
         async def calls(fields):

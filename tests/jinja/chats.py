@@ -1,6 +1,7 @@
-"""Conversations for the chat templates in templates/, which have the constructs of the families that Hugging Face's models use
-and were written for this test.
+"""Conversations for chat templates: those in templates/, which have the constructs of the families that Hugging Face's models use
+and were written for this test, and the models' own as the package trl has them, where it is installed (only its files are read).
 """
+import importlib.util
 import pathlib
 
 TOOLS = [
@@ -67,8 +68,14 @@ SETTINGS = [
 ]
 
 
-def all_cases():
-    for path in sorted((pathlib.Path(__file__).parent / "templates").glob("*.jinja")):
+def installed():
+    spec = importlib.util.find_spec("trl")
+    folders = spec.submodule_search_locations if spec else []
+    return sorted(path for folder in folders for path in pathlib.Path(folder, "chat_templates").glob("*.jinja"))
+
+
+def all_cases(paths=None):
+    for path in paths or sorted((pathlib.Path(__file__).parent / "templates").glob("*.jinja")):
         template = path.read_text()
         for messages in CONVERSATIONS:
             for settings in SETTINGS:

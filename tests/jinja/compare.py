@@ -162,9 +162,16 @@ def main():
             return "different"
 
         sections = [] if unicodedata.unidata_version not in TABLES.read_text() else [("characters", cases.characters(), False)]
-        for name, source, lenient in sections + [("cases", cases.all_cases(), False), ("chats", chats.all_cases(), False),
-                                      (f"random (seed {options.seed})",
-                                       generate.all_cases(options.seed, options.random), True)]:
+        sections += [("cases", cases.all_cases(), False), ("chats", chats.all_cases(), False)]
+        installed = chats.installed()
+        if installed:
+            sections.append((f"chats of {len(installed)} models' own templates", chats.all_cases(installed), False))
+        elif os.environ.get("CI"):
+            sys.exit("the package trl, with models' own templates, is not installed, and CI is set")
+        else:
+            print("models' own templates: skipped: the package trl is not installed (see scripts/setup.sh check)")
+        sections.append((f"random (seed {options.seed})", generate.all_cases(options.seed, options.random), True))
+        for name, source, lenient in sections:
             counts = {}
             for template, variables in source:
                 result = compare(template, variables, lenient)
