@@ -13,7 +13,7 @@ import schemathesis
 
 MODEL = os.environ["OPENAPI_TEST_MODEL"]
 VOCAB_SIZE = int(os.environ["OPENAPI_TEST_VOCAB_SIZE"])
-MAX_LOGPROBS = 5  # the default of --max-logprobs
+MAX_LOGPROBS = 5  # the server's --max-logprobs
 MOST_TOKENS = 24  # of an answer: a test's time
 TOKEN_ID = "A token id of the model's vocabulary."
 
@@ -29,7 +29,7 @@ def narrow(schema):
         if schema.get("description") == TOKEN_ID:
             schema["maximum"] = VOCAB_SIZE - 1
         for name, value in schema.items():
-            if name in ("logprobs", "prompt_logprobs") and "minimum" in value:
+            if name in ("logprobs", "top_logprobs", "prompt_logprobs") and "minimum" in value:
                 value["maximum"] = MAX_LOGPROBS
             narrow(value)
 
@@ -38,7 +38,8 @@ def narrow(schema):
 def before_load_schema(context, raw_schema):
     schemas = raw_schema["components"]["schemas"]
     narrow(schemas)
-    schemas["CompletionRequest"]["properties"]["model"] = {"enum": [MODEL]}
+    for name in ("CompletionRequest", "ChatRequest"):
+        schemas[name]["properties"]["model"] = {"enum": [MODEL]}
     for name in ("TokenizeRequest", "DetokenizeRequest"):
         schemas[name]["properties"]["model"] = {"enum": [MODEL, None]}
     raw_schema["security"] = [{"key": []}]  # the server was started with one
@@ -74,8 +75,11 @@ def without_nul(value):
 
 
 def relate_lengths(body):
-    clip(body, "max_tokens", 0, MOST_TOKENS)
-    most = body.get("max_tokens")
+    if "messages" in body:  # without a number it goes to the end of the context
+        body["max_completion_tokens"] = body.get("max_completion_tokens") or body.get("max_tokens") or MOST_TOKENS
+    clip(body, "max_completion_tokens", 1, MOST_TOKENS)
+    clip(body, "max_tokens", 0 if "prompt" in body else 1, MOST_TOKENS)
+    most = body.get("max_completion_tokens", body.get("max_tokens"))
     clip(body, "min_tokens", 0, 16 if most is None else most)
 
 
@@ -86,6 +90,7 @@ def relate_choices(body):
         body.pop("best_of", None)
     else:
         body.pop("stream_options", None)
+    body.pop("suffix", None)  # the demo model has no tokens for it
 
 
 def relate_strings(body):
@@ -106,14 +111,36 @@ def relate_numbers(body):
         if name in body:
             body[name] = whole(body[name])
     if body.get("logit_bias"):
-        body["logit_bias"] = {str(int(k) % VOCAB_SIZE): v for k, v in body["logit_bias"].items()}
+        body["logit_bias"] = {str(int(k) % VOCAB_SIZE): v for k, v in body["logit_bias"].items() if k.isdecimal()}
+
+
+def relate_chat(body):
+    if "messages" not in body:
+        return
+    for message in body["messages"]:
+        if message["role"] not in ("system", "user", "assistant"):  # the others are not in the demo's template
+            message["role"] = "user"
+        parts = message.get("content")
+        if isinstance(parts, list):
+            message["content"] = [{"type": "text", "text": part.get("text", "refused")} for part in parts]
+        elif parts is None:
+            message["content"] = "x"
+        for name in ("tool_calls", "refusal", "reasoning", "reasoning_content"):
+            message.pop(name, None)
+    if not body.get("logprobs"):
+        body.pop("top_logprobs", None)
+    if body.get("stream"):
+        body.pop("prompt_logprobs", None)
+    if body.get("continue_final_message"):
+        body["add_generation_prompt"] = False
+        body["messages"][-1]["content"] = "x"
 
 
 @schemathesis.hook
 def map_case(context, case):
     if case.meta.generation.mode.is_positive and isinstance(case.body, dict):
         case.body = without_nul(case.body)
-        for relate in (relate_lengths, relate_choices, relate_strings, relate_numbers):
+        for relate in (relate_lengths, relate_choices, relate_strings, relate_numbers, relate_chat):
             relate(case.body)
     return case
 
@@ -135,7 +162,7 @@ def stream_conformance(context, response, case):
     for event in events:
         assert event.startswith("data: "), event
         chunk = json.loads(event[6:])
-        check_schema("CompletionChunk", chunk)
+        check_schema("ChatChunk" if "chat" in case.path else "CompletionChunk", chunk)
         for choice in chunk["choices"]:
             finished[choice["index"]] = choice["finish_reason"]
     assert finished and all(finished.values()), finished

@@ -36,7 +36,7 @@ async def gather(stream):
 class Description(ServerTest):
     """Requests made of /openapi.json, right and wrong ones; openapi_hooks.py says more."""
 
-    flags = ("--api-key", "key")
+    flags = ("--api-key", "key", "--max-logprobs", "5")
 
     def run_schemathesis(self, seed):
         with open(os.path.join(self.server.model, "config.json")) as f:
@@ -142,10 +142,88 @@ class LangChain(ServerTest):
                 self.run_async(model, lambda: model.ainvoke("x"))
 
 
+class ChatAnswers:
+    """What the classes of chats share: one conversation, and the server's own answer to it."""
+
+    messages = [{"role": "user", "content": "Tell me a story about a fox."}]
+
+    @classmethod
+    def ask(cls, **fields):
+        body = {"model": cls.server.name, "messages": cls.messages, "max_tokens": 40, "temperature": 0, **fields}
+        answer = cls.server.post("/v1/chat/completions", body)
+        assert answer.status == 200, answer
+        return answer.json()["choices"][0]["message"]["content"]
+
+
+@needs("langchain_openai")
+class LangChainChat(ChatAnswers, ServerTest):
+    """langchain-openai's ChatOpenAI."""
+
+    flags = ("--deterministic",)
+
+    @classmethod
+    def setUpClass(cls):
+        import openai
+        from langchain_openai import ChatOpenAI
+        super().setUpClass()
+        cls.openai, cls.model_class, cls.answer = openai, ChatOpenAI, cls.ask()
+
+    def client(self, **fields):
+        fields = {"model": self.server.name, "temperature": 0, "max_tokens": 40, "max_retries": 0, **fields}
+        return self.model_class(base_url=f"http://127.0.0.1:{self.server.port}/v1", api_key="none", **fields)
+
+    def test_sync(self):
+        answer = self.client().invoke(self.messages)
+        self.assertEqual(answer.content, self.answer)
+        self.assertEqual(answer.usage_metadata["output_tokens"], 40)
+        self.assertEqual(answer.response_metadata["finish_reason"], "length")
+        self.assertEqual([a.content for a in self.client().batch([self.messages] * 3)], [self.answer] * 3)
+
+    def test_stream(self):
+        chunks = list(self.client(stream_usage=True).stream(self.messages))
+        self.assertEqual("".join(c.content for c in chunks), self.answer)
+        self.assertEqual([c.usage_metadata["output_tokens"] for c in chunks if c.usage_metadata], [40])
+
+    def test_async(self):
+        model = self.client()
+
+        async def calls():
+            try:
+                return await asyncio.gather(model.ainvoke(self.messages), gather(model.astream(self.messages)))
+            finally:
+                await model.root_async_client.close()
+
+        answer, chunks = asyncio.run(calls())
+        self.assertEqual([answer.content, "".join(c.content for c in chunks)], [self.answer] * 2)
+
+    def test_conversation(self):
+        """Messages of its own kinds, an answer handed back among them, and a template with its output parser."""
+        from langchain_core.messages import HumanMessage, SystemMessage
+        from langchain_core.output_parsers import StrOutputParser
+        from langchain_core.prompts import ChatPromptTemplate
+        first = [SystemMessage("Be kind."), HumanMessage("My name is Anna.")]
+        model = self.client(stop_sequences=["\n"])
+        answer = model.invoke([*first, model.invoke(first), HumanMessage("What is my name?")])
+        self.assertIn("Anna", answer.content)
+        chain = ChatPromptTemplate.from_messages([("user", "What is {a}+{b}?")]) | model | StrOutputParser()
+        self.assertEqual(chain.invoke({"a": 12, "b": 30}), "12+30=42.")
+
+    def test_errors(self):
+        for fields, kind in (({"model": "none-such"}, self.openai.NotFoundError),
+                             ({"max_tokens": 100_000}, self.openai.BadRequestError)):
+            with self.assertRaises(kind):
+                self.client(**fields).invoke(self.messages)
+            with self.assertRaises(kind):
+                list(self.client(**fields).stream(self.messages))
+        with self.assertRaises(self.openai.BadRequestError) as caught:  # there are no tools, and that is said
+            self.client().bind_tools([{"name": "f", "description": "x", "parameters": {}}]).invoke(self.messages)
+        self.assertEqual(caught.exception.param, "tools")
+
+
 # 200 MB of its own: see `make check-clients`.
 @unittest.skipUnless(has("litellm"), "litellm is not installed (see scripts/setup.sh clients)")
-class LiteLLM(ServerTest):
-    """litellm's text_completion, under both names that lead to a server of one's own."""
+class LiteLLM(ChatAnswers, ServerTest):
+    """litellm's text_completion, under both names that lead to a server of one's own, and its completion, of chats."""
 
     flags = ("--deterministic",)
     prompts = ["12+30=", "Once upon a time"]
@@ -193,6 +271,22 @@ class LiteLLM(ServerTest):
 
         for provider in self.each_provider():
             self.assertEqual(asyncio.run(calls(self.fields(provider))), self.answers)
+
+    def test_chat(self):
+        async def calls(fields):
+            whole = await self.litellm.acompletion(**fields)
+            chunks = await gather(await self.litellm.acompletion(stream=True, **fields))
+            await self.litellm.close_litellm_async_clients()
+            return [whole, chunks]
+
+        fields = self.fields("openai", messages=self.messages, max_tokens=40)
+        whole, chunks = self.litellm.completion(**fields), list(self.litellm.completion(stream=True, **fields))
+        for answer, stream in ((whole, chunks), asyncio.run(calls(fields))):
+            self.assertEqual(answer.choices[0].message.content, self.ask())
+            self.assertEqual(answer.usage.completion_tokens, 40)
+            self.assertEqual("".join(c.choices[0].delta.content or "" for c in stream), self.ask())
+        with self.assertRaises(self.litellm.BadRequestError):
+            self.litellm.completion(**{**fields, "max_tokens": 100_000})
 
     def test_errors(self):
         for provider in self.each_provider():
