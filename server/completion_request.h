@@ -1,4 +1,4 @@
-/* completion_request.h: the body of POST /v1/completions, checked and tokenized.
+/* completion_request.h: the body of POST /v1/completions, checked and tokenized; and what a chat becomes, too (chat_request.h).
  *
  * Everything that can be wrong with a request is found here, with the field's name, before the engine sees any of it.
  * Fields of OpenAI's and vLLM's request classes that cannot change our answer are accepted and ignored; those that

@@ -11,6 +11,7 @@
 
 // What the two routes differ in.
 struct call_kind {
+    size_t short_body; // see work_begin
     int (*parse)(struct completion_request *r, char *body, size_t length, const char *api_key,
                  const struct completion_limits *limits, struct http_error *e);
     void (*write_head)(struct text_buffer *out, const char *model, bool stream);
@@ -18,9 +19,10 @@ struct call_kind {
     void (*write_whole)(struct text_buffer *out, struct completion *c);
 };
 
-static const struct call_kind completion_kind = {completion_request_parse, completion_write_head, completion_write_chunk,
-                                                 completion_write_whole};
-static const struct call_kind chat_kind = {chat_request_parse, chat_write_head, chat_write_chunk, chat_write_whole};
+static const struct call_kind completion_kind = {SHORT_TEXT, completion_request_parse, completion_write_head,
+                                                 completion_write_chunk, completion_write_whole};
+static const struct call_kind chat_kind = {SHORT_CHAT, chat_request_parse, chat_write_head, chat_write_chunk,
+                                           chat_write_whole};
 
 struct call {
     struct work work;
@@ -75,7 +77,7 @@ static enum exchange_next handle(struct exchange *x, const struct call_kind *kin
         }
         x->state = call = calloc(1, sizeof *call);
         if (call) call->kind = kind;
-        if (!call || !work_begin(&call->work, x, parse_body)) {
+        if (!call || !work_begin(&call->work, x, kind->short_body, parse_body)) {
             http_error_set(&e, 503, NULL, NULL, call ? "too many long prompts at once" : "out of memory");
             return exchange_reply_error(x, &e);
         }

@@ -77,7 +77,7 @@ static enum exchange_next text_handle(struct exchange *x, void (*run)(struct exc
     }
     if (!call) {
         x->state = call = calloc(1, sizeof *call);
-        if (!call || !work_begin(&call->work, x, run)) {
+        if (!call || !work_begin(&call->work, x, SHORT_TEXT, run)) {
             http_error_set(&e, 503, NULL, NULL, call ? "too many long texts at once" : "out of memory");
             return exchange_reply_error(x, &e);
         }

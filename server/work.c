@@ -4,8 +4,6 @@
 #include <math.h>
 #include <unistd.h>
 
-enum { SHORT_BODY = 8192 }; // bytes that are parsed and tokenized on the event loop: about 1 ms
-
 double request_deadline(const struct exchange *x)
 {
     double timeout = x->server->options.request_timeout;
@@ -33,16 +31,16 @@ static void run_work(struct job *job)
     exchange_finish_wait(w->x, &w->finished);
 }
 
-bool work_begin(struct work *w, struct exchange *x, void (*run)(struct exchange *x))
+bool work_begin(struct work *w, struct exchange *x, size_t short_body, void (*run)(struct exchange *x))
 {
     w->job.run = run_work;
     w->job.size = x->body.length;
     w->x = x;
     w->run = run;
     x->deadline = request_deadline(x);
-    if (x->body.length > SHORT_BODY && workers_submit(x->server->workers, &w->job)) return true;
+    if (x->body.length > short_body && workers_submit(x->server->workers, &w->job)) return true;
     atomic_store(&w->finished, true);
-    if (x->body.length > SHORT_BODY) return false;
+    if (x->body.length > short_body) return false;
     run(x);
     return true;
 }

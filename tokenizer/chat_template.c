@@ -169,6 +169,18 @@ const char *chat_template_reserved(const struct chat_template *t, const cJSON *k
     return NULL;
 }
 
+// Adds item under name without copying what it holds. (cJSON_AddItemReferenceToObject leaks when memory runs out.)
+static bool add_reference(cJSON *object, const char *name, const cJSON *item)
+{
+    cJSON *reference = cJSON_IsObject(item)   ? cJSON_CreateObjectReference(item->child)
+                       : cJSON_IsArray(item)  ? cJSON_CreateArrayReference(item->child)
+                       : cJSON_IsString(item) ? cJSON_CreateStringReference(item->valuestring)
+                                              : cJSON_Duplicate(item, false);
+    if (reference && cJSON_AddItemToObject(object, name, reference)) return true;
+    cJSON_Delete(reference);
+    return false;
+}
+
 // References to the members of from, less the one called `except`.
 static bool refer_to_members(cJSON *object, const cJSON *from, const char *except)
 {
@@ -176,7 +188,7 @@ static bool refer_to_members(cJSON *object, const cJSON *from, const char *excep
     cJSON_ArrayForEach(member, from)
     {
         if (except && !strcmp(member->string, except)) continue;
-        if (!cJSON_AddItemReferenceToObject(object, member->string, (cJSON *)member)) return false;
+        if (!add_reference(object, member->string, member)) return false;
     }
     return true;
 }
@@ -212,7 +224,7 @@ static bool add_messages_marked(cJSON *variables, const cJSON *messages)
 static bool add_variables(cJSON *variables, const struct chat_template *t, const struct chat_conversation *c)
 {
     bool added = c->continue_final_message ? add_messages_marked(variables, c->messages)
-                                           : cJSON_AddItemReferenceToObject(variables, "messages", (cJSON *)c->messages);
+                                           : add_reference(variables, "messages", c->messages);
     return added && cJSON_AddNullToObject(variables, "tools") && cJSON_AddNullToObject(variables, "documents") &&
            cJSON_AddBoolToObject(variables, "add_generation_prompt", c->add_generation_prompt) &&
            refer_to_members(variables, t->special_tokens, NULL) && refer_to_members(variables, c->kwargs, NULL);
