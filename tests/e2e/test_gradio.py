@@ -1,6 +1,6 @@
 """A chat front end: Gradio's load_chat, asked through its own HTTP API.
 
-One turn each: Gradio 6.31 puts what this API said before into a form that it then refuses (its page does not).
+One turn each: Gradio 6.31 puts what this API said before into a form that it then refuses.
 """
 
 import importlib.util
