@@ -43,7 +43,7 @@ class Description(ServerTest):
             vocab_size = json.load(f)["vocab_size"]
         command = [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run",
                    f"http://127.0.0.1:{self.server.port}/openapi.json", "--header", "Authorization: Bearer key",
-                   "--phases", "coverage,fuzzing", "--max-examples", str(scale(25, 8)), "--seed", str(seed), "--no-shrink",
+                   "--phases", "coverage,fuzzing", "--max-examples", str(scale(20, 8)), "--seed", str(seed), "--no-shrink",
                    "--suppress-health-check", "all", "--generation-database", "none", "--no-color"]
         environment = {**os.environ, "PYTHONPATH": HERE, "SCHEMATHESIS_HOOKS": "openapi_hooks",
                        "OPENAPI_TEST_MODEL": self.server.name, "OPENAPI_TEST_VOCAB_SIZE": str(vocab_size)}
