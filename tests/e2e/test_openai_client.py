@@ -90,6 +90,11 @@ class OpenAIKey(ServerTest):
 class OpenAICut(unittest.TestCase):
     """A server that is replaced, and a client that does not wait."""
 
+    def start(self, *flags):
+        server = Server(*flags)
+        self.addCleanup(server.kill)  # where the test fails, too
+        return server
+
     def connect(self, server, **options):
         client = client_of(server, **options)
         self.addCleanup(client.close)
@@ -105,7 +110,7 @@ class OpenAICut(unittest.TestCase):
 
     def test_restart(self):
         """A kept connection to a server that drains gets a 503, and the client's next try the server's successor."""
-        server = Server("--drain-delay", "0")
+        server = self.start("--drain-delay", "0")
         client = self.connect(server, max_retries=5)
         fields = {"model": server.name, "prompt": "Once", "max_tokens": 2}
         client.completions.create(**fields)
@@ -114,7 +119,7 @@ class OpenAICut(unittest.TestCase):
         wait_until(lambda: any("drain" in line for line in server.log), 5, "it drains")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.completions.create, **fields)
-            successor = Server("--port", str(server.port))
+            successor = self.start("--port", str(server.port))
             self.assertEqual(len(answer.result(30).choices), 1)
         self.assertTrue(any(e.get("status") == 503 for e in server.log_entries()), server.log[-5:])
         holder.close()
@@ -123,7 +128,7 @@ class OpenAICut(unittest.TestCase):
 
     def test_timeout(self):
         """The client's own time limit cancels what it asked for; it is not left to run."""
-        server = Server()
+        server = self.start()
         client = self.connect(server, timeout=0.5)
         with self.assertRaises(openai.APITimeoutError):
             client.completions.create(model=server.name, prompt="Once", max_tokens=1900, n=64,
