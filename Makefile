@@ -245,9 +245,15 @@ $(BUILD)/tests/fuzz/%: $(BUILD)/obj/tests/fuzz/%.c.o $(LIBS_FUZZED)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(LIBS_SYSTEM)
 
-# The running server: raw sockets, curl, the official OpenAI client.
+# The running server: raw sockets, curl, the official OpenAI client, LangChain, requests made of /openapi.json.
 check-e2e: $(BUILD)/gptd $(FAULTY)
 	@build/venv/bin/python tests/e2e/run.py --server $(BUILD)/gptd
+
+# Clients with much of their own (scripts/setup.sh clients installs 1.3 GB): litellm, lm-evaluation-harness, Gradio.
+.PHONY: check-clients
+check-clients: $(BUILD)/gptd
+	@./scripts/setup.sh clients
+	@build/clients/bin/python tests/e2e/run.py --server $(BUILD)/gptd LiteLLM LmEval Gradio
 
 # The converter of state_dicts is Python with PyTorch, which nothing else here needs.
 check-convert:

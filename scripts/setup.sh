@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what `make run` (setup.sh run) or `make check` (setup.sh check) needs and this machine lacks, by package name.
+# Installs what `make run` (setup.sh run), `make check` (setup.sh check) or `make check-clients` (setup.sh clients) needs and
+# this machine lacks, by package name.
 # Debian 12 and Ubuntu 24.04. Says what it installs; uses sudo when not root. Does nothing when nothing is missing.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,6 +12,7 @@ if [ "${1:-run}" = check ]; then
     # The page's tests run in Chromium. Ubuntu has it as a snap alone: without one they are skipped there.
     ! grep -qs '^ID=debian$' /etc/os-release || packages="$packages chromium"
 fi
+[ "${1:-run}" != clients ] || packages="$packages python3 python3-venv"
 
 missing=""
 if command -v dpkg-query >/dev/null 2>&1; then
@@ -44,18 +46,30 @@ if [ -n "$missing" ]; then
     rm -f "$log"
 fi
 
-# What the tests hold ours against, in a virtual environment of the build's own: the official OpenAI client, Hugging Face's
-# tokenizers, Python's Jinja2, and chat templates of models (files of trl, of which nothing is imported).
-if [ "${1:-run}" = check ] && ! build/venv/bin/python -c 'import openai, tokenizers, jinja2
-from importlib.util import find_spec; assert find_spec("trl")' 2>/dev/null; then
-    echo "setup: installing the Python packages openai, tokenizers, jinja2 and trl into build/venv"
+# A virtual environment of the build's own: $1 its directory, $2 the packages, $3 what shows that they are there.
+install_python_packages() {
+    "$1/bin/python" -c "import $3" 2>/dev/null && return
+    echo "setup: installing the Python packages $2 into $1"
     mkdir -p build
-    for python in python3 /usr/bin/python3; do
-        "$python" -m venv build/venv && break
+    [ -x "$1/bin/pip" ] || for python in python3 /usr/bin/python3; do
+        "$python" -m venv "$1" && break
     done
-    pip="build/venv/bin/pip install --quiet --disable-pip-version-check"
-    { $pip openai tokenizers jinja2 && $pip --no-deps trl; } || {
-        echo "setup: pip could not install openai, tokenizers, jinja2 and trl: the tests with them cannot run" >&2
-        [ -z "${CI:-}" ] || exit 1 # elsewhere they are skipped, and counted as such
-    }
+    "$1/bin/pip" install --quiet --disable-pip-version-check $2 && return
+    echo "setup: pip could not install $2: the tests with them cannot run" >&2
+    return 1
+}
+
+# What the tests hold ours against: the official OpenAI client, LangChain's, schemathesis, Hugging Face's tokenizers,
+# Python's Jinja2, and chat templates of models (files of trl, of which nothing is imported).
+if [ "${1:-run}" = check ]; then
+    { install_python_packages build/venv "openai langchain-openai schemathesis tokenizers jinja2" \
+        "openai, langchain_openai, schemathesis, tokenizers, jinja2" &&
+      install_python_packages build/venv "--no-deps trl" "importlib.util as i; assert i.find_spec('trl')"; } ||
+        [ -z "${CI:-}" ] # elsewhere they are skipped, and counted as such
+fi
+
+# Clients that bring much with them: 1.3 GB.
+if [ "${1:-run}" = clients ]; then
+    install_python_packages build/clients "openai litellm lm_eval[api] transformers sentencepiece protobuf gradio" \
+        "openai, litellm, lm_eval.models.openai_completions, transformers, sentencepiece, google.protobuf, gradio"
 fi
