@@ -181,7 +181,7 @@ EXPLAINED = {
                "prompts' GEMMs at the rate for a chunk, their attention at FA2's rate, then full decode steps.",
     "ttft": "One request at a time, random ids. Floor: GEMMs at cuBLAS's rate for a chunk, attention at FA2's for the length.",
     "deterministic": "With --deterministic; without: batch1's or streams' in this run.",
-    "families": "Over HTTP, random weights, 128 tokens in and out. GB a token: layers (of experts the chosen) and the output layer.",
+    "families": "Over HTTP, random weights, 128 tokens in and out. GB a token: layers (of experts the chosen) and output layer.",
     "idle": "From a trace of the end of a run. A graph counts as busy as a whole.",
     "kernels": "One stream, every kernel traced. A moment counts for the kernel that ends next.",
 }
