@@ -95,8 +95,8 @@ START_TEST(test_plan_refuses_what_does_not_fit)
     o.kv_cache_memory_bytes = 0;
     ck_assert_int_eq(engine_create(&engine, &o, &e), 0);
     const struct engine_plan *p = engine_plan_get(engine);
-    ck_assert_int_eq(p->n_blocks, 8 * 4096 / 16); // all sequences at their longest
-    ck_assert_uint_eq(p->kv_cache_bytes, (size_t)p->n_blocks * 256);
+    ck_assert_int_eq(p->kv_groups[0].n_blocks, 8 * 4096 / 16); // all sequences at their longest
+    ck_assert_uint_eq(p->kv_cache_bytes, (size_t)p->kv_groups[0].n_blocks * 256);
     ck_assert_uint_eq(p->history_bytes, 8 * 4096 * 4);
     engine_destroy(engine);
     o.max_num_batched_tokens = 7;

@@ -48,7 +48,8 @@ class Readme(unittest.TestCase):
         kinds = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "KINDS")
         compared = {e.id for e in kinds.generators[0].iter.elts}
         shown = {"gpt2": "GPT-2", "llama3": "Llama-3", "qwen2": "Qwen2", "o200k": "GPT-4o", "bloom": "BLOOM",
-                 "deepseek": "DeepSeek", "neox": "GPT-NeoX", "mistral": "Llama-2", "metaspace": "Mistral", "gemma": "Gemma", "unigram": "Metaspace pieces",
+                 "deepseek": "DeepSeek", "neox": "GPT-NeoX", "mistral": "Llama-2", "metaspace": "Mistral",
+                 "gemma": "Gemma", "unigram": "Metaspace pieces",
                  "unigram_bytes": "with and without byte fallback"}
         self.assertEqual(compared, set(shown))
         text = " ".join(row[1] for row in table("tokenizer"))
