@@ -59,6 +59,7 @@ static void append(struct inbox *inbox, struct request *r)
     atomic_fetch_add(&r->references, 1);
     atomic_fetch_add(&inbox->n_waiting, 1);
     atomic_fetch_add(&inbox->n_waiting_tokens, r->n_prompt);
+    atomic_fetch_add(&inbox->n_waiting_bytes, (int64_t)r->storage_bytes);
     *(inbox->last != NULL ? &inbox->last->next : &inbox->first) = r;
     inbox->last = r;
     atomic_store(&r->inbox, inbox);
@@ -72,7 +73,7 @@ int inbox_submit(struct inbox *inbox, struct request *r, struct error *e)
 {
     pthread_mutex_lock(&inbox->mutex);
     int32_t n = atomic_load(&inbox->n_waiting);
-    int64_t tokens = atomic_load(&inbox->n_waiting_tokens);
+    int64_t tokens = atomic_load(&inbox->n_waiting_tokens), bytes = atomic_load(&inbox->n_waiting_bytes);
     int rc = 0;
     if (inbox->closed.code != 0)
         rc = error_set(e, inbox->closed.code, "%s", inbox->closed.message);
@@ -81,6 +82,9 @@ int inbox_submit(struct inbox *inbox, struct request *r, struct error *e)
     else if (n > 0 && tokens + r->n_prompt > inbox->max_tokens)
         rc = error_set(e, ERR_BUSY, "waiting requests hold %lld prompt tokens; with %d more they exceed %lld",
                        (long long)tokens, r->n_prompt, (long long)inbox->max_tokens);
+    else if (n > 0 && bytes + (int64_t)r->storage_bytes > INBOX_MAX_BYTES)
+        rc = error_set(e, ERR_BUSY, "waiting requests hold %lld MiB for their answers; with %lld more they exceed %lld",
+                       (long long)(bytes >> 20), (long long)(r->storage_bytes >> 20), (long long)(INBOX_MAX_BYTES >> 20));
     else
         append(inbox, r);
     pthread_mutex_unlock(&inbox->mutex);
@@ -137,4 +141,5 @@ void inbox_leave(struct inbox *inbox, struct request *r)
     r->counted = false;
     atomic_fetch_sub(&inbox->n_waiting, 1);
     atomic_fetch_sub(&inbox->n_waiting_tokens, r->n_prompt);
+    atomic_fetch_sub(&inbox->n_waiting_bytes, (int64_t)r->storage_bytes);
 }

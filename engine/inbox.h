@@ -15,6 +15,9 @@
 
 struct request;
 
+// A choice has what all its tokens will take from the beginning: so much may wait; one request alone may exceed it.
+#define INBOX_MAX_BYTES ((int64_t)1 << 30)
+
 struct inbox {
     atomic_int references;
     int32_t max_requests;      // waiting at once
@@ -22,6 +25,7 @@ struct inbox {
     uint64_t seed;             // base of the seeds of requests without one
     _Atomic int32_t n_waiting;
     _Atomic int64_t n_waiting_tokens;
+    _Atomic int64_t n_waiting_bytes; // that the choices of waiting requests hold
     _Atomic uint64_t n_signals; // cancellations and stops so far
     pthread_mutex_t mutex;     // guards what follows
     pthread_cond_t bell;

@@ -65,6 +65,7 @@ static void free_storage(struct request *r)
     free(r->prompt_hashes);
     r->sequences = NULL;
     r->n = 0;
+    r->storage_bytes = 0;
     r->prompt_logprobs = NULL;
     r->prompt_top = NULL;
     r->stop_ids = NULL;
@@ -208,11 +209,14 @@ static int sequence_init(struct sequence *s, struct request *r, int32_t index, i
     s->stop_token_id = -1;
     s->slot = -1;
     s->n_hashed = r->n_prompt / block_size;
-    s->generated = malloc((size_t)(p->max_tokens + 1) * sizeof *s->generated);
-    s->hashes = malloc((size_t)(n_tokens / block_size - s->n_hashed + 1) * sizeof *s->hashes);
+    size_t generated = (size_t)(p->max_tokens + 1) * sizeof *s->generated;
+    size_t hashes = (size_t)(n_tokens / block_size - s->n_hashed + 1) * sizeof *s->hashes;
     int32_t capacity = p->max_tokens < 1 ? 1 : p->max_tokens < TOKEN_RING_MAX ? p->max_tokens : TOKEN_RING_MAX;
+    s->generated = malloc(generated);
+    s->hashes = malloc(hashes);
     if (s->generated == NULL || s->hashes == NULL)
         return ERR_NOMEM;
+    r->storage_bytes += sizeof *s + generated + hashes + token_ring_bytes(capacity, p->logprobs);
     return token_ring_init(&s->ring, s->generated, capacity, p->logprobs);
 }
 
@@ -272,6 +276,7 @@ static int allocate(struct request *r, const struct request_limits *limits)
         r->prompt_top = malloc((n_prompt * (size_t)p->prompt_logprobs + 1) * sizeof *r->prompt_top);
         if (r->prompt_logprobs == NULL || r->prompt_top == NULL)
             return ERR_NOMEM;
+        r->storage_bytes += n_prompt * (sizeof *r->prompt_logprobs + (size_t)p->prompt_logprobs * sizeof *r->prompt_top);
         r->prompt_logprobs[0].id = r->prompt[0];
         r->n_prompt_logprobs = 1;
     }

@@ -84,6 +84,7 @@ struct request {
     uint64_t seed;
     uint64_t arrival;             // submissions are numbered
     struct block_hash *prompt_hashes;      // [n_prompt / block_size]
+    size_t storage_bytes;         // of what was allocated for its choices
 
     // The engine thread's.
     bool counted;                 // still among the inbox's waiting requests

@@ -16,6 +16,12 @@ int token_ring_init(struct token_ring *ring, const int32_t *ids, int32_t capacit
     return (max_top >= 0 && ring->logprobs == NULL) || (max_top > 0 && ring->top == NULL) ? ERR_NOMEM : 0;
 }
 
+size_t token_ring_bytes(int32_t capacity, int32_t max_top)
+{
+    size_t logprobs = max_top >= 0 ? sizeof(struct ring_logprob) : 0, top = max_top > 0 ? (size_t)max_top : 0;
+    return (size_t)capacity * (logprobs + 2 * top * sizeof(struct token_logprob));
+}
+
 void token_ring_deinit(struct token_ring *ring)
 {
     free(ring->logprobs);

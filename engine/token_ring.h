@@ -34,6 +34,7 @@ struct token_ring {
 // ids outlive the ring; capacity is at least 1. Returns 0 or ERR_NOMEM; deinit also takes a zeroed ring.
 int token_ring_init(struct token_ring *ring, const int32_t *ids, int32_t capacity, int32_t max_top);
 void token_ring_deinit(struct token_ring *ring);
+size_t token_ring_bytes(int32_t capacity, int32_t max_top); // that init allocates
 int32_t token_ring_used(const struct token_ring *ring); // unread tokens: either side
 bool token_ring_fits(struct token_ring *ring, int32_t n); // n more tokens: the writer
 // Publishes ids[head], which is there already; the rest is kept as far as it is wanted.

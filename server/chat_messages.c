@@ -15,6 +15,8 @@ struct reader {
     const char *role;
     char name[32];       // "messages[2]"
     size_t n_values;     // of all arguments so far: cJSON takes 80 bytes for each
+    struct chat_form form;
+    bool has_forms;
 };
 
 // Every field we know, sorted. What a client gets from an answer and sends back is among them.
@@ -94,7 +96,10 @@ static int read_content(struct reader *m)
     if (refusal && !assistant) return refuse(m, "is of the assistant alone", ".refusal");
     if (!content && refusal) return add(m, "content", cJSON_CreateStringReference(refusal));
     bool calls = cJSON_GetArraySize(json_find(m->message, "tool_calls")) > 0;
-    if (!content && assistant && calls) return add(m, "content", cJSON_CreateNull());
+    if (!content && assistant && calls) {
+        m->has_forms = true;
+        return add(m, "content", m->form.no_nulls ? cJSON_CreateString("") : cJSON_CreateNull());
+    }
     if (!content) return refuse(m, "is required", ".content");
     if (cJSON_IsString(content)) return add(m, "content", cJSON_CreateStringReference(content->valuestring));
     if (cJSON_IsArray(content)) return join_parts(m, content);
@@ -102,6 +107,40 @@ static int read_content(struct reader *m)
 }
 
 // ---- tool calls ----
+
+// The next number's text at *at, outside of strings, and *at behind it. JSON that has been parsed.
+static const char *next_number(const char **at, size_t *length)
+{
+    const char *s = *at;
+    bool in_string = false;
+    for (; *s && (in_string || (*s != '-' && (*s < '0' || *s > '9'))); s++) {
+        if (in_string && *s == '\\') s++;
+        else if (*s == '"') in_string = !in_string;
+    }
+    *length = strspn(s, "+-.0123456789eE");
+    *at = s + *length;
+    return s;
+}
+
+// Numbers of a tree that a double or its text would not give back as they came become raw: they stand in the tree in the order
+// of the text.
+static bool keep_numbers(cJSON *tree, const char **text)
+{
+    cJSON *item;
+    cJSON_ArrayForEach(item, tree)
+    {
+        if (!keep_numbers(item, text)) return false;
+        if (!cJSON_IsNumber(item)) continue;
+        size_t length;
+        const char *number = next_number(text, &length);
+        bool plain = strcspn(number, ".eE") >= length && length < 16;
+        if (plain) continue;
+        item->valuestring = strndup(number, length);
+        if (!item->valuestring) return false;
+        item->type = cJSON_Raw;
+    }
+    return true;
+}
 
 // The arguments of call i as an object; the caller frees. They are JSON in a string, or an object already.
 static int read_arguments(struct reader *m, const cJSON *arguments, int i, cJSON **out)
@@ -115,10 +154,22 @@ static int read_arguments(struct reader *m, const cJSON *arguments, int i, cJSON
         if (ignored.error.code == ERR_NOMEM) return fields_no_memory(m->p);
         return refuse(m, "must be the JSON text of an object", ".tool_calls[%d].function.arguments", i);
     } else {
+        const char *text = arguments->valuestring;
         *out = body.root;
         body.root = NULL;
         m->n_values += body.scan.n_values;
         json_body_deinit(&body);
+        if (!keep_numbers(*out, &text)) {
+            cJSON_Delete(*out);
+            *out = NULL;
+        }
+    }
+    if (*out && cJSON_IsString(arguments)) {
+        m->has_forms = true;
+        if (m->form.text_arguments) {
+            cJSON_Delete(*out);
+            *out = cJSON_CreateStringReference(arguments->valuestring);
+        }
     }
     if (!*out) return fields_no_memory(m->p);
     return m->n_values > JSON_MAX_VALUES ? refuse(m, "hold too many values in their arguments", ".tool_calls") : 0;
@@ -190,10 +241,10 @@ static int read_message(struct reader *m)
                : 0;
 }
 
-int chat_messages_read(struct request_fields *p, cJSON **out)
+int chat_messages_read(struct request_fields *p, struct chat_form form, cJSON **out, bool *has_forms)
 {
     const cJSON *messages = json_find(p->body.root, "messages");
-    struct reader m = {.p = p};
+    struct reader m = {.p = p, .form = form};
     int i = 0;
     *out = NULL;
     if (json_require(p->body.root, "messages", &p->json)) return fields_result(p, -1);
@@ -210,5 +261,6 @@ int chat_messages_read(struct request_fields *p, cJSON **out)
         return m.out ? -1 : fields_no_memory(p);
     }
     *out = list;
+    if (has_forms) *has_forms = m.has_forms;
     return 0;
 }

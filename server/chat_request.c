@@ -104,7 +104,8 @@ static int32_t default_max_tokens(const struct request_fields *p, size_t n_ids)
 {
     const struct engine_plan *plan = p->limits->plan;
     int64_t n = (int64_t)n_ids, max = plan->max_model_len - n, allowed = fields_allowed_max_tokens(p);
-    if (plan->kv_tokens > n && plan->kv_tokens - n < max) max = plan->kv_tokens - n;
+    const bool forgets = plan->kv_groups[0].window > 0; // blocks behind the window are freed: a sequence may be longer
+    if (!forgets && plan->kv_tokens > n && plan->kv_tokens - n < max) max = plan->kv_tokens - n;
     if (allowed < max) max = allowed;
     return max > 1 ? (int32_t)max : 1;
 }
@@ -124,11 +125,29 @@ static int set_prompt(struct request_fields *p, const char *text, size_t length)
     return fields_check_min_tokens(p) || fields_check_total(p) ? -1 : 0;
 }
 
-static int render(struct request_fields *p, const struct chat_conversation *c)
+// Renders other forms of the same history until the template takes one.
+static int render_forms(struct request_fields *p, const struct chat_conversation *c, char **text, size_t *length)
+{
+    static const struct chat_form forms[] = {{true, false}, {false, true}, {true, true}};
+    char message[8];
+    int result = -1;
+    for (size_t i = 0; i < LENGTH(forms) && result; i++) {
+        struct chat_conversation other = *c;
+        cJSON *messages;
+        if (chat_messages_read(p, forms[i], &messages, NULL)) return -1;
+        other.messages = messages;
+        result = chat_template_render(p->limits->chat_template, &other, time(NULL), text, length, message, sizeof message);
+        cJSON_Delete(messages);
+    }
+    return result;
+}
+
+static int render(struct request_fields *p, const struct chat_conversation *c, bool has_forms)
 {
     char message[400], *text;
     size_t length;
     int result = chat_template_render(p->limits->chat_template, c, time(NULL), &text, &length, message, sizeof message);
+    if (result && has_forms && !render_forms(p, c, &text, &length)) result = 0;
     if (result) {
         bool raised = result == CHAT_TEMPLATE_RAISED;
         return http_error_set(p->error, 400, NULL, "messages", "'messages': %s: %.*s",
@@ -143,13 +162,14 @@ static int render(struct request_fields *p, const struct chat_conversation *c)
 static int parse_messages(struct request_fields *p, struct chat_conversation *c)
 {
     cJSON *messages;
-    if (fields_set_n_prompts(p, 1) || chat_messages_read(p, &messages)) return -1;
+    bool has_forms;
+    if (fields_set_n_prompts(p, 1) || chat_messages_read(p, (struct chat_form){0}, &messages, &has_forms)) return -1;
     const cJSON *last = messages->child->prev; // cJSON's lists know their end
     int failed = 0;
     c->messages = messages;
     if (c->continue_final_message && !cJSON_IsString(cJSON_GetObjectItemCaseSensitive(last, "content")))
         failed = fields_invalid(p, "continue_final_message", "needs a final message with content");
-    if (!failed) failed = render(p, c);
+    if (!failed) failed = render(p, c, has_forms);
     cJSON_Delete(messages);
     return failed;
 }

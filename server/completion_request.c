@@ -61,14 +61,7 @@ static int parse_best_of(struct request_fields *p)
 static int add_end_ids(struct request_fields *p)
 {
     const struct infill *f = &p->limits->infill;
-    struct sampling_params *s = &p->r->params;
-    if (s->ignore_eos) return 0;
-    int32_t *ids = realloc(s->stop_token_ids, (size_t)(s->n_stop_token_ids + f->n_ends) * sizeof *ids);
-    if (!ids) return fields_no_memory(p);
-    s->stop_token_ids = ids;
-    for (int32_t i = 0; i < f->n_ends; i++)
-        if (f->end_ids[i] < p->limits->plan->vocab_size) ids[s->n_stop_token_ids++] = f->end_ids[i];
-    return 0;
+    return p->r->params.ignore_eos ? 0 : fields_add_stop_ids(p, f->end_ids, f->n_ends);
 }
 
 // *suffix stays NULL where there is none, or an empty one.

@@ -16,6 +16,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+// What browsers are allowed to send: the official client's own headers among them.
+static const char CORS_HEADERS[] =
+    "Authorization, Content-Type, OpenAI-Organization, OpenAI-Project, X-Request-Id, X-Stainless-Arch, X-Stainless-Async, "
+    "X-Stainless-Custom-Poll-Interval, X-Stainless-Helper-Method, X-Stainless-Lang, X-Stainless-OS, X-Stainless-Package-Version, "
+    "X-Stainless-Poll-Helper, X-Stainless-Retry-Count, X-Stainless-Runtime, X-Stainless-Runtime-Version, X-Stainless-Timeout";
+
 enum {
     CONNECTIONS_TO_REFUSE = 64, // beyond max_connections: they get a 503; beyond that they are closed unheard
     BODIES_AT_ONCE = 16, // total of bodies in memory, in units of max_body_bytes
@@ -387,7 +393,7 @@ static enum exchange_next reply_refusal(struct exchange *x)
     if (x->error.status != 204) return exchange_reply_error(x, &x->error);
     if (x->http->options->cors_origin) {
         exchange_header(x, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
-        exchange_header(x, "Access-Control-Allow-Headers", "Authorization, Content-Type, x-request-id");
+        exchange_header_constant(x, "Access-Control-Allow-Headers", CORS_HEADERS);
         exchange_header(x, "Access-Control-Max-Age", "86400");
     }
     x->error.status = 0;

@@ -289,10 +289,32 @@ static int parse_salt(struct request_fields *p, const char *api_key)
     return 0;
 }
 
+int fields_add_stop_ids(struct request_fields *p, const int32_t *ids, int32_t n)
+{
+    struct sampling_params *s = &p->r->params;
+    int32_t *all = realloc(s->stop_token_ids, (size_t)(s->n_stop_token_ids + n) * sizeof *all);
+    if (!all) return fields_no_memory(p);
+    s->stop_token_ids = all;
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < p->limits->plan->vocab_size) all[s->n_stop_token_ids++] = ids[i];
+    return 0;
+}
+
+// The tokenizer's EOS ends an answer, too: of many a fine-tuned model it is not the one that config.json names.
+static int add_eos(struct request_fields *p)
+{
+    const struct engine_plan *plan = p->limits->plan;
+    int32_t id = p->limits->tokenizer ? tokenizer_eos_id(p->limits->tokenizer) : -1;
+    if (id < 0 || p->r->params.ignore_eos) return 0;
+    for (int32_t i = 0; i < plan->n_eos_token_ids; i++)
+        if (plan->eos_token_ids[i] == id) return 0;
+    return fields_add_stop_ids(p, &id, 1);
+}
+
 int fields_parse_shared(struct request_fields *p, const char *api_key)
 {
     return parse_bools(p) || parse_numbers(p) || parse_stream_options(p) || parse_stops(p) || parse_id_lists(p) ||
-           parse_logit_bias(p) || parse_bad_words(p) || parse_salt(p, api_key) ? -1 : 0;
+           add_eos(p) || parse_logit_bias(p) || parse_bad_words(p) || parse_salt(p, api_key) ? -1 : 0;
 }
 
 // ---- prompts ----

@@ -39,6 +39,8 @@ struct field_names {
 int fields_check(struct request_fields *p, const struct field_names *names);
 // Everything that both requests have but for the prompt, `max_tokens` and `logprobs`. p->add_special_tokens holds its default.
 int fields_parse_shared(struct request_fields *p, const char *api_key);
+// Adds ids ([n]; those beyond the model's vocabulary are left out) to the stop ids.
+int fields_add_stop_ids(struct request_fields *p, const int32_t *ids, int32_t n);
 // Once max_tokens is known.
 int fields_check_min_tokens(struct request_fields *p);
 

@@ -4,7 +4,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { AHEAD_PER_WORKER = 16 };
+enum { AHEAD_PER_WORKER = 16 << 20 }; // bytes: a second or a few
 
 static const double LAST_WORDS = 1.0; // seconds that a stop waits for answers to go out
 

@@ -10,7 +10,7 @@ struct workers {
     pthread_mutex_t lock;
     pthread_cond_t work;
     struct job *first; // by size
-    size_t max_ahead;
+    size_t max_ahead; // bytes
     bool closed;
     int32_t n_threads;
     pthread_t threads[MAX_WORKERS];
@@ -58,8 +58,8 @@ bool workers_submit(struct workers *w, struct job *job)
     pthread_mutex_lock(&w->lock);
     struct job **at = &w->first;
     size_t ahead = 0;
-    for (; *at && (*at)->size <= job->size; at = &(*at)->next) ahead++;
-    bool taken = !w->closed && ahead < w->max_ahead;
+    for (; *at && (*at)->size <= job->size; at = &(*at)->next) ahead += (*at)->size;
+    bool taken = !w->closed && ahead <= w->max_ahead;
     if (taken) {
         job->next = *at;
         *at = job;

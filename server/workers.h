@@ -1,7 +1,7 @@
 /* workers.h: threads for the work that is too long for an event loop: parsing and tokenizing long prompts.
  *
  * The shortest job goes first, so that nobody waits behind texts far longer than his own, and the bound of the queue is
- * on the jobs ahead: who finds too many tells his client so. (All of them together are bounded by the connections.)
+ * on the bytes ahead, which is time: who finds too many tells his client so. (All jobs together are bounded by the connections.)
  */
 #ifndef GPTD_SERVER_WORKERS_H
 #define GPTD_SERVER_WORKERS_H
@@ -20,8 +20,9 @@ struct job {
     struct job *next;             // the workers' own
 };
 
+// max_ahead: bytes.
 int workers_create(struct workers **out, int32_t n_threads, size_t max_ahead, struct error *e);
-// Hands job over. False: max_ahead jobs would go before it, or the queue is closed.
+// Hands job over. False: jobs of more than max_ahead bytes would go before it, or the queue is closed.
 bool workers_submit(struct workers *w, struct job *job);
 // Takes job back. False: a worker has begun it.
 bool workers_cancel(struct workers *w, struct job *job);

@@ -277,8 +277,38 @@ START_TEST(messages_seen)
         snprintf(seen, sizeof seen, "[%s]", cases[i].seen);
         ck_assert_str_eq(prompt_text(fields), seen);
     }
+    // Numbers are what Python's json makes of them.
+    ck_assert_str_eq(prompt_text("\"messages\":[{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\","
+                                 "\"arguments\":\"{\\\"5.0\\\": 1234567890123456789, \\\"b\\\": [1.0, -2, {\\\"c\\\": 1e3}, "
+                                 "18446744073709551616]}\"}}]}]"),
+                     "[{\"role\": \"assistant\", \"content\": null, \"tool_calls\": [{\"type\": \"function\", "
+                     "\"function\": {\"name\": \"f\", \"arguments\": {\"5.0\": 1234567890123456789, "
+                     "\"b\": [1.0, -2, {\"c\": 1000.0}, 1.8446744073709552e+19]}}}]}]");
     ck_assert_str_eq(prompt_text("\"chat_template_kwargs\":{\"extra\":[1,{\"a\":true}]}"),
                      "[{\"role\": \"user\", \"content\": \"Hi\"}][1, {\"a\": true}]");
+    limits.chat_template = demo;
+}
+END_TEST
+
+// Templates that take a history with tool calls in another form than most.
+START_TEST(forms_of_a_history)
+{
+    static const char history[] =
+        "\"messages\":[{\"role\":\"assistant\",\"content\":null,\"tool_calls\":[{\"type\":\"function\",\"function\":"
+        "{\"name\":\"f\",\"arguments\":\"{\\\"a\\\": 1}\"}}]}]";
+    static const struct { const char *source, *seen; } cases[] = {
+        {"{% for m in messages %}{{ '<' + m.content + '>' }}{{ m.tool_calls[0].function.arguments|tojson }}{% endfor %}",
+         "<>{\"a\": 1}"},
+        {"{% for m in messages %}{% if m.content is none %}{{ '!' + m.tool_calls[0].function.arguments }}{% endif %}{% endfor %}",
+         "!{\"a\": 1}"},
+        {"{% for m in messages %}{{ m.content + m.tool_calls[0].function.arguments }}{% endfor %}", "{\"a\": 1}"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct chat_template *t = template_of(cases[i].source);
+        limits.chat_template = t;
+        ck_assert_str_eq(prompt_text(history), cases[i].seen);
+        chat_template_destroy(t);
+    }
     limits.chat_template = demo;
 }
 END_TEST
@@ -479,6 +509,7 @@ int main(void)
     tcase_add_test(tc, default_max_tokens);
     tcase_add_test(tc, demo_prompt);
     tcase_add_test(tc, messages_seen);
+    tcase_add_test(tc, forms_of_a_history);
     tcase_add_test(tc, every_field_out_of_range);
     tcase_add_test(tc, many_values);
     tcase_add_test(tc, context);

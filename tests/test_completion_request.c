@@ -379,13 +379,17 @@ START_TEST(suffixes)
     ck_assert(r.n_prompts == 2 && r.prompts[0].ids[0] == 5 && r.prompts[0].ids[r.prompts[0].n_ids - 1] == 7);
     ck_assert(r.prompts[1].ids[0] == 5 && r.prompts[1].ids[1] == 6 && r.prompts[1].n_ids < r.prompts[0].n_ids);
     ck_assert_str_eq(r.prompts[0].text, "Once");
-    ck_assert(r.params.n_stop_token_ids == 4 && r.params.stop_token_ids[0] == 9 && r.params.stop_token_ids[3] == 7);
+    const int32_t *stops = r.params.stop_token_ids; // the client's, the tokenizer's EOS, the marks
+    ck_assert(r.params.n_stop_token_ids == 5 && stops[0] == 9 && stops[1] == 2 && stops[2] == 5 && stops[4] == 7);
+    completion_request_deinit(&r);
+    expect_ok(&r, "\"stop_token_ids\":[9]");
+    ck_assert(r.params.n_stop_token_ids == 2 && r.params.stop_token_ids[1] == tokenizer_eos_id(limits.tokenizer));
     completion_request_deinit(&r);
     expect_ok(&r, "\"suffix\":\"end\",\"ignore_eos\":true");
     ck_assert_int_eq(r.params.n_stop_token_ids, 0);
     completion_request_deinit(&r);
     expect_ok(&r, "\"suffix\":\"\"");
-    ck_assert(r.prompts[0].ids[0] != 5 && r.params.n_stop_token_ids == 0);
+    ck_assert(r.prompts[0].ids[0] != 5 && r.params.n_stop_token_ids == 1);
     completion_request_deinit(&r);
     expect_refused("\"suffix\":\"end\",\"prompt\":[1]", "suffix");
     expect_refused("\"suffix\":\"end\",\"prompt\":[[1],[2]]", "suffix");

@@ -5,6 +5,39 @@
 
 // ---- the queue ------------------------------------------------------------------------------------------------------
 
+// What a request's choices will take is there while it waits, so that it counts.
+START_TEST(test_waiting_memory_is_bounded)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:us=2000,len=700000";
+    o.max_num_seqs = 1;
+    o.kv_cache_memory_bytes = 64 << 20;
+    struct engine *engine = engine_begin(&o);
+    struct request *running = request_of(120, 10000), *waiting[3];
+    submit(engine, running);
+    wait_running(engine);
+    for (int32_t i = 0; i < 3; i++) {
+        waiting[i] = request_of(10, 600000);
+        request_params(waiting[i])->n = 128; // some 380 MB
+    }
+    submit(engine, waiting[0]);
+    submit(engine, waiting[1]);
+    struct error e;
+    ck_assert_int_eq(engine_submit(engine, waiting[2], &e), ERR_BUSY);
+    ck_assert_msg(strstr(e.message, "MiB for their answers"), "%s", e.message);
+    request_cancel(waiting[0]);
+    wait_done(engine, waiting[0]);
+    submit(engine, waiting[2]);
+    for (int32_t i = 1; i < 3; i++) request_cancel(waiting[i]);
+    request_cancel(running);
+    struct engine_stats stats;
+    wait_until_idle(engine, &stats);
+    for (int32_t i = 0; i < 3; i++) request_release(waiting[i]);
+    request_release(running);
+    engine_destroy(engine);
+}
+END_TEST
+
 START_TEST(test_queue_is_bounded)
 {
     struct engine_options o = options_default();
@@ -595,6 +628,7 @@ int main(void)
     TCase *tc = tcase_create("engine_life");
     tcase_set_timeout(tc, 60);
     tcase_add_test(tc, test_queue_is_bounded);
+    tcase_add_test(tc, test_waiting_memory_is_bounded);
     tcase_add_test(tc, test_priorities_and_arrival);
     tcase_add_test(tc, test_long_prompt_does_not_block_decodes);
     tcase_add_test(tc, test_prompt_logprobs_do_not_block_admission);

@@ -4,7 +4,7 @@
 #include <check.h>
 #include <semaphore.h>
 
-enum { MAX_AHEAD = 4 };
+enum { MAX_AHEAD = 17 }; // bytes
 
 static sem_t begun, go_on;
 static size_t order[16];
@@ -44,7 +44,7 @@ START_TEST(shortest_first)
         ck_assert(workers_submit(w, &jobs[i]));
     }
     struct job too_long = {.run = note, .size = 8}, shorter = {.run = note, .size = 6};
-    ck_assert(!workers_submit(w, &too_long)); // four are ahead of it
+    ck_assert(!workers_submit(w, &too_long)); // 18 bytes are ahead of it
     ck_assert(workers_submit(w, &shorter));
     ck_assert(workers_cancel(w, &jobs[2]));
     ck_assert(!workers_cancel(w, &jobs[2]));

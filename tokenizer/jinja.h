@@ -41,7 +41,8 @@ extern const struct jinja_limits jinja_default_limits;
 int jinja_create(struct jinja_template **out, const char *source, size_t length, char *error, size_t error_size);
 void jinja_destroy(struct jinja_template *t);
 
-// Renders with the members of `variables` (an object) as variables; integers are numbers without a fraction up to 2^53, and
+// Renders with the members of `variables` (an object) as variables; integers are numbers without a fraction up to 2^53, or raw
+// items (cJSON_Raw) with a number's text, as Python's json reads it: an integer unless it has a point or an exponent, and
 // members keep their order. Strings of `variables` are used where they are. now: what strftime_now shows, in local time. *text is
 // malloc'd and NUL-terminated.
 // Returns 0; JINJA_RAISED with the template's own words in error; -1 with "line N: what" (an undefined value that is used, a type

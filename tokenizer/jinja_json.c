@@ -1,9 +1,20 @@
 /* Variables from JSON, and |tojson as transformers defines it: Python's json.dumps with ensure_ascii off. */
 #include "tokenizer/jinja_internal.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+
+// A number by its text.
+static struct value number_of(const char *text)
+{
+    char *end;
+    errno = 0;
+    long long integer = strtoll(text, &end, 10);
+    return *end || errno ? jinja_float(strtod(text, NULL)) : jinja_int(integer);
+}
 
 // Strings stay where cJSON has them: the variables outlive the render.
 struct value jinja_from_json(struct jinja *j, const cJSON *item)
@@ -17,6 +28,8 @@ struct value jinja_from_json(struct jinja *j, const cJSON *item)
     } else if (cJSON_IsNumber(item)) {
         double d = item->valuedouble;
         v = fabs(d) <= 9007199254740992.0 && d == floor(d) ? jinja_int((int64_t)d) : jinja_float(d);
+    } else if (cJSON_IsRaw(item)) {
+        v = number_of(item->valuestring);
     } else if (cJSON_IsString(item)) {
         v = jinja_string_c(j, item->valuestring);
     } else if (cJSON_IsArray(item)) {

@@ -80,7 +80,7 @@ function fieldsOf() {
   for (const {name, input, text} of CONTROLS) {
     const value = input.value.trim();
     if (name === "system" || !input.value) continue;
-    if (name === "stop") fields.stop = stopsOf(input.value);
+    if (name === "stop") fields.stop = stopsOf(input.value).length ? stopsOf(input.value) : undefined;
     else if (value) fields[name] = text || name === "seed" ? value : Number(value);
   }
   return fields;

@@ -284,6 +284,14 @@ class Chat(ServerTest):
         self.assertEqual(body["prompt_token_ids"], self.server.tokenize(prompt_of(messages[:101])))
 
 
+class ManyAtOnce(ServerTest):
+    def test_burst(self):
+        # Longer than an event loop takes: each goes to a worker, and none is told that there are too many.
+        body = {"model": self.server.name, "max_tokens": 1, "messages": user("word " * 600)}
+        answers = harness.in_threads(lambda: self.server.post("/v1/chat/completions", body), [()] * harness.scale(200, 60))
+        self.assertEqual({a.status for a in answers}, {200})
+
+
 class SmallCache(ServerTest):
     flags = ("--kv-cache-memory-bytes", "1M")  # 512 tokens of a context of 2,048
 

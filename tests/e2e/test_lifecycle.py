@@ -111,9 +111,7 @@ class Start(unittest.TestCase):
 
     def test_example_configurations(self):
         directory = os.path.join(harness.ROOT, "configs")
-        names = [n for n in os.listdir(directory) if n.endswith(".json")]
-        self.assertTrue(names)
-        for name in names:
+        for name in ("demo.json", "low-memory.json", "production.json"): # the others: test_configs.py
             with self.subTest(name=name):
                 with open(os.path.join(directory, name)) as f:
                     values = json.load(f)
