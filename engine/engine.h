@@ -54,6 +54,7 @@ struct engine_plan {
     struct kv_group_plan { int32_t window /* 0: unlimited */, n_blocks; size_t block_bytes; } kv_groups[4];
     int32_t n_kv_groups, block_size, vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens;
     int64_t kv_tokens;              // tokens the cache holds, as far as windows let it forget none
+    int32_t longest_request;        // tokens of the longest sequence that it can hold, forgetting what windows allow
     int32_t bos_token_id;           // -1: none
     const int32_t *eos_token_ids; int32_t n_eos_token_ids; // what ends a choice unless it ignores them
 };
@@ -147,6 +148,7 @@ struct engine_stats {
     int32_t n_running, n_waiting;       // sequences running, requests waiting
     int64_t n_waiting_tokens;
     int32_t n_blocks, n_free_blocks;    // of the fullest group; free includes cached blocks that nobody uses
+    int64_t n_all_blocks;               // of all groups
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)

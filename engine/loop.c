@@ -193,8 +193,7 @@ void engine_publish_stats(struct engine *engine)
     const struct scheduler *s = &engine->scheduler;
     const struct block_manager *fullest = fullest_group(engine);
     SHARE(n_running, s->n_running);
-    SHARE(n_blocks, fullest->n_blocks);
-    SHARE(n_free_blocks, fullest->n_free);
+    SHARE(blocks, (int64_t)fullest->n_blocks << 32 | fullest->n_free);
     SHARE(n_steps, engine->n_collected);
     SHARE(n_preemptions, s->n_preemptions);
     SHARE(prefix_queries, s->prefix_queries);
@@ -211,12 +210,16 @@ void engine_publish_stats(struct engine *engine)
 void engine_stats_get(const struct engine *engine, struct engine_stats *out)
 {
     bool busy = SHARED(busy);
+    int64_t blocks = SHARED(blocks), n_all_blocks = 0;
+    for (int32_t g = 0; g < engine->plan.n_kv_groups; g++)
+        n_all_blocks += engine->plan.kv_groups[g].n_blocks;
     *out = (struct engine_stats){
         .n_running = SHARED(n_running),
         .n_waiting = atomic_load(&engine->inbox->n_waiting),
         .n_waiting_tokens = atomic_load(&engine->inbox->n_waiting_tokens),
-        .n_blocks = SHARED(n_blocks),
-        .n_free_blocks = SHARED(n_free_blocks),
+        .n_blocks = (int32_t)(blocks >> 32),
+        .n_free_blocks = (int32_t)(blocks & INT32_MAX),
+        .n_all_blocks = n_all_blocks,
         .n_steps = SHARED(n_steps),
         .n_preemptions = SHARED(n_preemptions),
         .prefix_queries = SHARED(prefix_queries),

@@ -62,7 +62,7 @@ static void share_among_groups(struct scheduler_config *config, const size_t *bl
     size_t others = (size_t)config->max_num_seqs - 1, all_groups = 0;
     int32_t longest = l->max_model_len, n_tokens = 0;
     if (sequence_bytes(l, block, longest) > bytes)
-        longest = longest_within(l, block, bytes / 2);
+        longest = longest_within(l, block, others > 0 ? bytes / 2 : bytes);
     size_t rest = bytes - sequence_bytes(l, block, longest);
     if (others > 0)
         n_tokens = longest_within(l, block, rest / others);
@@ -94,6 +94,24 @@ static size_t share_out(struct scheduler_config *config, const struct model_info
     for (int32_t g = 0; g < l->n_groups; g++)
         used += (size_t)l->n_blocks[g] * block[g];
     return used;
+}
+
+// The longest sequence whose blocks there are.
+static int32_t longest_held(const struct request_limits *l)
+{
+    int32_t longest = l->max_model_len;
+    for (int32_t g = 0; g < l->n_groups; g++) {
+        int32_t low = 0, high = longest;
+        while (low < high) {
+            int32_t middle = low + (high - low + 1) / 2;
+            if (request_blocks_needed(l, g, middle) <= l->n_blocks[g])
+                low = middle;
+            else
+                high = middle - 1;
+        }
+        longest = low;
+    }
+    return longest;
 }
 
 static double gib(size_t bytes)
@@ -144,6 +162,7 @@ int memory_plan_fill(struct engine_plan *plan, struct scheduler_config *config, 
             return error_set(e, ERR_NOMEM, "%zu bytes for the KV cache do not hold one block of %zu bytes a group",
                              asked > 0 ? asked : left / part, block);
     }
+    plan->longest_request = longest_held(&config->limits);
     plan->kv_tokens = (int64_t)plan->kv_groups[0].n_blocks * config->limits.block_size;
     return 0;
 }

@@ -206,7 +206,9 @@ static void eos_parse(struct model_config *c, struct json_reader *r)
 static void parse_common(struct model_config *c, struct json_reader *r, struct json_reader *text)
 {
     c->vocab_size = json_integer(text, "vocab_size", 1, MAX_VOCAB, c->family->vocab_size ? c->family->vocab_size : JSON_REQUIRED);
-    c->dtype = dtype_parse(json_field(r, "dtype") || json_field(r, "torch_dtype") ? r : text);
+    struct json_reader *dtype_from = json_field(r, "dtype") || json_field(r, "torch_dtype") ? r : text;
+    c->dtype = dtype_parse(dtype_from);
+    c->dtype_is_given = json_field(dtype_from, "dtype") || json_field(dtype_from, "torch_dtype");
     c->bos_token_id = json_integer(json_field(r, "bos_token_id") ? r : text, "bos_token_id", 0, c->vocab_size - 1, -1);
     eos_parse(c, text);
     if (text == r) return;

@@ -24,6 +24,7 @@ struct layer_kind {
 struct model_config {
     const struct family *family;
     enum dtype dtype;         // "dtype" or "torch_dtype", else BF16: what dummy weights are made of
+    bool dtype_is_given;
     int32_t vocab_size, n_layers, hidden_dim, n_heads, n_kv_heads, head_dim, intermediate_dim;
     int32_t max_positions;    // rows of the table of learned positions
     int32_t max_model_len;    // tokens that the positions allow, scaling included

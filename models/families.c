@@ -112,7 +112,8 @@ static const struct family families[] = {
     {.architecture = "Gemma3ForCausalLM", .root = {"model."}, GEMMA_3},
     {
         .architecture = "Gemma3ForConditionalGeneration", GEMMA_3, .root = {"language_model.model.", "model.language_model."},
-        .other_parts = {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."},
+        .other_parts = {"vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
+                        "language_model.lm_head."}, // the last is tied
         .text_key = "text_config", .vocab_size = 262208, .n_heads = 8,
     },
     {

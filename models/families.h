@@ -31,7 +31,7 @@ struct family {
     const char *final_norm;
     const char *lm_head;
     const char *ignored[4];   // endings of tensors that hold nothing to load (masks, tables of old versions)
-    const char *other_parts[4]; // beginnings of tensors of what is not served (a vision tower)
+    const char *other_parts[5]; // beginnings of tensors of what is not served (a vision tower)
     bool transposed;          // linear weights are stored [in, out]
     bool interleaved;         // the fused qkv has q, k and v of one head, then those of the next
 

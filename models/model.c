@@ -75,14 +75,21 @@ static int plan(struct model *m, struct error *e)
         return error_set(e, ERR_UNSUPPORTED, "on a GPU, experts of %d by %d elements, which are no multiples of 8",
                          m->config.expert_dim, m->config.hidden_dim);
     }
+    for (int32_t i = 0; i < m->config.n_kinds; i++) { // a window that no context outgrows
+        struct layer_kind *kind = &m->config.kinds[i];
+        if (kind->window >= m->config.max_model_len) kind->window = 0;
+    }
     bool dummy = o->load_format == LOAD_DUMMY;
     if (!dummy) rc = checkpoint_open(&m->checkpoint, o->dir, e);
+    if (!dummy && !rc && !m->config.dtype_is_given) m->config.dtype = weights_dtype(&m->config, &m->checkpoint);
     if (!rc) rc = weights_plan(&m->weights, &m->config, dummy ? NULL : &m->checkpoint, o->copies_weights,
                                copied_dtype(o, &m->config), e);
     if (rc) return rc;
     m->workspace.max_tokens = o->max_num_batched_tokens;
     m->workspace.max_logits_rows = o->max_logits_rows;
-    workspace_layout(&m->workspace, &m->config); // for F32, the widest that activations can be
+    // A device that has copies computes in their type; F32 is the widest that activations can be.
+    m->workspace.dtype = o->copies_weights ? copied_dtype(o, &m->config) : DTYPE_F32;
+    workspace_layout(&m->workspace, &m->config);
     info_fill(m);
     return 0;
 }

@@ -247,6 +247,14 @@ static const char *root_find(const struct model_config *config, const struct che
     return f->root[0];
 }
 
+enum dtype weights_dtype(const struct model_config *config, const struct checkpoint *checkpoint)
+{
+    char name[MAX_NAME];
+    snprintf(name, sizeof name, "%s%s.weight", root_find(config, checkpoint), config->family->token_embed);
+    const struct safetensors_tensor *t = checkpoint_find(checkpoint, name);
+    return t && t->dtype >= 0 ? (enum dtype)t->dtype : DTYPE_BF16;
+}
+
 static bool ends_with(const char *s, const char *end)
 {
     size_t n = strlen(s), m = strlen(end);

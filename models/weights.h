@@ -47,6 +47,9 @@ struct weights {
     enum dtype dtype;           // of the matrices, if copied
 };
 
+// The type of the checkpoint's token embedding; BF16 where it has none.
+enum dtype weights_dtype(const struct model_config *config, const struct checkpoint *checkpoint);
+
 // checkpoint NULL: dummy weights of config->dtype, or of `dtype` if copied.
 int weights_plan(struct weights *w, const struct model_config *config, const struct checkpoint *checkpoint,
                  bool copied, enum dtype dtype, struct error *e);

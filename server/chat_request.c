@@ -99,13 +99,11 @@ static int parse_template_fields(struct request_fields *p, struct chat_conversat
 // ---- the prompt ----
 
 // To the end of the context, of the cache, and of what one request may come to: a default that never is the reason for a
-// refusal. (Of a prompt longer than the cache, whose window may fit it, the engine knows more.)
+// refusal.
 static int32_t default_max_tokens(const struct request_fields *p, size_t n_ids)
 {
     const struct engine_plan *plan = p->limits->plan;
-    int64_t n = (int64_t)n_ids, max = plan->max_model_len - n, allowed = fields_allowed_max_tokens(p);
-    const bool forgets = plan->kv_groups[0].window > 0; // blocks behind the window are freed: a sequence may be longer
-    if (!forgets && plan->kv_tokens > n && plan->kv_tokens - n < max) max = plan->kv_tokens - n;
+    int64_t n = (int64_t)n_ids, max = plan->longest_request - n, allowed = fields_allowed_max_tokens(p);
     if (allowed < max) max = allowed;
     return max > 1 ? (int32_t)max : 1;
 }

@@ -239,7 +239,7 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_num_requests_waiting", "gauge", "Requests waiting.", s->n_waiting},
         {"gptd_num_tokens_waiting", "gauge", "Prompt tokens of the requests waiting.", (double)s->n_waiting_tokens},
         {"gptd_kv_cache_usage_ratio", "gauge", "Share of the KV blocks in use; 1: all.", used},
-        {"gptd_kv_cache_blocks", "gauge", "KV blocks there are.", s->n_blocks},
+        {"gptd_kv_cache_blocks", "gauge", "KV blocks there are.", (double)s->n_all_blocks},
         {"gptd_prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache.",
          (double)s->prefix_queries},
         {"gptd_prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache.", (double)s->prefix_hits},

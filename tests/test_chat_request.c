@@ -48,7 +48,7 @@ static void setup(void)
     options.max_logprobs = 20;
     plan.vocab_size = tokenizer_vocab_size(tokenizer);
     plan.max_model_len = CONTEXT;
-    plan.kv_tokens = 100 * CONTEXT;
+    plan.longest_request = CONTEXT;
     limits = (struct completion_limits){.options = &options, .plan = &plan, .tokenizer = tokenizer, .max_token_bytes = 64,
                                         .chat_template = demo};
 }
@@ -199,18 +199,18 @@ END_TEST
 // No more than what is left of the context, of the cache and of what one request may come to; never a reason to refuse.
 START_TEST(default_max_tokens)
 {
-    static const struct { int64_t kv_tokens, max_request_tokens; const char *fields; int32_t expected; } cases[] = {
-        {1 << 20, 0, "", CONTEXT},
+    static const struct { int32_t longest; int64_t max_request_tokens; const char *fields; int32_t expected; } cases[] = {
+        {CONTEXT, 0, "", CONTEXT},
         {200, 0, "", 200},
-        {1 << 20, 100, "", 100},
-        {1 << 20, 1000, "\"n\":10", 0},
-        {1 << 20, 1000, "\"n\":10,\"logprobs\":true,\"top_logprobs\":3", 0},
-        {1 << 20, 0, "\"n\":40,\"logprobs\":true,\"top_logprobs\":20", 0},
-        {1 << 20, 1000, "\"n\":4,\"return_token_ids\":true,\"prompt_logprobs\":2", 0},
+        {CONTEXT, 100, "", 100},
+        {CONTEXT, 1000, "\"n\":10", 0},
+        {CONTEXT, 1000, "\"n\":10,\"logprobs\":true,\"top_logprobs\":3", 0},
+        {CONTEXT, 0, "\"n\":40,\"logprobs\":true,\"top_logprobs\":20", 0},
+        {CONTEXT, 1000, "\"n\":4,\"return_token_ids\":true,\"prompt_logprobs\":2", 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct completion_request r;
-        plan.kv_tokens = cases[i].kv_tokens;
+        plan.longest_request = cases[i].longest;
         options.max_request_tokens = cases[i].max_request_tokens;
         expect_ok(&r, cases[i].fields);
         int32_t max = r.params.max_tokens, n = r.prompts[0].n_ids;
@@ -226,7 +226,7 @@ START_TEST(default_max_tokens)
         snprintf(more, sizeof more, "%s,\"max_tokens\":%d", cases[i].fields, max + 1);
         expect_refused(more, "max_tokens");
     }
-    plan.kv_tokens = 100 * CONTEXT;
+    plan.longest_request = CONTEXT;
     options.max_request_tokens = 0;
 }
 END_TEST

@@ -179,10 +179,10 @@ START_TEST(queue_is_bounded_and_emptied)
     atomic_int n_done = 0, gate = 0;
     struct task tasks[N];
     ck_assert_int_ne(workers_create(&w, 0, 1, &e), 0);
-    ck_assert_int_eq(workers_create(&w, 1, QUEUED, &e), 0);
+    ck_assert_int_eq(workers_create(&w, 1, QUEUED - 1, &e), 0);
     int taken = 0;
     for (int i = 0; i < N; i++) {
-        tasks[i] = (struct task){{.run = task_run}, &n_done, &gate};
+        tasks[i] = (struct task){{.run = task_run, .size = 1}, &n_done, &gate};
         taken += workers_submit(w, &tasks[i].job);
     }
     ck_assert(taken == QUEUED || taken == QUEUED + 1); // one may be running already

@@ -302,6 +302,26 @@ class SmallCache(ServerTest):
         self.assertEqual((answer.status, answer.error["param"]), (400, "messages"))
 
 
+class Windowed(unittest.TestCase):
+    def test_default_length(self):
+        # A window frees what lies behind it, unless the cache is smaller than the window, or the context is.
+        for window, most in ((64, 2048), (400, 2048), (500, 512), (4096, 512)):
+            with self.subTest(window=window), tempfile.TemporaryDirectory() as directory:
+                for name in os.listdir(harness.MODEL):
+                    os.symlink(os.path.join(os.path.abspath(harness.MODEL), name), os.path.join(directory, name))
+                with open(os.path.join(harness.MODEL, "config.json")) as f:
+                    config = {**json.load(f), "architectures": ["MistralForCausalLM"], "sliding_window": window}
+                os.unlink(os.path.join(directory, "config.json"))
+                with open(os.path.join(directory, "config.json"), "w") as f:
+                    json.dump(config, f)
+                server = Server("--kv-cache-memory-bytes", "1M", "--block-size", "16", "--max-num-seqs", "4",
+                                "--max-num-batched-tokens", "64", model=directory)
+                answer = server.post("/v1/chat/completions", {"model": server.name, "messages": user("hi"), "ignore_eos": True})
+                server.check_stopped()
+                self.assertEqual(answer.status, 200, answer)
+                self.assertEqual(answer.json()["usage"]["total_tokens"], most)
+
+
 class Templates(unittest.TestCase):
     def serve(self, files):
         with demo_with(files) as path:
