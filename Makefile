@@ -227,7 +227,7 @@ check-threaded: $(THREADED_TESTS)
 	@set -e; for t in $^; do $$t; done
 
 # Each fuzz target for FUZZ_SECONDS, with clang's libFuzzer.
-FUZZ_SECONDS ?= 15
+FUZZ_SECONDS ?= 10
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/tests/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 .PHONY: check-fuzz fuzz-targets
 check-fuzz:

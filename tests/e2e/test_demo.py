@@ -25,6 +25,7 @@ class Demo(unittest.TestCase):
         finally:
             server.kill()
 
+    @unittest.skipIf(harness.QUICK, "the others are harder")
     def test_as_started(self):
         self.measure()
 
