@@ -26,7 +26,7 @@ static void setup(void)
     options = (struct server_options){.served_model_names = names, .n_served_model_names = 1, .max_prompts = 8,
                                       .max_choices = 64, .max_logprobs = 5};
     plan = (struct engine_plan){.vocab_size = tokenizer_vocab_size(tokenizer), .max_model_len = CONTEXT,
-                                .kv_tokens = 100 * CONTEXT};
+                                .longest_request = CONTEXT};
     limits = (struct completion_limits){.options = &options, .plan = &plan, .tokenizer = tokenizer, .max_token_bytes = 64,
                                         .infill = {.found = true, .prefix_id = 5, .suffix_id = 6, .middle_id = 7,
                                                    .end_ids = {5, 6, 7}, .n_ends = 3}};
