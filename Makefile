@@ -88,6 +88,7 @@ $(CUDA_LIB): $(CUDA_OBJ) $(CUDA_C_OBJ)
 	$(call say,LINK,$@)
 	$(Q)$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt -Xlinker -z,defs,-z,now,-soname,libgptd_cuda.so \
 	  -Xlinker '-rpath,$(CUBLAS_DIRS)'
+$(BUILD)/obj/kernels/cuda/%_hopper.o: CUDA_ARCH := -gencode arch=compute_90a,code=sm_90a
 $(BUILD)/obj/kernels/cuda/%.o: kernels/cuda/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)

@@ -51,7 +51,9 @@ struct flash_attention_params {
     int32_t *tickets;           // device, decode only: [S * H] zeros before the first call, zeros again after each;
                                 // NULL: the library's own, for one decode at a time on each GPU
     enum flash_attention_dtype dtype; // of q, k, v, out
-    int32_t n_seqs, n_tokens;
+    int32_t n_seqs;
+    int32_t n_tokens;           // prefill: rows of q and out; no sequence's rows are beyond
+    int32_t n_kv;               // prefill: blocks (paged) or tokens (dense) of k and v; nothing beyond is read
     int32_t n_heads, n_kv_heads;
     int32_t head_dim;           // a multiple of 8, at most 256; tuned: 64, 80, 96, 128, 256
     int32_t block_size;         // 16, 32 or 64 (tuned: 64); dense: not used

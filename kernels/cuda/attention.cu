@@ -47,7 +47,7 @@ static bool pages_fit(const struct flash_attention_params *p)
 
 EXPORT int gptd_flash_attention_prefill(const struct flash_attention_params *p, struct CUstream_st *stream)
 {
-    if (!shapes_fit(p) || !arrays_fit(p) || p->n_tokens < 0 || !p->cu_seqlens_q) return cudaErrorInvalidValue;
+    if (!shapes_fit(p) || !arrays_fit(p) || p->n_tokens < 0 || p->n_kv < 0 || !p->cu_seqlens_q) return cudaErrorInvalidValue;
     if (p->block_table ? !pages_fit(p) : !p->cu_seqlens_k) return cudaErrorInvalidValue;
     if (p->n_tokens == 0) return cudaSuccess;
     return launch_prefill(p, stream);
@@ -140,6 +140,7 @@ static struct flash_attention_params params_of(const struct device *d, const str
     f.dtype = p->out.dtype == DTYPE_BF16 ? FLASH_ATTENTION_BF16 : FLASH_ATTENTION_F16;
     f.n_seqs = p->n_seqs;
     f.n_tokens = (int32_t)p->out.shape[0];
+    f.n_kv = (int32_t)p->cache.k.shape[0];
     f.n_heads = p->n_heads;
     f.n_kv_heads = p->n_kv_heads;
     f.head_dim = p->head_dim;
@@ -174,7 +175,6 @@ static struct flash_attention_params after(const struct flash_attention_params *
     rest.context_lens += n;
     rest.block_table += (size_t)n * (size_t)f->max_blocks;
     rest.n_seqs -= n;
-    rest.n_tokens -= n;
     return rest;
 }
 

@@ -28,6 +28,9 @@ struct scoring {
 };
 
 cudaError_t launch_prefill(const struct flash_attention_params *p, cudaStream_t stream);
+// The same on sm_90, where prefill_fits_hopper says so.
+cudaError_t launch_prefill_hopper(const struct flash_attention_params *p, int n_sms, cudaStream_t stream);
+bool prefill_fits_hopper(const struct flash_attention_params *p);
 cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t stream);
 size_t decode_scratch_bytes(const struct flash_attention_params *p);
 

@@ -4,7 +4,7 @@
  * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). The q heads of one KV head are packed into the
  * rows: packed row r of a sequence is query r / group, head r % group of the KV head, so that one pass over K and V
  * serves all of them and short chunks fill their tiles.
- * Grid: one block per tile of WARPS * MT * 16 packed rows and KV head, in the order of find_tile. WARPS warps a block,
+ * Grid: one block per tile of WARPS * MT * 16 packed rows and KV head, in the order of attention_tiles.cuh. WARPS warps a block,
  * each with MT * 16 rows. Blocks beyond the last tile (the host knows only a bound) end at once.
  * Shared memory: Q (ROWS, D), a ring of three KV tiles (64, D): K0 V0 K1 V1 K2 ..., each fetched two products ahead.
  * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile of rows (mostly from L2).
@@ -16,7 +16,7 @@
  * nothing of a step may skip it; masked and other steps run the same code but for adjust_scores, which is skipped where
  * all rows of the tile see all keys of the step.
  */
-#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_tiles.cuh"
 
 namespace {
 
@@ -27,7 +27,7 @@ struct prefill_args {
     struct scoring scoring;
     int32_t group;         // q heads per KV head
     uint32_t group_part;   // 2^32 / group, rounded up: see query_of; 0 for a group of 1
-    uint32_t section_part; // 2^32 / tiles of consecutive sequences that are worked on together, rounded up
+    tile_order order;
 };
 
 // The work of one block.
@@ -68,74 +68,14 @@ __device__ __forceinline__ int32_t query_of(const prefill_args &a, int32_t row)
 
 // ---- which tile -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int32_t tiles_of(const prefill_args &a, int32_t s, int32_t rows)
-{
-    int32_t n = a.p.cu_seqlens_q[s + 1] - a.p.cu_seqlens_q[s];
-    return n == 1 && a.p.skip_single ? 0 : (n * a.group + rows - 1) / rows;
-}
-
-// Sum over the warp's lanes of min(their tiles, limit).
-__device__ __forceinline__ int32_t count_tiles(int32_t mine, int32_t limit)
-{
-    return (int32_t)__reduce_add_sync(0xffffffffu, (uint32_t)min(mine, limit));
-}
-
-// The tile of a place in the order of work, by a whole warp; false: beyond the last.
-// Neighbouring sequences make sections of about a machine full of tiles, one after the other, so that what K and V a
-// section reads again is still in L2. In a section tiles are counted in rounds, round r holding tile r of every
-// sequence that has one; the last round comes first, because late queries see the most keys.
-__device__ __forceinline__ bool find_tile(const prefill_args &a, int32_t order, int32_t rows, int32_t *seq,
-                                          int32_t *tile)
-{
-    const int32_t lane = (int32_t)threadIdx.x % 32;
-    int32_t first = 0, mine; // tiles of sequence first + lane
-    for (;; first += 32) {
-        if (first >= a.p.n_seqs) return false;
-        mine = first + lane < a.p.n_seqs ? tiles_of(a, first + lane, rows) : 0;
-        int32_t n = count_tiles(mine, INT32_MAX);
-        if (order < n) break;
-        order -= n;
-    }
-    int32_t upto = mine; // with those of the lanes before
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        int32_t other = __shfl_up_sync(0xffffffffu, upto, d);
-        if (lane >= d) upto += other;
-    }
-    int32_t section = (int32_t)__umulhi((uint32_t)(upto - mine), a.section_part);
-    int32_t there = __shfl_sync(0xffffffffu, section, __ffs((int)__ballot_sync(0xffffffffu, order < upto)) - 1);
-    int32_t begin = __ffs((int)__ballot_sync(0xffffffffu, section == there)) - 1;
-    int32_t base = __shfl_sync(0xffffffffu, upto - mine, begin);
-    if (section != there) mine = 0;
-    int32_t index = count_tiles(mine, INT32_MAX) - 1 - (order - base); // from the first round
-    float n = (float)__popc(__ballot_sync(0xffffffffu, mine > 0));
-    int32_t low = (int32_t)__fdividef((float)index + 0.5f, n), high = index;
-    if (count_tiles(mine, low) > index) low = 0; // rounded up: never, while there are less than a million tiles
-    if (count_tiles(mine, low + 1) > index) high = low; // sequences of one length
-    while (low < high) { // tiles before round `low` are at most index, before round high + 1 more
-        int32_t middle = low + (high - low + 1) / 2;
-        if (count_tiles(mine, middle) <= index) low = middle;
-        else high = middle - 1;
-    }
-    uint32_t has = __ballot_sync(0xffffffffu, mine > low);
-    int32_t nth = index - count_tiles(mine, low);
-    bool is_it = mine > low && __popc(has & ((1u << lane) - 1)) == nth;
-    *seq = first + __ffs((int)__ballot_sync(0xffffffffu, is_it)) - 1;
-    *tile = low;
-    return true;
-}
-
-__device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int32_t s, int32_t tile, int32_t kv_head,
-                                                      int32_t rows)
+__device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, const tile_place &place, int32_t rows)
 {
     const struct flash_attention_params &p = a.p;
+    const int32_t n_queries = place.sequence.n_queries, length = place.sequence.n_keys;
     prefill_tile t;
-    t.kv_head = kv_head;
-    t.query_row = p.cu_seqlens_q[s];
-    int32_t n_queries = p.cu_seqlens_q[s + 1] - t.query_row;
-    int32_t first_token = p.block_table ? 0 : p.cu_seqlens_k[s];
-    int32_t length = p.block_table ? p.context_lens[s] : p.cu_seqlens_k[s + 1] - first_token;
-    t.first_row = tile * rows;
+    t.kv_head = place.head;
+    t.query_row = place.sequence.query_row;
+    t.first_row = place.tile * rows;
     t.first_query = query_of(a, t.first_row);
     t.n_rows = n_queries * a.group;
     t.first_position = length - n_queries;
@@ -147,8 +87,8 @@ __device__ __forceinline__ prefill_tile describe_tile(const prefill_args &a, int
     t.end_step = (t.end_key + KV_TILE - 1) / KV_TILE;
     t.full_first = a.scoring.softcap_in != 0 || a.scoring.slopes ? UNLIMITED : last - a.scoring.left;
     t.full_end = min(first + a.scoring.right + 1, length);
-    t.pages = p.block_table ? p.block_table + (size_t)s * (size_t)p.max_blocks : nullptr;
-    t.kv_offset = (size_t)kv_head * p.kv_head_stride + (size_t)first_token * p.kv_stride;
+    t.pages = p.block_table ? p.block_table + (size_t)place.seq * (size_t)p.max_blocks : nullptr;
+    t.kv_offset = (size_t)place.head * p.kv_head_stride + (size_t)place.sequence.first_token * p.kv_stride;
     return t;
 }
 
@@ -511,10 +451,11 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_prefill_kernel(c
     extern __shared__ __align__(1024) unsigned char smem[];
     previous_kernel_wait();
 
-    int32_t seq, tile, kv_head = (int32_t)(blockIdx.x % (unsigned)a.p.n_kv_heads);
-    if (!find_tile(a, (int32_t)(blockIdx.x / (unsigned)a.p.n_kv_heads), ROWS, &seq, &tile)) return;
+    tile_search search = {};
+    tile_place work;
+    if (!find_tile(a.p, a.order, (int32_t)blockIdx.x, &search, &work)) return;
     prefill_rows *rows = (prefill_rows *)(smem + shape::Q_BYTES + RING * shape::KV_BYTES);
-    if (threadIdx.x == 0) rows->tile = describe_tile(a, seq, tile, kv_head, ROWS);
+    if (threadIdx.x == 0) rows->tile = describe_tile(a, work, ROWS);
     __syncthreads();
     const prefill_tile &t = rows->tile;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
@@ -581,7 +522,8 @@ cudaError_t launch_shape(prefill_args a, size_t n_tiles, int sm, int n_sms, cuda
     if (n_blocks > INT32_MAX) return cudaErrorInvalidValue;
     unsigned section_tiles = (unsigned)(n_sms * BLOCKS / a.p.n_kv_heads);
     if (section_tiles < 2) section_tiles = 2;
-    a.section_part = (uint32_t)((((uint64_t)1 << 32) + section_tiles - 1) / section_tiles);
+    a.order = {a.p.n_kv_heads, a.group, shape::ROWS, (uint32_t)((((uint64_t)1 << 32) + section_tiles - 1) / section_tiles),
+               KEYS_AT_ONCE / D};
     return launch_kernel(attention_prefill_kernel<T, D, MT, WARPS, BLOCKS>, (unsigned)n_blocks, shape::THREADS,
                          shape::SMEM, shape::SMEM, sm, stream, a);
 }
@@ -624,6 +566,7 @@ cudaError_t launch_prefill(const struct flash_attention_params *p, cudaStream_t 
     a.scoring = scoring_of(p);
     a.group = p->n_heads / p->n_kv_heads;
     if ((uint64_t)p->n_tokens * (uint64_t)a.group * (uint64_t)a.group >> 32) return cudaErrorInvalidValue; // query_of
+    if (sm == 90 && prefill_fits_hopper(p)) return launch_prefill_hopper(p, n_sms, stream);
     if (a.group > 1) a.group_part = (uint32_t)((((uint64_t)1 << 32) + (uint64_t)a.group - 1) / (uint64_t)a.group);
     if (p->dtype == FLASH_ATTENTION_BF16) return launch_dim<__nv_bfloat16>(a, sm, n_sms, stream);
     return launch_dim<__half>(a, sm, n_sms, stream);

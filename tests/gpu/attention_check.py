@@ -35,9 +35,9 @@ class Params(ctypes.Structure):
                [(name, ctypes.c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_table",
                                                      "alibi_slopes", "scratch")] + \
                [("scratch_bytes", ctypes.c_size_t), ("tickets", ctypes.c_void_p)] + \
-               [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_heads", "n_kv_heads", "head_dim",
-                                                    "block_size", "max_blocks", "max_context", "causal", "window_left",
-                                                    "window_right", "skip_single")] + \
+               [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_kv", "n_heads", "n_kv_heads",
+                                                    "head_dim", "block_size", "max_blocks", "max_context", "causal",
+                                                    "window_left", "window_right", "skip_single")] + \
                [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("settled", ctypes.c_int32)]
 
 
@@ -223,7 +223,7 @@ class Run:
         p.k, p.v = self.k.data_ptr(), self.v.data_ptr()
         p.kv_stride, p.kv_head_stride = heads.dim, size * heads.dim
         p.kv_block_stride, p.block_size, p.max_blocks = heads.kv * size * heads.dim, size, max_blocks
-        p.block_table, p.context_lens = self.table.data_ptr(), self.lens.data_ptr()
+        p.block_table, p.context_lens, p.n_kv = self.table.data_ptr(), self.lens.data_ptr(), n_blocks
 
     def place_dense(self):
         heads, p = self.heads, self.p
@@ -235,7 +235,7 @@ class Run:
         p.k = self.kv.data_ptr()
         p.v = self.kv.data_ptr() + heads.kv * heads.dim * self.kv.element_size()
         p.kv_stride, p.kv_head_stride = 2 * heads.kv * heads.dim, heads.dim
-        p.cu_seqlens_k = self.cu_k.data_ptr()
+        p.cu_seqlens_k, p.n_kv = self.cu_k.data_ptr(), rows
 
     def prefill(self, library):
         library.run("prefill", self.p)
@@ -631,7 +631,8 @@ def dense_params(q, k, v, out, n_seqs, cu, heads):
     p.out_head_stride = p.q_head_stride = p.kv_head_stride = heads.dim
     p.kv_stride = heads.kv * heads.dim
     p.cu_seqlens_q = p.cu_seqlens_k = cu.data_ptr()
-    p.dtype, p.n_seqs, p.n_tokens, p.n_heads, p.n_kv_heads = DTYPES[heads.dtype], n_seqs, q.shape[0], heads.q, heads.kv
+    p.dtype, p.n_seqs, p.n_tokens, p.n_kv = DTYPES[heads.dtype], n_seqs, q.shape[0], k.shape[0]
+    p.n_heads, p.n_kv_heads = heads.q, heads.kv
     p.head_dim, p.causal, p.window_left, p.window_right, p.scale = heads.dim, 1, -1, -1, heads.dim ** -0.5
     return p
 

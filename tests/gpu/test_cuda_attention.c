@@ -209,7 +209,8 @@ static void call_open(struct call *c, const struct problem *p, bool paged)
     f->alibi_slopes = p->has_slopes ? upload(c, p->slopes, H * sizeof(float)) : NULL;
     f->tickets = upload(c, NULL, seqs * H * size);
     f->dtype = p->dtype == DTYPE_BF16 ? FLASH_ATTENTION_BF16 : FLASH_ATTENTION_F16;
-    f->n_seqs = p->n_seqs, f->n_tokens = (int32_t)T, f->n_heads = p->n_heads, f->n_kv_heads = p->n_kv_heads;
+    f->n_seqs = p->n_seqs, f->n_tokens = (int32_t)T, f->n_kv = paged ? p->n_blocks : (int32_t)K,
+    f->n_heads = p->n_heads, f->n_kv_heads = p->n_kv_heads;
     f->head_dim = p->head_dim, f->block_size = p->block_size, f->max_blocks = MAX_BLOCKS, f->max_context = MAX_CONTEXT;
     f->causal = p->causal, f->window_left = p->left, f->window_right = p->right;
     f->scale = p->scale, f->softcap = p->softcap;

@@ -1,0 +1,855 @@
+/* attention_prefill_hopper.cu: Flash Attention of many query rows on Hopper (Shah et al., "FlashAttention-3", 2024): wgmma, bulk
+ * tensor copies straight from the pages, warp specialisation. head_dim 64, 128, 256; the rest is attention_prefill.cu's.
+ */
+#include <atomic>
+
+#include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/hopper.cuh"
+
+#ifndef X_64
+#define X_64 1
+#endif
+namespace {
+
+// Weights are at most 2^LATE times what they would be, in fp16, too, far from the largest number.
+__device__ constexpr float LATE = 8;
+
+enum {
+    N_COUNTERS = 256,
+    FETCH_WARPGROUPS = 1, // of a block
+#ifndef X_CHAINS
+#define X_CHAINS 4
+#endif
+    MAX_CHAINS = X_CHAINS,       // of maxima of a row that a lane keeps: they do not wait for each other
+};
+
+// Places that were given out, of launches that may run at the same time; zero between launches.
+__device__ int32_t place_counters[N_COUNTERS];
+
+struct hopper_args {
+    CUtensorMap q, k, v;
+    struct flash_attention_params p;
+    struct scoring scoring;
+    tile_order order;
+    int32_t group;      // q heads per KV head
+    int32_t n_packs;    // that these are cut into, of n_packed heads each but the last
+    int32_t n_packed;
+    int32_t n_queries;  // of a tile: its row r is query r / n_packed, head r % n_packed
+    uint32_t pack_part; // 2^32 / n_packed, rounded up; 0 for 1
+    int32_t box_tokens; // that one copy brings
+    int32_t counter;    // which of place_counters
+};
+
+template <int D> struct hopper_shape {
+    static constexpr int WARPGROUPS = X_64 && D == 64 ? 3 : 2; // that compute, 64 rows each
+    static constexpr int ROWS = WARPGROUPS * 64;
+    static constexpr int KEYS = D == 256 ? 80 : 128; // of a step; steps start at multiples of it, whatever the batch
+    static constexpr int THREADS = (WARPGROUPS + FETCH_WARPGROUPS) * WARPGROUP;
+    static constexpr int COLUMNS = D / 64;
+    static constexpr int Q_BUFFERS = D == 256 ? 1 : 2;
+    static constexpr int Q_BYTES = COLUMNS * ROWS * ROW_BYTES;
+    static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // K or V of a step
+    static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
+#ifdef X_NOTURN
+    static constexpr bool TAKES_TURNS = false;
+#else
+    static constexpr bool TAKES_TURNS = D <= 128;
+#endif
+    static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
+    static constexpr int FETCH_REGISTERS = X_64 && D == 64 ? 32 : D == 256 ? 24 : 40, COMPUTE_REGISTERS = X_64 && D == 64 ? 160 : D == 256 ? 240 : 232;
+    static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= 512, "a multiprocessor has 65,536");
+};
+
+// Rows of q and out, and q heads.
+struct hopper_rows {
+    int32_t query_row, n_queries;
+    int32_t first_head, n_heads;
+};
+
+// The work of one tile, as those who compute need it.
+struct hopper_tile {
+    hopper_rows rows;             // no heads: there is no more work
+    int32_t first_step, end_step; // that hold the keys which any row sees
+    int32_t position;             // of its first query
+    int32_t length;               // of the context
+};
+
+template <int D> struct hopper_smem {
+    using shape = hopper_shape<D>;
+    unsigned char q[shape::Q_BUFFERS][shape::Q_BYTES];
+    unsigned char slots[shape::SLOTS][shape::SLOT];
+    uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
+    hopper_tile tiles[shape::Q_BUFFERS];
+    float2 shifts[shape::WARPGROUPS * WARPGROUP], order; // see weigh
+};
+
+// A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
+template <int N> struct ring_place {
+    int32_t at = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance()
+    {
+        if (++at == N) {
+            at = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Row of a tile to query.
+__device__ __forceinline__ int32_t query_of(const hopper_args &a, int32_t row)
+{
+    return a.pack_part ? (int32_t)__umulhi((uint32_t)row, a.pack_part) : row;
+}
+
+// ---- fetching -------------------------------------------------------------------------------------------------------
+
+// What the fetching warp knows beside the tile.
+struct fetch_tile {
+    int32_t kv_head, pack;
+    int32_t first_token;        // dense: row of k and v that the sequence begins with
+    int32_t first_key, end_key; // seen by any row of the tile
+    const int32_t *pages;       // its row of the block table; NULL: dense
+};
+
+template <int D>
+__device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_place &place, hopper_tile *t, fetch_tile *f)
+{
+    constexpr int KEYS = hopper_shape<D>::KEYS;
+    const struct flash_attention_params &p = a.p;
+    f->kv_head = place.head / a.n_packs;
+    f->pack = place.head - f->kv_head * a.n_packs;
+    t->rows.first_head = f->kv_head * a.group + f->pack * a.n_packed;
+    t->rows.n_heads = min(a.group - f->pack * a.n_packed, a.n_packed);
+    const int32_t before = place.tile * a.n_queries, length = place.sequence.n_keys;
+    t->rows.query_row = place.sequence.query_row + before;
+    t->rows.n_queries = min(a.n_queries, place.sequence.n_queries - before);
+    t->length = length;
+    t->position = length - place.sequence.n_queries + before;
+    f->first_token = place.sequence.first_token;
+    f->first_key = max(t->position - a.scoring.left, 0);
+    f->end_key = min(t->position + t->rows.n_queries + a.scoring.right, length);
+    f->pages = p.block_table ? p.block_table + (size_t)place.seq * (size_t)p.max_blocks : nullptr;
+    t->first_step = f->first_key / KEYS;
+    t->end_step = f->end_key > f->first_key ? (f->end_key + KEYS - 1) / KEYS : t->first_step;
+}
+
+// A lane's box of the tiles of K and V: where it goes, and of which page it is.
+template <int D> struct kv_feed {
+    using shape = hopper_shape<D>;
+    uint32_t offset;    // bytes in the slot
+    int32_t column, key; // of 64 elements; in the step
+    bool has_box;
+    int32_t window, entry; // lane i has entry window + i of the block table
+
+    __device__ __forceinline__ kv_feed(const hopper_args &a)
+    {
+        int lane = (int)threadIdx.x % 32, parts = shape::KEYS / a.box_tokens;
+        column = lane / parts;
+        key = lane % parts * a.box_tokens;
+        has_box = column < shape::COLUMNS;
+        offset = (uint32_t)(column * shape::KEYS + key) * ROW_BYTES;
+    }
+
+    // Block and token of the lane's box of a step; what no row of the tile sees is outside the tensor.
+    __device__ __forceinline__ int2 find(const hopper_args &a, const fetch_tile &f, int32_t step)
+    {
+        int32_t first = step * shape::KEYS + key;
+        if (!f.pages) return make_int2(0, f.first_token + first);
+        int32_t size = a.p.block_size, last = (min((step + 1) * shape::KEYS, f.end_key) - 1) / size;
+        if (last < window || last >= window + 32 || step * shape::KEYS / size < window) {
+            window = max(last - 31, 0);
+            int32_t block = window + (int32_t)threadIdx.x % 32;
+            entry = block * size < f.end_key ? f.pages[block] : -1;
+        }
+        int32_t block = first / size, id = __shfl_sync(0xffffffffu, entry, (block - window) & 31);
+        bool seen = first < f.end_key && first + a.box_tokens > f.first_key;
+        return make_int2(seen ? id : -1, first - block * size);
+    }
+};
+
+template <int D> __device__ __forceinline__ void fetch(const hopper_args &a, hopper_smem<D> *smem)
+{
+    using shape = hopper_shape<D>;
+    const int lane = (int)threadIdx.x % 32;
+    if (lane == 0) {
+        prefetch_map(&a.q);
+        prefetch_map(&a.k);
+        prefetch_map(&a.v);
+    }
+    const uint32_t slots = shared_address(smem->slots), full = shared_address(smem->full), empty = shared_address(smem->empty);
+    const uint32_t q = shared_address(smem->q), q_full = shared_address(smem->q_full), q_empty = shared_address(smem->q_empty);
+    ring_place<shape::SLOTS> slot;
+    ring_place<shape::Q_BUFFERS> buffer;
+    kv_feed<D> feed(a);
+    tile_search search = {};
+    int32_t place = (int32_t)blockIdx.x;
+    auto bring = [&](const CUtensorMap *map, const fetch_tile &f, int2 from) { // K or V of a step
+        uint32_t barrier = full + (uint32_t)slot.at * 8;
+        mbarrier_wait(empty + (uint32_t)slot.at * 8, slot.parity ^ 1);
+        if (lane == 0) mbarrier_arrive_expect(barrier, shape::SLOT);
+        __syncwarp();
+        if (feed.has_box)
+            copy_box(slots + (uint32_t)(slot.at * shape::SLOT) + feed.offset, map, from.y, feed.column, f.kv_head, from.x,
+                     barrier);
+        slot.advance();
+    };
+    fetch_tile f, last_tile = {}; // of which the last values are still to be brought
+    int2 last = {};
+    bool is_owed = false;
+    for (;;) {
+        tile_place found;
+        hopper_tile t;
+        bool is_tile = find_tile(a.p, a.order, place, &search, &found);
+        if (is_tile) describe_tile<D>(a, found, &t, &f);
+        else t.rows.n_heads = 0;
+        mbarrier_wait(q_empty + (uint32_t)buffer.at * 8, buffer.parity ^ 1);
+        uint32_t barrier = q_full + (uint32_t)buffer.at * 8;
+        if (lane == 0) {
+            smem->tiles[buffer.at] = t;
+            if (is_tile) mbarrier_arrive_expect(barrier, (uint32_t)(shape::COLUMNS * a.n_queries * a.n_packed * ROW_BYTES));
+            else mbarrier_arrive(barrier);
+        }
+        __syncwarp();
+        if (!is_tile) break;
+        if (lane < shape::COLUMNS)
+            copy_box(q + (uint32_t)(buffer.at * shape::Q_BYTES + lane * shape::ROWS * ROW_BYTES), &a.q, f.pack * a.n_packed,
+                     lane, f.kv_head, t.rows.query_row, barrier);
+        buffer.advance();
+        int32_t next = 0;
+        feed.window = -64;
+        for (int32_t step = t.end_step - 1; step >= t.first_step; step--) {
+            int2 from = feed.find(a, f, step);
+            // Asked for before the tile's end, for it takes a while, but no sooner: who is late shall get less.
+            if (step == min(t.first_step + 1, t.end_step - 1) && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
+            bring(&a.k, f, from);
+            if (is_owed) bring(&a.v, last_tile, last);
+            last = from;
+            last_tile = f;
+            is_owed = true;
+        }
+        if (!shape::RUNS_ON && is_owed) bring(&a.v, last_tile, last);
+        is_owed &= shape::RUNS_ON;
+        if (t.first_step == t.end_step && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
+        place = (int32_t)gridDim.x + __shfl_sync(0xffffffffu, next, 0);
+    }
+    if (is_owed) bring(&a.v, last_tile, last);
+    // All tiles but the first of a block were asked for, and by every block that had one, one more.
+    if (lane == 0 && place - search.before == (int32_t)gridDim.x - 1) place_counters[a.counter] = 0;
+}
+
+// ---- one step -------------------------------------------------------------------------------------------------------
+
+// What a lane knows of one of its two rows.
+struct hopper_row {
+    int32_t first, last; // keys it sees
+    int32_t position;
+    float slope;         // ALiBi, in units of log2(e)
+};
+
+// Softcap, ALiBi: of the bias of key first + 8 i + j, the part of 8 i + j is added; the rest, the same for all of the lane's
+// elements of the row, is the result.
+template <int N>
+__device__ __forceinline__ float adjust_row(float (&s)[N / 2], int half, int32_t first, const hopper_row &row,
+                                            const struct scoring &scoring)
+{
+    if (scoring.softcap_in != 0) {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) s[i / 2 * 4 + 2 * half + i % 2] = cap_score(s[i / 2 * 4 + 2 * half + i % 2], scoring);
+    }
+    if (!scoring.slopes) return 0;
+    float per_key = scoring.softcap_in != 0 ? row.slope : __fdividef(row.slope, scoring.raw_scale);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        float &x = s[i / 2 * 4 + 2 * half + i % 2];
+        x = __fmaf_rn(per_key, (float)(i / 2 * 8 + i % 2), x);
+    }
+    return __fmul_rn(row.slope, (float)(first - row.position));
+}
+
+// -infinity for keys before `first`, or after `last`, of a row; key: that of the lane's first element.
+template <int N> __device__ __forceinline__ void mask_before(float (&s)[N / 2], int half, int32_t key, int32_t first)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        if (i / 2 * 8 + i % 2 < first - key) s[i / 2 * 4 + 2 * half + i % 2] = -CUDART_INF_F;
+    }
+}
+
+template <int N> __device__ __forceinline__ void mask_after(float (&s)[N / 2], int half, int32_t key, int32_t last)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        if (i / 2 * 8 + i % 2 > last - key) s[i / 2 * 4 + 2 * half + i % 2] = -CUDART_INF_F;
+    }
+}
+
+// The online softmax as softmax_step of attention_prefill.cu has it, but that the maximum that is subtracted stays behind the
+// row's until it is more than 2^LATE times too small: what goes before is hardly ever scaled. (Dao, "FlashAttention-4", 2025.)
+// Returns what that is scaled by; shift is what scores * multiplier become weights by: see exponentiate.
+template <int N>
+__device__ __forceinline__ float move_max(const float (&s)[N / 2], int half, float multiplier, float bias, float *max, float *shift)
+{
+    float most[MAX_CHAINS];
+#pragma unroll
+    for (int i = 0; i < MAX_CHAINS; i++) most[i] = s[i / 2 * 4 + 2 * half + i % 2];
+#pragma unroll
+    for (int i = MAX_CHAINS; i < N / 4; i++) most[i % MAX_CHAINS] = fmaxf(most[i % MAX_CHAINS], s[i / 2 * 4 + 2 * half + i % 2]);
+#pragma unroll
+    for (int n = MAX_CHAINS / 2; n > 0; n /= 2) {
+#pragma unroll
+        for (int i = 0; i < n; i++) most[i] = fmaxf(most[i], most[i + n]);
+    }
+    float new_max = fmaxf(*max, quad_max(__fmaf_rn(most[0], multiplier, bias))), factor = 1;
+    if (__fsub_rn(new_max, *max) > LATE) { // false where both are -infinity
+        factor = exp2_approx(__fsub_rn(*max, new_max));
+        *max = new_max;
+    }
+    *shift = __fsub_rn(bias, finite_max(*max));
+    return factor;
+}
+
+// ---- computing ------------------------------------------------------------------------------------------------------
+
+template <typename T, int D> struct computer {
+    using shape = hopper_shape<D>;
+    static constexpr int N = shape::KEYS, SYNC = 1 + shape::WARPGROUPS; // named barriers: 1 and on are turns
+    const hopper_args &a;
+    hopper_smem<D> *smem;
+    const int lane, warpgroup;
+    ring_place<shape::SLOTS> slot;
+    ring_place<shape::Q_BUFFERS> q_at, q_next;
+    hopper_rows rows;
+    int32_t step, first_step;     // of the tile: at hand, its last
+    int32_t n_valid;              // keys of the step's that are in the context
+    int32_t full_first, full_end; // keys that all rows of the warpgroup see
+    int32_t last_full;            // step of which they see all
+    hopper_row row[2];
+    float o[D / 2], s[N / 2];
+    uint32_t p[N / 4];
+    float max[2], sum[2], factor[2], shift[2], part[4];
+    const float multiplier;
+    bool are_full;    // of the slots that come next: false: not known
+
+    __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<D> *smem)
+        : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP) - FETCH_WARPGROUPS),
+          multiplier(a.scoring.slopes && a.scoring.softcap_in == 0 ? a.scoring.raw_scale : a.scoring.multiplier)
+    {
+    }
+
+    __device__ __forceinline__ void wait_slot(const ring_place<shape::SLOTS> &at)
+    {
+        mbarrier_wait(shared_address(smem->full + at.at), at.parity);
+    }
+
+    // Asks early whether slots `at` and the one after are full: an answer takes a while.
+    __device__ __forceinline__ void ask_slots(ring_place<shape::SLOTS> at)
+    {
+        are_full = mbarrier_test(shared_address(smem->full + at.at), at.parity);
+        at.advance();
+        are_full &= mbarrier_test(shared_address(smem->full + at.at), at.parity);
+    }
+
+    __device__ __forceinline__ void release_slot(const ring_place<shape::SLOTS> &at)
+    {
+        if (lane == 0) mbarrier_arrive(shared_address(smem->empty + at.at));
+    }
+
+    __device__ __forceinline__ uint32_t describe_q()
+    {
+        return matrix_descriptor(shared_address(smem->q[q_at.at]) + (uint32_t)(warpgroup * 64 * ROW_BYTES), shape::ROWS);
+    }
+
+    __device__ __forceinline__ uint32_t describe_slot(const ring_place<shape::SLOTS> &at)
+    {
+        return matrix_descriptor(shared_address(smem->slots[at.at]), N);
+    }
+
+    // s = Q K'
+    __device__ __forceinline__ void begin_scores(uint32_t q, uint32_t k)
+    {
+        hold_registers(s);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            wgmma<T, N>::rows(s, q + i / 4 * (shape::ROWS * ROW_BYTES >> 4) + i % 4 * 2,
+                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, i > 0);
+        wgmma_commit();
+    }
+
+    // o += P V
+    __device__ __forceinline__ void begin_values(uint32_t v)
+    {
+        hold_registers(o);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < N / 16; i++)
+            wgmma<T, D>::columns(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], v + i * (16 * ROW_BYTES >> 4));
+        wgmma_commit();
+    }
+
+    // From the scores of `step`: maxima, factors.
+    __device__ __forceinline__ void find_max(bool masked, bool adjusted)
+    {
+        const int32_t first = step * N + lane % 4 * 2;
+        float bias[2] = {0, 0};
+        if (adjusted) {
+            bias[0] = adjust_row<N>(s, 0, first, row[0], a.scoring);
+            bias[1] = adjust_row<N>(s, 1, first, row[1], a.scoring);
+        }
+        if (masked && (step + 1) * N > full_end) {
+            mask_after<N>(s, 0, first, row[0].last);
+            mask_after<N>(s, 1, first, row[1].last);
+        }
+        if (masked && step * N < full_first) {
+            mask_before<N>(s, 0, first, row[0].first);
+            mask_before<N>(s, 1, first, row[1].first);
+        }
+        factor[0] = move_max<N>(s, 0, multiplier, bias[0], max, shift);
+        factor[1] = move_max<N>(s, 1, multiplier, bias[1], max + 1, shift + 1);
+    }
+
+    // Scores of keys 16 * from .. 16 * end - 1 of the step to weights, and their sums.
+    __device__ __forceinline__ void exponentiate(int from, int end, float shift_0, float shift_1)
+    {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            if (i / 8 < from || i / 8 >= end) continue;
+            s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, i / 2 % 2 ? shift_1 : shift_0));
+            part[i % 4] = __fadd_rn(part[i % 4], s[i]);
+        }
+    }
+
+    __device__ __forceinline__ void pack_weights(int from, int end)
+    {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            if (i / 4 >= from && i / 4 < end) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+        }
+    }
+
+    __device__ __forceinline__ void scale_result()
+    {
+        if (!__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) return;
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = __fmul_rn(o[i], factor[i / 2 % 2]);
+    }
+
+    __device__ __forceinline__ void add_sums()
+    {
+        sum[0] = __fmaf_rn(sum[0], factor[0], __fadd_rn(part[0], part[1]));
+        sum[1] = __fmaf_rn(sum[1], factor[1], __fadd_rn(part[2], part[3]));
+    }
+
+    // From maxima to weights, while values are added until half of it is done: the rest, what becomes of the result, and the
+    // rounding of weights for the next product, for which the registers are free then, share the time of the exponentials.
+    // `finish` is what is done with the result. ptxas would move the wait up to the scores', or all exponentials before it:
+    // it keeps to the order of accesses to shared memory.
+    template <typename Finish> __device__ __forceinline__ void weigh(const Finish &finish)
+    {
+        constexpr int STEPS = N / 16, HALF = STEPS / 2;
+        const uint32_t mine = shared_address(smem->shifts + (threadIdx.x - FETCH_WARPGROUPS * WARPGROUP));
+#pragma unroll
+        for (int i = 0; i < 4; i++) part[i] = 0;
+        store_volatile(mine, shift[0], shift[1]);
+        exponentiate(0, HALF, shift[0], shift[1]);
+        if (lane == 0) store_volatile(shared_address(&smem->order), __fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3]));
+        wgmma_wait<0>();
+        hold_registers(o);
+        release_slot(slot);
+        slot.advance();
+        if (fetches_first()) ask_slots(slot);
+        float2 again = load_volatile(mine);
+        finish();
+        exponentiate(HALF, STEPS, again.x, again.y);
+        pack_weights(0, STEPS);
+        add_sums();
+    }
+
+    // Values of keys beyond the context's end may be anything: zeros, for their weights are.
+    __device__ __forceinline__ void clear_values(const ring_place<shape::SLOTS> &at, int32_t n_keys)
+    {
+        uint4 *slot = (uint4 *)smem->slots[at.at];
+        for (int i = n_keys * 8 + (int)threadIdx.x % WARPGROUP; i < N * 8; i += WARPGROUP) {
+#pragma unroll
+            for (int column = 0; column < shape::COLUMNS; column++) slot[column * N * 8 + i] = make_uint4(0, 0, 0, 0);
+        }
+        async_proxy_fence();
+        named_barrier_sync(SYNC + warpgroup, WARPGROUP);
+    }
+
+    __device__ __forceinline__ void take_turn()
+    {
+        if (shape::TAKES_TURNS) named_barrier_sync(1 + warpgroup, 2 * WARPGROUP);
+    }
+
+    __device__ __forceinline__ void pass_turn()
+    {
+        if (shape::TAKES_TURNS)
+            named_barrier_arrive(1 + (warpgroup + 1 == shape::WARPGROUPS ? 0 : warpgroup + 1), 2 * WARPGROUP);
+    }
+
+    __device__ __forceinline__ void find_row(int32_t r, int32_t position, int32_t length, hopper_row *row)
+    {
+        int32_t query = query_of(a, r), head = rows.first_head + r - query * a.n_packed;
+        row->position = position + query;
+        row->first = row->position - a.scoring.left;
+        row->last = min(row->position + a.scoring.right, length - 1);
+        row->slope = a.scoring.slopes && head < a.p.n_heads ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0;
+    }
+
+    __device__ __forceinline__ void reset_rows()
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            max[i] = -CUDART_INF_F;
+            sum[i] = 0;
+        }
+    }
+
+    __device__ __forceinline__ void clear_result()
+    {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0;
+    }
+
+    // The next tile in which there are keys; false: there is none. What decides on loops comes from one lane: see uniform.
+    __device__ __forceinline__ bool begin_tile()
+    {
+        for (;; release_q()) {
+            q_at = q_next;
+            mbarrier_wait(shared_address(smem->q_full + q_at.at), q_at.parity);
+            q_next.advance();
+            const hopper_tile &tile = smem->tiles[q_at.at];
+            hopper_rows found = {uniform(tile.rows.query_row), uniform(tile.rows.n_queries), uniform(tile.rows.first_head),
+                                 uniform(tile.rows.n_heads)};
+            if (found.n_heads == 0) return false;
+            first_step = uniform(tile.first_step);
+            step = uniform(tile.end_step) - 1;
+            if (step < first_step) {
+                store_nothing(found);
+                continue;
+            }
+            rows = found;
+            const int32_t position = uniform(tile.position), length = uniform(tile.length), first_row = warpgroup * 64;
+            const int32_t r = first_row + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+            find_row(r, position, length, row);
+            find_row(r + 8, position, length, row + 1);
+            full_first = position + min(query_of(a, first_row + 63), rows.n_queries - 1) - a.scoring.left;
+            full_end = min(position + query_of(a, first_row) + a.scoring.right + 1, length);
+            last_full = ::max(first_step, (full_first + N - 1) / N); // rounded down where negative: first_step counts
+            n_valid = min(length - step * N, N);
+            return true;
+        }
+    }
+
+    __device__ __forceinline__ void release_q()
+    {
+        if (lane == 0) mbarrier_arrive(shared_address(smem->q_empty + q_at.at));
+    }
+
+    // The scores of a step are there: its keys are no longer needed, nor, after the last, the queries.
+    __device__ __forceinline__ void end_scores(const ring_place<shape::SLOTS> &at)
+    {
+        hold_registers(s);
+        release_slot(at);
+        if (step == first_step) release_q();
+    }
+
+    // The last values of a tile, alone.
+    __device__ __forceinline__ void finish_tile(const hopper_rows &of)
+    {
+        wait_slot(slot);
+        if (n_valid < N) clear_values(slot, n_valid);
+        begin_values(describe_slot(slot));
+        wgmma_wait<0>();
+        hold_registers(o);
+        release_slot(slot);
+        slot.advance();
+        store_tile(of, max, sum);
+    }
+
+    // The first scores of a tile, alone.
+    __device__ __forceinline__ void start_tile(bool adjusted)
+    {
+        clear_result();
+        reset_rows();
+        wait_slot(slot);
+        begin_scores(describe_q(), describe_slot(slot));
+        wgmma_wait<0>();
+        end_scores(slot);
+        slot.advance();
+        find_max(true, adjusted);
+        are_full = false;
+#pragma unroll
+        for (int i = 0; i < 4; i++) part[i] = 0;
+        exponentiate(0, N / 16, shift[0], shift[1]);
+        pack_weights(0, N / 16);
+        add_sums();
+    }
+
+    // Whether it has to see for itself that slots are full: the others' turns come after.
+    __device__ __forceinline__ bool fetches_first() { return !shape::TAKES_TURNS || warpgroup == 0; }
+
+    // Scores of `step`, from the slot at hand, and beside them the values of the step before, of which n_values are valid, from
+    // the slot after it. Returns when the scores are there.
+    __device__ __forceinline__ void multiply(int32_t n_values)
+    {
+        const ring_place<shape::SLOTS> at = slot;
+        slot.advance();
+        const uint32_t q = describe_q(), k = describe_slot(at), v = describe_slot(slot);
+        if (fetches_first() && !are_full) {
+            wait_slot(at);
+            wait_slot(slot);
+        }
+        if (n_values < N) {
+            wait_slot(slot);
+            clear_values(slot, n_values);
+        }
+        take_turn();
+        begin_scores(q, k);
+        begin_values(v);
+        pass_turn();
+        wgmma_wait<1>();
+        end_scores(at);
+    }
+
+    // Rows of out that the lane has of a tile: half 0 or 1. False: beyond the tile's.
+    __device__ __forceinline__ bool find_output(const hopper_rows &t, int half, int32_t *token, int32_t *head)
+    {
+        int32_t r = warpgroup * 64 + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4 + 8 * half, query = query_of(a, r);
+        *token = t.query_row + query;
+        *head = t.first_head + r - query * a.n_packed;
+        return query < t.n_queries && *head < t.first_head + t.n_heads;
+    }
+
+    __device__ __forceinline__ uint16_t *output_of(int32_t token, int32_t head)
+    {
+        return (uint16_t *)a.p.out + ((size_t)(uint32_t)token * (uint32_t)a.p.out_stride +
+                                      (size_t)(uint32_t)head * (uint32_t)a.p.out_head_stride);
+    }
+
+    __device__ __forceinline__ void store_lse(int32_t token, int32_t head, float x)
+    {
+        if (a.p.lse && lane % 4 == 0) a.p.lse[(size_t)token * (size_t)a.p.n_heads + (size_t)head] = x;
+    }
+
+    // Divides by the sums and stores. Two lanes exchange half of what they have, so that a quad writes 32 bytes together.
+    __device__ __forceinline__ void store_tile(const hopper_rows &t, const float (&row_max)[2], const float (&row_sum)[2])
+    {
+        const bool odd = lane % 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int32_t token, head;
+            bool is_row = find_output(t, half, &token, &head);
+            float total = quad_sum(row_sum[half]), scale = inverse(total);
+            uint16_t *to = output_of(token, head) + lane % 4 / 2 * 4 + (odd ? 8 : 0);
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                uint32_t low = pack<T>(__fmul_rn(o[8 * i + 2 * half], scale), __fmul_rn(o[8 * i + 2 * half + 1], scale));
+                uint32_t high = pack<T>(__fmul_rn(o[8 * i + 4 + 2 * half], scale), __fmul_rn(o[8 * i + 5 + 2 * half], scale));
+                uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+                if (is_row) *(uint2 *)(to + 16 * i) = odd ? make_uint2(other, high) : make_uint2(low, other);
+            }
+            if (is_row) store_lse(token, head, log_sum(row_max[half], total));
+        }
+    }
+
+    // The rows of a tile that sees no key.
+    __device__ __forceinline__ void store_nothing(const hopper_rows &of)
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int32_t token, head;
+            if (!find_output(of, half, &token, &head)) continue;
+            for (int i = 0; i < D / 16; i++)
+                *(uint2 *)(output_of(token, head) + 16 * i + lane % 4 * 4) = make_uint2(0, 0);
+            store_lse(token, head, -CUDART_INF_F);
+        }
+    }
+
+    __device__ __forceinline__ void run(bool adjusted)
+    {
+        if (shape::TAKES_TURNS && warpgroup == shape::WARPGROUPS - 1) named_barrier_arrive(1, 2 * WARPGROUP); // the first's turn
+        if (!begin_tile()) return;
+        start_tile(adjusted);
+        for (;;) { // p holds the weights of `step`
+            if (n_valid == N && step * N <= full_end) {
+                while (step > last_full) {
+                    step--;
+                    multiply(N);
+                    find_max(false, adjusted);
+                    weigh([&] { scale_result(); });
+                }
+            }
+            const bool ends = step == first_step;
+            const hopper_rows of = rows;
+            const float last_max[2] = {max[0], max[1]}, last_sum[2] = {sum[0], sum[1]};
+            const int32_t n_values = n_valid;
+            if (!ends) {
+                step--;
+                n_valid = N;
+            } else {
+                if (!shape::RUNS_ON) finish_tile(of);
+                if (!begin_tile()) {
+                    if (shape::RUNS_ON) finish_tile(of);
+                    return;
+                }
+                if (!shape::RUNS_ON) {
+                    start_tile(adjusted);
+                    continue;
+                }
+                reset_rows();
+            }
+            multiply(n_values);
+            find_max(true, adjusted);
+            weigh([&] {
+                if (ends) {
+                    store_tile(of, last_max, last_sum);
+                    clear_result();
+                } else {
+                    scale_result();
+                }
+            });
+        }
+    }
+};
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <typename T, int D, bool ADJUSTED>
+__global__ void __launch_bounds__(hopper_shape<D>::THREADS, 1)
+attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
+{
+    using shape = hopper_shape<D>;
+    extern __shared__ __align__(1024) unsigned char raw[];
+    hopper_smem<D> *smem = (hopper_smem<D> *)raw;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < shape::Q_BUFFERS; i++) {
+            mbarrier_init(shared_address(smem->q_full + i), 1);
+            mbarrier_init(shared_address(smem->q_empty + i), shape::WARPGROUPS * 4);
+        }
+        for (int i = 0; i < shape::SLOTS; i++) {
+            mbarrier_init(shared_address(smem->full + i), 1);
+            mbarrier_init(shared_address(smem->empty + i), shape::WARPGROUPS * 4);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    previous_kernel_wait();
+#ifndef X_NOALLOW
+    next_kernel_allow();
+#endif
+    if (threadIdx.x < FETCH_WARPGROUPS * WARPGROUP) {
+        registers_shrink<shape::FETCH_REGISTERS>();
+        if (threadIdx.x < 32) fetch<D>(a, smem);
+    } else {
+        registers_grow<shape::COMPUTE_REGISTERS>();
+        computer<T, D>(a, smem).run(ADJUSTED);
+    }
+}
+
+// ---- launcher -------------------------------------------------------------------------------------------------------
+
+// As many q heads of a KV head to a tile as leave the fewest of its rows empty, and the most heads of these.
+void choose_pack(hopper_args *a, int32_t rows)
+{
+    int32_t best = 0;
+    for (int32_t n = 1; n <= a->group; n++) {
+        int32_t packed = (a->group + n - 1) / n, queries = rows / packed;
+        if (packed > rows || queries > 256) continue;
+        int32_t used = queries * a->group * 1024 / n; // rows of n tiles, times 1024
+        if (used <= best) continue;
+        best = used;
+        a->n_packs = n;
+        a->n_packed = packed;
+        a->n_queries = queries;
+    }
+    a->pack_part = a->n_packed > 1 ? (uint32_t)((((uint64_t)1 << 32) + (uint64_t)a->n_packed - 1) / (uint64_t)a->n_packed) : 0;
+}
+
+cudaError_t make_maps(hopper_args *a, int32_t keys)
+{
+    const struct flash_attention_params *p = &a->p;
+    const uint64_t columns = (uint64_t)p->head_dim / 64, kv_heads = (uint64_t)p->n_kv_heads, n_kv = p->n_kv ? (uint64_t)p->n_kv : 1;
+    const bool is_bf16 = p->dtype == FLASH_ATTENTION_BF16;
+    struct tensor_view q = {p->q,
+                            {(uint64_t)a->group, columns, kv_heads, (uint64_t)p->n_tokens},
+                            {p->q_head_stride, 64, (uint64_t)a->group * p->q_head_stride, p->q_stride},
+                            {(uint32_t)a->n_packed, (uint32_t)a->n_queries}};
+    a->box_tokens = !p->block_table ? keys : keys % p->block_size == 0 ? p->block_size : 16;
+    struct tensor_view k = {p->k,
+                            {p->block_table ? (uint64_t)p->block_size : n_kv, columns, kv_heads, p->block_table ? n_kv : 1},
+                            {p->kv_stride, 64, p->kv_head_stride, p->block_table ? p->kv_block_stride : 8},
+                            {(uint32_t)a->box_tokens, 1}};
+    struct tensor_view v = k;
+    v.base = p->v;
+    cudaError_t status = make_tensor_map(&a->q, &q, is_bf16);
+    if (status == cudaSuccess) status = make_tensor_map(&a->k, &k, is_bf16);
+    if (status == cudaSuccess) status = make_tensor_map(&a->v, &v, is_bf16);
+    return status;
+}
+
+template <typename T, int D, bool ADJUSTED> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
+{
+    using shape = hopper_shape<D>;
+    static_assert(sizeof(hopper_smem<D>) <= 227 * 1024, "fits sm_90");
+    static std::atomic<uint32_t> launches;
+    choose_pack(&a, shape::ROWS);
+    cudaError_t status = make_maps(&a, shape::KEYS);
+    if (status != cudaSuccess) return status;
+    a.order.n_heads = a.p.n_kv_heads * a.n_packs;
+    a.order.rows = 1;
+    a.order.divisor = a.n_queries;
+    a.order.keys_at_once = KEYS_AT_ONCE / D;
+    size_t n_tiles = ((size_t)a.p.n_tokens / (size_t)a.n_queries + (size_t)a.p.n_seqs) * (size_t)a.order.n_heads;
+    if (n_tiles > INT32_MAX / 2) return cudaErrorInvalidValue;
+    uint64_t section = (uint64_t)(4 * n_sms / a.order.n_heads);
+    if (section < 2) section = 2;
+    a.order.section_part = (uint32_t)((((uint64_t)1 << 32) + section - 1) / section);
+    a.counter = (int32_t)(launches++ % N_COUNTERS);
+    unsigned n_blocks = n_tiles < (size_t)n_sms ? (unsigned)n_tiles : (unsigned)n_sms;
+    return launch_kernel(attention_prefill_hopper_kernel<T, D, ADJUSTED>, n_blocks, shape::THREADS, sizeof(hopper_smem<D>),
+                         sizeof(hopper_smem<D>), 90, stream, a);
+}
+
+template <typename T, int D> cudaError_t launch_scoring(const hopper_args &a, int n_sms, cudaStream_t stream)
+{
+    if (a.scoring.softcap_in != 0 || a.scoring.slopes) return launch_shape<T, D, true>(a, n_sms, stream);
+    return launch_shape<T, D, false>(a, n_sms, stream);
+}
+
+template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cudaStream_t stream)
+{
+    if (a.p.head_dim == 64) return launch_scoring<T, 64>(a, n_sms, stream);
+    if (a.p.head_dim == 128) return launch_scoring<T, 128>(a, n_sms, stream);
+    return launch_scoring<T, 256>(a, n_sms, stream);
+}
+
+} // namespace
+
+// The driver may be made to run PTX alone, of which this kernel has none.
+static bool has_code()
+{
+    cudaFuncAttributes code;
+    bool has = cudaFuncGetAttributes(&code, (const void *)attention_prefill_hopper_kernel<__half, 128, false>) == cudaSuccess;
+    if (!has) (void)cudaGetLastError();
+    return has;
+}
+
+bool prefill_fits_hopper(const struct flash_attention_params *p)
+{
+    static const bool has = has_code();
+    const size_t most = (size_t)1 << 38; // of a stride: a map's end at 2^40 bytes
+    return has && (p->head_dim == 64 || p->head_dim == 128 || p->head_dim == 256) && p->kv_head_stride < most;
+}
+
+cudaError_t launch_prefill_hopper(const struct flash_attention_params *p, int n_sms, cudaStream_t stream)
+{
+    hopper_args a = {};
+    a.p = *p;
+    a.scoring = scoring_of(p);
+    a.group = p->n_heads / p->n_kv_heads;
+    return p->dtype == FLASH_ATTENTION_BF16 ? launch_dim<__nv_bfloat16>(a, n_sms, stream) : launch_dim<__half>(a, n_sms, stream);
+}
