@@ -17,10 +17,7 @@ __device__ constexpr float LATE = 8;
 enum {
     N_COUNTERS = 256,
     FETCH_WARPGROUPS = 1, // of a block
-#ifndef X_CHAINS
-#define X_CHAINS 4
-#endif
-    MAX_CHAINS = X_CHAINS,       // of maxima of a row that a lane keeps: they do not wait for each other
+    MAX_CHAINS = 4,       // of maxima of a row that a lane keeps: they do not wait for each other
 };
 
 // Places that were given out, of launches that may run at the same time; zero between launches.
@@ -80,7 +77,7 @@ template <int D> struct hopper_smem {
     unsigned char slots[shape::SLOTS][shape::SLOT];
     uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
     hopper_tile tiles[shape::Q_BUFFERS];
-    float2 shifts[shape::WARPGROUPS * WARPGROUP], order; // see weigh
+    float2 maxima[shape::WARPGROUPS * WARPGROUP]; // written alone: see soften
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
@@ -248,6 +245,9 @@ struct hopper_row {
     float slope;         // ALiBi, in units of log2(e)
 };
 
+// Index in an accumulator of element i of the lane's, of one of its rows.
+__device__ __forceinline__ constexpr int element_of(int half, int i) { return i / 2 * 4 + 2 * half + i % 2; }
+
 // Softcap, ALiBi: of the bias of key first + 8 i + j, the part of 8 i + j is added; the rest, the same for all of the lane's
 // elements of the row, is the result.
 template <int N>
@@ -256,13 +256,13 @@ __device__ __forceinline__ float adjust_row(float (&s)[N / 2], int half, int32_t
 {
     if (scoring.softcap_in != 0) {
 #pragma unroll
-        for (int i = 0; i < N / 4; i++) s[i / 2 * 4 + 2 * half + i % 2] = cap_score(s[i / 2 * 4 + 2 * half + i % 2], scoring);
+        for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = cap_score(s[element_of(half, i)], scoring);
     }
     if (!scoring.slopes) return 0;
     float per_key = scoring.softcap_in != 0 ? row.slope : __fdividef(row.slope, scoring.raw_scale);
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        float &x = s[i / 2 * 4 + 2 * half + i % 2];
+        float &x = s[element_of(half, i)];
         x = __fmaf_rn(per_key, (float)(i / 2 * 8 + i % 2), x);
     }
     return __fmul_rn(row.slope, (float)(first - row.position));
@@ -273,7 +273,7 @@ template <int N> __device__ __forceinline__ void mask_before(float (&s)[N / 2], 
 {
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        if (i / 2 * 8 + i % 2 < first - key) s[i / 2 * 4 + 2 * half + i % 2] = -CUDART_INF_F;
+        if (i / 2 * 8 + i % 2 < first - key) s[element_of(half, i)] = -CUDART_INF_F;
     }
 }
 
@@ -281,33 +281,8 @@ template <int N> __device__ __forceinline__ void mask_after(float (&s)[N / 2], i
 {
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        if (i / 2 * 8 + i % 2 > last - key) s[i / 2 * 4 + 2 * half + i % 2] = -CUDART_INF_F;
+        if (i / 2 * 8 + i % 2 > last - key) s[element_of(half, i)] = -CUDART_INF_F;
     }
-}
-
-// The online softmax as softmax_step of attention_prefill.cu has it, but that the maximum that is subtracted stays behind the
-// row's until it is more than 2^LATE times too small: what goes before is hardly ever scaled. (Dao, "FlashAttention-4", 2025.)
-// Returns what that is scaled by; shift is what scores * multiplier become weights by: see exponentiate.
-template <int N>
-__device__ __forceinline__ float move_max(const float (&s)[N / 2], int half, float multiplier, float bias, float *max, float *shift)
-{
-    float most[MAX_CHAINS];
-#pragma unroll
-    for (int i = 0; i < MAX_CHAINS; i++) most[i] = s[i / 2 * 4 + 2 * half + i % 2];
-#pragma unroll
-    for (int i = MAX_CHAINS; i < N / 4; i++) most[i % MAX_CHAINS] = fmaxf(most[i % MAX_CHAINS], s[i / 2 * 4 + 2 * half + i % 2]);
-#pragma unroll
-    for (int n = MAX_CHAINS / 2; n > 0; n /= 2) {
-#pragma unroll
-        for (int i = 0; i < n; i++) most[i] = fmaxf(most[i], most[i + n]);
-    }
-    float new_max = fmaxf(*max, quad_max(__fmaf_rn(most[0], multiplier, bias))), factor = 1;
-    if (__fsub_rn(new_max, *max) > LATE) { // false where both are -infinity
-        factor = exp2_approx(__fsub_rn(*max, new_max));
-        *max = new_max;
-    }
-    *shift = __fsub_rn(bias, finite_max(*max));
-    return factor;
 }
 
 // ---- computing ------------------------------------------------------------------------------------------------------
@@ -328,7 +303,7 @@ template <typename T, int D> struct computer {
     hopper_row row[2];
     float o[D / 2], s[N / 2];
     uint32_t p[N / 4];
-    float max[2], sum[2], factor[2], shift[2], part[4];
+    float max[2], sum[2], factor[2], shift[2], bias[2];
     const float multiplier;
     bool are_full;    // of the slots that come next: false: not known
 
@@ -389,11 +364,11 @@ template <typename T, int D> struct computer {
         wgmma_commit();
     }
 
-    // From the scores of `step`: maxima, factors.
-    __device__ __forceinline__ void find_max(bool masked, bool adjusted)
+    // Softcap, ALiBi, -infinity for what a row does not see.
+    __device__ __forceinline__ void adjust_scores(bool masked, bool adjusted)
     {
         const int32_t first = step * N + lane % 4 * 2;
-        float bias[2] = {0, 0};
+        bias[0] = bias[1] = 0;
         if (adjusted) {
             bias[0] = adjust_row<N>(s, 0, first, row[0], a.scoring);
             bias[1] = adjust_row<N>(s, 1, first, row[1], a.scoring);
@@ -406,66 +381,76 @@ template <typename T, int D> struct computer {
             mask_before<N>(s, 0, first, row[0].first);
             mask_before<N>(s, 1, first, row[1].first);
         }
-        factor[0] = move_max<N>(s, 0, multiplier, bias[0], max, shift);
-        factor[1] = move_max<N>(s, 1, multiplier, bias[1], max + 1, shift + 1);
     }
 
-    // Scores of keys 16 * from .. 16 * end - 1 of the step to weights, and their sums.
-    __device__ __forceinline__ void exponentiate(int from, int end, float shift_0, float shift_1)
+    // The online softmax as softmax_step of attention_prefill.cu has it, but that the maximum that is subtracted stays behind the
+    // row's until it is more than 2^LATE times too small: what goes before is hardly ever scaled. (Dao, "FlashAttention-4", 2025.)
+    // most: of the lane's scores of the row.
+    __device__ __forceinline__ void move_max(int half, float most)
     {
+        float new_max = fmaxf(max[half], quad_max(__fmaf_rn(most, multiplier, bias[half])));
+        factor[half] = 1;
+        if (__fsub_rn(new_max, max[half]) > LATE) { // false where both are -infinity
+            factor[half] = exp2_approx(__fsub_rn(max[half], new_max));
+            max[half] = new_max;
+        }
+        shift[half] = __fsub_rn(bias[half], finite_max(max[half]));
+    }
+
+    __device__ __forceinline__ void move_maxima()
+    {
+        float most[2][MAX_CHAINS];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) {
+                float x = s[element_of(half, i)], &of = most[half][i % MAX_CHAINS];
+                of = i < MAX_CHAINS ? x : fmaxf(of, x);
+            }
+            move_max(half, fmaxf(fmaxf(most[half][0], most[half][1]), fmaxf(most[half][2], most[half][3])));
+        }
+    }
+
+    // Scores to weights, their sums, and their rounding for the product over them.
+    __device__ __forceinline__ void exponentiate()
+    {
+        float part[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < N / 2; i++) {
-            if (i / 8 < from || i / 8 >= end) continue;
-            s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, i / 2 % 2 ? shift_1 : shift_0));
+            s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, shift[i / 2 % 2]));
             part[i % 4] = __fadd_rn(part[i % 4], s[i]);
+            if (i % 2) p[i / 2] = pack<T>(s[i - 1], s[i]);
         }
-    }
-
-    __device__ __forceinline__ void pack_weights(int from, int end)
-    {
-#pragma unroll
-        for (int i = 0; i < N / 4; i++) {
-            if (i / 4 >= from && i / 4 < end) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-        }
-    }
-
-    __device__ __forceinline__ void scale_result()
-    {
-        if (!__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) return;
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] = __fmul_rn(o[i], factor[i / 2 % 2]);
-    }
-
-    __device__ __forceinline__ void add_sums()
-    {
         sum[0] = __fmaf_rn(sum[0], factor[0], __fadd_rn(part[0], part[1]));
         sum[1] = __fmaf_rn(sum[1], factor[1], __fadd_rn(part[2], part[3]));
     }
 
-    // From maxima to weights, while values are added until half of it is done: the rest, what becomes of the result, and the
-    // rounding of weights for the next product, for which the registers are free then, share the time of the exponentials.
-    // `finish` is what is done with the result. ptxas would move the wait up to the scores', or all exponentials before it:
-    // it keeps to the order of accesses to shared memory.
-    template <typename Finish> __device__ __forceinline__ void weigh(const Finish &finish)
+    __device__ __forceinline__ void scale_result()
     {
-        constexpr int STEPS = N / 16, HALF = STEPS / 2;
-        const uint32_t mine = shared_address(smem->shifts + (threadIdx.x - FETCH_WARPGROUPS * WARPGROUP));
 #pragma unroll
-        for (int i = 0; i < 4; i++) part[i] = 0;
-        store_volatile(mine, shift[0], shift[1]);
-        exponentiate(0, HALF, shift[0], shift[1]);
-        if (lane == 0) store_volatile(shared_address(&smem->order), __fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3]));
+        for (int i = 0; i < D / 2; i++) o[i] = __fmul_rn(o[i], factor[i / 2 % 2]);
+    }
+
+    // From the scores of `step` to weights; the values of the weights before are added meanwhile, which is waited for when the
+    // maxima are known: the registers of those weights are free then, to be written as the exponentials come. (ptxas moves the
+    // wait up, to where it is first possible, but not over a store.)
+    __device__ __forceinline__ void soften()
+    {
+        move_maxima();
+        store_volatile(shared_address(smem->maxima + (threadIdx.x - FETCH_WARPGROUPS * WARPGROUP)), max[0], max[1]);
         wgmma_wait<0>();
         hold_registers(o);
         release_slot(slot);
         slot.advance();
-        if (fetches_first()) ask_slots(slot);
-        float2 again = load_volatile(mine);
-        finish();
-        exponentiate(HALF, STEPS, again.x, again.y);
-        pack_weights(0, STEPS);
-        add_sums();
+#ifdef X_NOASK
+        are_full = false;
+#else
+        ask_slots(slot);
+#endif
+        exponentiate();
     }
+
+    __device__ __forceinline__ bool has_moved() { return __any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1); }
 
     // Values of keys beyond the context's end may be anything: zeros, for their weights are.
     __device__ __forceinline__ void clear_values(const ring_place<shape::SLOTS> &at, int32_t n_keys)
@@ -580,13 +565,10 @@ template <typename T, int D> struct computer {
         wgmma_wait<0>();
         end_scores(slot);
         slot.advance();
-        find_max(true, adjusted);
+        adjust_scores(true, adjusted);
         are_full = false;
-#pragma unroll
-        for (int i = 0; i < 4; i++) part[i] = 0;
-        exponentiate(0, N / 16, shift[0], shift[1]);
-        pack_weights(0, N / 16);
-        add_sums();
+        move_maxima();
+        exponentiate();
     }
 
     // Whether it has to see for itself that slots are full: the others' turns come after.
@@ -679,8 +661,9 @@ template <typename T, int D> struct computer {
                 while (step > last_full) {
                     step--;
                     multiply(N);
-                    find_max(false, adjusted);
-                    weigh([&] { scale_result(); });
+                    adjust_scores(false, adjusted);
+                    soften();
+                    if (has_moved()) scale_result();
                 }
             }
             const bool ends = step == first_step;
@@ -703,15 +686,14 @@ template <typename T, int D> struct computer {
                 reset_rows();
             }
             multiply(n_values);
-            find_max(true, adjusted);
-            weigh([&] {
-                if (ends) {
-                    store_tile(of, last_max, last_sum);
-                    clear_result();
-                } else {
-                    scale_result();
-                }
-            });
+            adjust_scores(true, adjusted);
+            soften();
+            if (ends) {
+                store_tile(of, last_max, last_sum);
+                clear_result();
+            } else if (has_moved()) {
+                scale_result();
+            }
         }
     }
 };

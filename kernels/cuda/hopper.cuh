@@ -98,10 +98,10 @@ __device__ __forceinline__ void store_volatile(uint32_t address, float x, float 
     asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-__device__ __forceinline__ float2 load_volatile(uint32_t address)
+__device__ __forceinline__ float load_volatile(uint32_t address)
 {
-    float2 x;
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+    float x;
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
     return x;
 }
 
