@@ -6,6 +6,9 @@
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/hopper.cuh"
 
+#ifndef X_NOTURN64
+#define X_NOTURN64 0
+#endif
 #ifndef X_64
 #define X_64 1
 #endif
@@ -16,7 +19,6 @@ __device__ constexpr float LATE = 8;
 
 enum {
     N_COUNTERS = 256,
-    FETCH_WARPGROUPS = 1, // of a block
     MAX_CHAINS = 4,       // of maxima of a row that a lane keeps: they do not wait for each other
 };
 
@@ -38,22 +40,21 @@ struct hopper_args {
 };
 
 template <int D> struct hopper_shape {
-    static constexpr int WARPGROUPS = X_64 && D == 64 ? 3 : 2; // that compute, 64 rows each
-    static constexpr int ROWS = WARPGROUPS * 64;
+    static constexpr int BLOCKS = 1;
+    static constexpr int WARPGROUPS = X_64 && D == 64 ? 3 : 2;
     static constexpr int KEYS = D == 256 ? 80 : 128; // of a step; steps start at multiples of it, whatever the batch
-    static constexpr int THREADS = (WARPGROUPS + FETCH_WARPGROUPS) * WARPGROUP;
+    static constexpr int ROWS = WARPGROUPS * 64;
+    static constexpr int FETCH_THREADS = BLOCKS == 1 ? WARPGROUP : 32; // of which a warp is at work; registers move by warpgroups
+    static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP, THREADS = COMPUTE_THREADS + FETCH_THREADS;
     static constexpr int COLUMNS = D / 64;
     static constexpr int Q_BUFFERS = D == 256 ? 1 : 2;
     static constexpr int Q_BYTES = COLUMNS * ROWS * ROW_BYTES;
     static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // K or V of a step
     static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
-#ifdef X_NOTURN
-    static constexpr bool TAKES_TURNS = false;
-#else
-    static constexpr bool TAKES_TURNS = D <= 128;
-#endif
+    static constexpr bool TAKES_TURNS = D <= 128 && !(X_NOTURN64 && D == 64);
     static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
-    static constexpr int FETCH_REGISTERS = X_64 && D == 64 ? 32 : D == 256 ? 24 : 40, COMPUTE_REGISTERS = X_64 && D == 64 ? 160 : D == 256 ? 240 : 232;
+    static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
+    static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
     static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= 512, "a multiprocessor has 65,536");
 };
 
@@ -77,7 +78,7 @@ template <int D> struct hopper_smem {
     unsigned char slots[shape::SLOTS][shape::SLOT];
     uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
     hopper_tile tiles[shape::Q_BUFFERS];
-    float2 maxima[shape::WARPGROUPS * WARPGROUP]; // written alone: see soften
+    float2 maxima[shape::COMPUTE_THREADS]; // written alone: see soften
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
@@ -293,13 +294,18 @@ template <typename T, int D> struct computer {
     const hopper_args &a;
     hopper_smem<D> *smem;
     const int lane, warpgroup;
-    ring_place<shape::SLOTS> slot;
+    ring_place<shape::SLOTS> slot;       // that comes next
+    ring_place<shape::SLOTS> value_slot; // and the one after it: see look_ahead
+    uint32_t q_descriptor, k_descriptor, v_descriptor;
     ring_place<shape::Q_BUFFERS> q_at, q_next;
     hopper_rows rows;
     int32_t step, first_step;     // of the tile: at hand, its last
     int32_t n_valid;              // keys of the step's that are in the context
     int32_t full_first, full_end; // keys that all rows of the warpgroup see
     int32_t last_full;            // step of which they see all
+    int32_t n_skipped;            // steps from the tile's first on of which they see nothing
+    bool is_pending;              // p holds weights of values that are still to be added
+    bool has_values;              // such values are in the ring, after the next keys
     hopper_row row[2];
     float o[D / 2], s[N / 2];
     uint32_t p[N / 4];
@@ -308,7 +314,7 @@ template <typename T, int D> struct computer {
     bool are_full;    // of the slots that come next: false: not known
 
     __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<D> *smem)
-        : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP) - FETCH_WARPGROUPS),
+        : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP)),
           multiplier(a.scoring.slopes && a.scoring.softcap_in == 0 ? a.scoring.raw_scale : a.scoring.multiplier)
     {
     }
@@ -318,12 +324,11 @@ template <typename T, int D> struct computer {
         mbarrier_wait(shared_address(smem->full + at.at), at.parity);
     }
 
-    // Asks early whether slots `at` and the one after are full: an answer takes a while.
-    __device__ __forceinline__ void ask_slots(ring_place<shape::SLOTS> at)
+    // Whether the two slots that come next are full, asked early, too.
+    __device__ __forceinline__ void ask_slots()
     {
-        are_full = mbarrier_test(shared_address(smem->full + at.at), at.parity);
-        at.advance();
-        are_full &= mbarrier_test(shared_address(smem->full + at.at), at.parity);
+        are_full = mbarrier_test(shared_address(smem->full + slot.at), slot.parity);
+        are_full &= mbarrier_test(shared_address(smem->full + value_slot.at), value_slot.parity);
     }
 
     __device__ __forceinline__ void release_slot(const ring_place<shape::SLOTS> &at)
@@ -339,6 +344,16 @@ template <typename T, int D> struct computer {
     __device__ __forceinline__ uint32_t describe_slot(const ring_place<shape::SLOTS> &at)
     {
         return matrix_descriptor(shared_address(smem->slots[at.at]), N);
+    }
+
+    // Of the two slots that come next, early, for what follows from `slot` takes a while.
+    __device__ __forceinline__ void look_ahead()
+    {
+        value_slot = slot;
+        value_slot.advance();
+        q_descriptor = describe_q();
+        k_descriptor = describe_slot(slot);
+        v_descriptor = describe_slot(value_slot);
     }
 
     // s = Q K'
@@ -437,16 +452,13 @@ template <typename T, int D> struct computer {
     __device__ __forceinline__ void soften()
     {
         move_maxima();
-        store_volatile(shared_address(smem->maxima + (threadIdx.x - FETCH_WARPGROUPS * WARPGROUP)), max[0], max[1]);
+        store_volatile(shared_address(smem->maxima + threadIdx.x), max[0], max[1]);
         wgmma_wait<0>();
         hold_registers(o);
         release_slot(slot);
         slot.advance();
-#ifdef X_NOASK
-        are_full = false;
-#else
-        ask_slots(slot);
-#endif
+        look_ahead();
+        ask_slots();
         exponentiate();
     }
 
@@ -521,10 +533,14 @@ template <typename T, int D> struct computer {
             const int32_t r = first_row + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
             find_row(r, position, length, row);
             find_row(r + 8, position, length, row + 1);
-            full_first = position + min(query_of(a, first_row + 63), rows.n_queries - 1) - a.scoring.left;
+            const int32_t last = position + min(query_of(a, first_row + 63), rows.n_queries - 1);
+            const int32_t own_end = query_of(a, first_row) >= rows.n_queries
+                                        ? first_step : (min(last + a.scoring.right + 1, length) + N - 1) / N;
+            n_skipped = shape::RUNS_ON ? step + 1 - ::max(own_end, first_step) : 0;
+            full_first = last - a.scoring.left;
             full_end = min(position + query_of(a, first_row) + a.scoring.right + 1, length);
             last_full = ::max(first_step, (full_first + N - 1) / N); // rounded down where negative: first_step counts
-            n_valid = min(length - step * N, N);
+            n_valid = min(length - (step - n_skipped) * N, N);
             return true;
         }
     }
@@ -542,14 +558,19 @@ template <typename T, int D> struct computer {
         if (step == first_step) release_q();
     }
 
+    __device__ __forceinline__ void add_values(const ring_place<shape::SLOTS> &at, int32_t n_values)
+    {
+        if (n_values < N) clear_values(at, n_values);
+        begin_values(uniform(describe_slot(at)));
+        wgmma_wait<0>();
+        hold_registers(o);
+    }
+
     // The last values of a tile, alone.
     __device__ __forceinline__ void finish_tile(const hopper_rows &of)
     {
         wait_slot(slot);
-        if (n_valid < N) clear_values(slot, n_valid);
-        begin_values(describe_slot(slot));
-        wgmma_wait<0>();
-        hold_registers(o);
+        add_values(slot, n_valid);
         release_slot(slot);
         slot.advance();
         store_tile(of, max, sum);
@@ -561,7 +582,7 @@ template <typename T, int D> struct computer {
         clear_result();
         reset_rows();
         wait_slot(slot);
-        begin_scores(describe_q(), describe_slot(slot));
+        begin_scores(uniform(describe_q()), uniform(describe_slot(slot)));
         wgmma_wait<0>();
         end_scores(slot);
         slot.advance();
@@ -569,6 +590,30 @@ template <typename T, int D> struct computer {
         are_full = false;
         move_maxima();
         exponentiate();
+        look_ahead();
+        is_pending = true;
+    }
+
+    // A step of which the warpgroup sees nothing: the values that are still to be added, if there are any, are.
+    __device__ __forceinline__ void skip_step(const hopper_rows &of, int32_t n_values)
+    {
+        const ring_place<shape::SLOTS> k = slot;
+        slot.advance();
+        wait_slot(k);
+        if (has_values) wait_slot(slot);
+        take_turn();
+        if (is_pending) {
+            add_values(slot, n_values);
+            store_tile(of, max, sum);
+        }
+        pass_turn();
+        release_slot(k);
+        if (has_values) {
+            release_slot(slot);
+            slot.advance();
+        }
+        is_pending = are_full = false;
+        has_values = true;
     }
 
     // Whether it has to see for itself that slots are full: the others' turns come after.
@@ -578,23 +623,43 @@ template <typename T, int D> struct computer {
     // the slot after it. Returns when the scores are there.
     __device__ __forceinline__ void multiply(int32_t n_values)
     {
-        const ring_place<shape::SLOTS> at = slot;
-        slot.advance();
-        const uint32_t q = describe_q(), k = describe_slot(at), v = describe_slot(slot);
+        const uint32_t q = uniform(q_descriptor), k = uniform(k_descriptor), v = uniform(v_descriptor);
         if (fetches_first() && !are_full) {
-            wait_slot(at);
             wait_slot(slot);
+            wait_slot(value_slot);
         }
         if (n_values < N) {
-            wait_slot(slot);
-            clear_values(slot, n_values);
+            wait_slot(value_slot);
+            clear_values(value_slot, n_values);
         }
         take_turn();
         begin_scores(q, k);
         begin_values(v);
         pass_turn();
         wgmma_wait<1>();
+        end_scores(slot);
+        slot = value_slot;
+    }
+
+    // The same where no values are to be added, though the slot may be there.
+    __device__ __forceinline__ void multiply_keys()
+    {
+        const ring_place<shape::SLOTS> at = slot;
+        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(at));
+        wait_slot(at);
+        take_turn();
+        begin_scores(q, k);
+        slot.advance();
+        if (has_values) wait_slot(slot);
+        pass_turn();
+        wgmma_wait<0>();
         end_scores(at);
+        if (has_values) {
+            release_slot(slot);
+            slot.advance();
+        }
+        has_values = true;
+        are_full = false;
     }
 
     // Rows of out that the lane has of a tile: half 0 or 1. False: beyond the tile's.
@@ -614,7 +679,7 @@ template <typename T, int D> struct computer {
 
     __device__ __forceinline__ void store_lse(int32_t token, int32_t head, float x)
     {
-        if (a.p.lse && lane % 4 == 0) a.p.lse[(size_t)token * (size_t)a.p.n_heads + (size_t)head] = x;
+        if (lane % 4 == 0) a.p.lse[(size_t)token * (size_t)a.p.n_heads + (size_t)head] = x;
     }
 
     // Divides by the sums and stores. Two lanes exchange half of what they have, so that a quad writes 32 bytes together.
@@ -624,8 +689,8 @@ template <typename T, int D> struct computer {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int32_t token, head;
-            bool is_row = find_output(t, half, &token, &head);
-            float total = quad_sum(row_sum[half]), scale = inverse(total);
+            const bool is_row = find_output(t, half, &token, &head);
+            const float total = quad_sum(row_sum[half]), scale = total == 0 ? 0.0f : reciprocal_approx(total);
             uint16_t *to = output_of(token, head) + lane % 4 / 2 * 4 + (odd ? 8 : 0);
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
@@ -634,7 +699,7 @@ template <typename T, int D> struct computer {
                 uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
                 if (is_row) *(uint2 *)(to + 16 * i) = odd ? make_uint2(other, high) : make_uint2(low, other);
             }
-            if (is_row) store_lse(token, head, log_sum(row_max[half], total));
+            if (a.p.lse && is_row) store_lse(token, head, log_sum(row_max[half], total));
         }
     }
 
@@ -647,51 +712,69 @@ template <typename T, int D> struct computer {
             if (!find_output(of, half, &token, &head)) continue;
             for (int i = 0; i < D / 16; i++)
                 *(uint2 *)(output_of(token, head) + 16 * i + lane % 4 * 4) = make_uint2(0, 0);
-            store_lse(token, head, -CUDART_INF_F);
+            if (a.p.lse) store_lse(token, head, -CUDART_INF_F);
         }
     }
 
     __device__ __forceinline__ void run(bool adjusted)
     {
         if (shape::TAKES_TURNS && warpgroup == shape::WARPGROUPS - 1) named_barrier_arrive(1, 2 * WARPGROUP); // the first's turn
-        if (!begin_tile()) return;
-        start_tile(adjusted);
-        for (;;) { // p holds the weights of `step`
-            if (n_valid == N && step * N <= full_end) {
+        is_pending = has_values = are_full = false;
+        for (;;) { // is_pending: p holds the weights of `step`
+            if (is_pending && n_valid == N && step * N <= full_end) {
                 while (step > last_full) {
                     step--;
                     multiply(N);
                     adjust_scores(false, adjusted);
                     soften();
-                    if (has_moved()) scale_result();
+                    if (__builtin_expect(has_moved(), 0)) scale_result();
                 }
             }
-            const bool ends = step == first_step;
+            const bool ends = !is_pending || step == first_step;
             const hopper_rows of = rows;
-            const float last_max[2] = {max[0], max[1]}, last_sum[2] = {sum[0], sum[1]};
             const int32_t n_values = n_valid;
             if (!ends) {
                 step--;
                 n_valid = N;
             } else {
-                if (!shape::RUNS_ON) finish_tile(of);
+                if (!shape::RUNS_ON && is_pending) finish_tile(of);
                 if (!begin_tile()) {
-                    if (shape::RUNS_ON) finish_tile(of);
+                    if (shape::RUNS_ON && is_pending) finish_tile(of);
                     return;
                 }
-                if (!shape::RUNS_ON) {
+                if constexpr (!shape::RUNS_ON) {
                     start_tile(adjusted);
                     continue;
+                } else {
+                    for (; n_skipped > 0; n_skipped--, step--) skip_step(of, n_values);
+                    if (step < first_step) {
+                        store_nothing(rows); // those there are, if any, see no key
+                        release_q();
+                        continue;
+                    }
                 }
-                reset_rows();
             }
+            const bool stores = ends && is_pending;
+            const float last_max[2] = {max[0], max[1]}, last_sum[2] = {sum[0], sum[1]};
+            if (ends) reset_rows();
+            if (!is_pending) {
+                clear_result();
+                multiply_keys();
+                adjust_scores(true, adjusted);
+                move_maxima();
+                exponentiate();
+                look_ahead();
+                is_pending = true;
+                continue;
+            }
+            if (ends) look_ahead();
             multiply(n_values);
             adjust_scores(true, adjusted);
             soften();
-            if (ends) {
+            if (stores) {
                 store_tile(of, last_max, last_sum);
                 clear_result();
-            } else if (has_moved()) {
+            } else if (__builtin_expect(has_moved(), 0)) {
                 scale_result();
             }
         }
@@ -701,7 +784,7 @@ template <typename T, int D> struct computer {
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, int D, bool ADJUSTED>
-__global__ void __launch_bounds__(hopper_shape<D>::THREADS, 1)
+__global__ void __launch_bounds__(hopper_shape<D>::THREADS, hopper_shape<D>::BLOCKS)
 attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
 {
     using shape = hopper_shape<D>;
@@ -723,11 +806,11 @@ attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
 #ifndef X_NOALLOW
     next_kernel_allow();
 #endif
-    if (threadIdx.x < FETCH_WARPGROUPS * WARPGROUP) {
-        registers_shrink<shape::FETCH_REGISTERS>();
-        if (threadIdx.x < 32) fetch<D>(a, smem);
+    if (threadIdx.x >= shape::COMPUTE_THREADS) {
+        if (shape::BLOCKS == 1) registers_shrink<shape::FETCH_REGISTERS>();
+        if (threadIdx.x < shape::COMPUTE_THREADS + 32) fetch<D>(a, smem);
     } else {
-        registers_grow<shape::COMPUTE_REGISTERS>();
+        if (shape::BLOCKS == 1) registers_grow<shape::COMPUTE_REGISTERS>();
         computer<T, D>(a, smem).run(ADJUSTED);
     }
 }
@@ -776,7 +859,7 @@ cudaError_t make_maps(hopper_args *a, int32_t keys)
 template <typename T, int D, bool ADJUSTED> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
 {
     using shape = hopper_shape<D>;
-    static_assert(sizeof(hopper_smem<D>) <= 227 * 1024, "fits sm_90");
+    static_assert(shape::BLOCKS * (sizeof(hopper_smem<D>) + 1024) <= 228 * 1024, "fits sm_90");
     static std::atomic<uint32_t> launches;
     choose_pack(&a, shape::ROWS);
     cudaError_t status = make_maps(&a, shape::KEYS);
@@ -787,11 +870,12 @@ template <typename T, int D, bool ADJUSTED> cudaError_t launch_shape(hopper_args
     a.order.keys_at_once = KEYS_AT_ONCE / D;
     size_t n_tiles = ((size_t)a.p.n_tokens / (size_t)a.n_queries + (size_t)a.p.n_seqs) * (size_t)a.order.n_heads;
     if (n_tiles > INT32_MAX / 2) return cudaErrorInvalidValue;
-    uint64_t section = (uint64_t)(4 * n_sms / a.order.n_heads);
+    uint64_t section = (uint64_t)(4 * n_sms * shape::BLOCKS / a.order.n_heads);
     if (section < 2) section = 2;
     a.order.section_part = (uint32_t)((((uint64_t)1 << 32) + section - 1) / section);
     a.counter = (int32_t)(launches++ % N_COUNTERS);
-    unsigned n_blocks = n_tiles < (size_t)n_sms ? (unsigned)n_tiles : (unsigned)n_sms;
+    unsigned n_blocks = (unsigned)(n_sms * shape::BLOCKS);
+    if (n_tiles < n_blocks) n_blocks = (unsigned)n_tiles;
     return launch_kernel(attention_prefill_hopper_kernel<T, D, ADJUSTED>, n_blocks, shape::THREADS, sizeof(hopper_smem<D>),
                          sizeof(hopper_smem<D>), 90, stream, a);
 }

@@ -147,15 +147,15 @@ cudaError_t make_tensor_map(CUtensorMap *map, const struct tensor_view *view, bo
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
 // The same in all lanes, as the compiler then knows.
-__device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+template <typename X> __device__ __forceinline__ X uniform(X x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // The lower half of a tile's descriptor, the upper one being the same for all. The tile's rows are the operand's, along k (Q, K),
 // or its rows are k ("transposed": V); it has n_rows. 16 of k further is 2 more within a column of 64 of the first kind, 128 more
-// in the second. From lane 0, so that the compiler keeps it, and what is added to it, in uniform registers: else a product waits
-// for those of the one before.
+// in the second. Products take it from `uniform`, so that the compiler keeps what is added to it in uniform registers: else each
+// waits for those of the one before.
 __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address, int n_rows)
 {
-    return (uint32_t)uniform((int32_t)((address & 0x3FFFF) >> 4 | (uint32_t)(n_rows * ROW_BYTES >> 4) << 16));
+    return (address & 0x3FFFF) >> 4 | (uint32_t)(n_rows * ROW_BYTES >> 4) << 16;
 }
 
 // 8 rows are 1,024 bytes, swizzled by 128.
