@@ -6,12 +6,6 @@
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/hopper.cuh"
 
-#ifndef X_NOTURN64
-#define X_NOTURN64 0
-#endif
-#ifndef X_64
-#define X_64 1
-#endif
 namespace {
 
 // Weights are at most 2^LATE times what they would be, in fp16, too, far from the largest number.
@@ -19,6 +13,7 @@ __device__ constexpr float LATE = 8;
 
 enum {
     N_COUNTERS = 256,
+    LONG_SEQUENCE = 1536, // queries, on average
     MAX_CHAINS = 4,       // of maxima of a row that a lane keeps: they do not wait for each other
 };
 
@@ -36,22 +31,23 @@ struct hopper_args {
     int32_t n_queries;  // of a tile: its row r is query r / n_packed, head r % n_packed
     uint32_t pack_part; // 2^32 / n_packed, rounded up; 0 for 1
     int32_t box_tokens; // that one copy brings
+    int32_t block_shift; // log2 of the block size
     int32_t counter;    // which of place_counters
 };
 
-template <int D> struct hopper_shape {
-    static constexpr int BLOCKS = 1;
-    static constexpr int WARPGROUPS = X_64 && D == 64 ? 3 : 2;
-    static constexpr int KEYS = D == 256 ? 80 : 128; // of a step; steps start at multiples of it, whatever the batch
+template <int DIM, int N_WARPGROUPS> struct hopper_shape {
+    static constexpr int D = DIM;
+    static constexpr int WARPGROUPS = N_WARPGROUPS;  // that compute, 64 rows each
     static constexpr int ROWS = WARPGROUPS * 64;
-    static constexpr int FETCH_THREADS = BLOCKS == 1 ? WARPGROUP : 32; // of which a warp is at work; registers move by warpgroups
-    static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP, THREADS = COMPUTE_THREADS + FETCH_THREADS;
+    static constexpr int KEYS = D == 256 ? 80 : 128; // of a step; steps start at multiples of it, whatever the batch
+    static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP;
+    static constexpr int THREADS = COMPUTE_THREADS + WARPGROUP; // one warp fetches; registers are dealt out by warpgroups
     static constexpr int COLUMNS = D / 64;
     static constexpr int Q_BUFFERS = D == 256 ? 1 : 2;
     static constexpr int Q_BYTES = COLUMNS * ROWS * ROW_BYTES;
-    static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // K or V of a step
+    static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // bytes: K or V of a step
     static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
-    static constexpr bool TAKES_TURNS = D <= 128 && !(X_NOTURN64 && D == 64);
+    static constexpr bool TAKES_TURNS = D == 128;
     static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
     static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
     static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
@@ -72,8 +68,7 @@ struct hopper_tile {
     int32_t length;               // of the context
 };
 
-template <int D> struct hopper_smem {
-    using shape = hopper_shape<D>;
+template <typename shape> struct hopper_smem {
     unsigned char q[shape::Q_BUFFERS][shape::Q_BYTES];
     unsigned char slots[shape::SLOTS][shape::SLOT];
     uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
@@ -111,10 +106,10 @@ struct fetch_tile {
     const int32_t *pages;       // its row of the block table; NULL: dense
 };
 
-template <int D>
+template <typename shape>
 __device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_place &place, hopper_tile *t, fetch_tile *f)
 {
-    constexpr int KEYS = hopper_shape<D>::KEYS;
+    constexpr int KEYS = shape::KEYS;
     const struct flash_attention_params &p = a.p;
     f->kv_head = place.head / a.n_packs;
     f->pack = place.head - f->kv_head * a.n_packs;
@@ -133,43 +128,29 @@ __device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_p
     t->end_step = f->end_key > f->first_key ? (f->end_key + KEYS - 1) / KEYS : t->first_step;
 }
 
-// A lane's box of the tiles of K and V: where it goes, and of which page it is.
-template <int D> struct kv_feed {
-    using shape = hopper_shape<D>;
-    uint32_t offset;    // bytes in the slot
-    int32_t column, key; // of 64 elements; in the step
-    bool has_box;
+// The tiles of K and V come in parts of box_tokens keys: lane i knows where part i of a step is.
+template <typename shape> struct kv_feed {
     int32_t window, entry; // lane i has entry window + i of the block table
 
-    __device__ __forceinline__ kv_feed(const hopper_args &a)
-    {
-        int lane = (int)threadIdx.x % 32, parts = shape::KEYS / a.box_tokens;
-        column = lane / parts;
-        key = lane % parts * a.box_tokens;
-        has_box = column < shape::COLUMNS;
-        offset = (uint32_t)(column * shape::KEYS + key) * ROW_BYTES;
-    }
-
-    // Block and token of the lane's box of a step; what no row of the tile sees is outside the tensor.
+    // Block and token of the lane's part; what no row of the tile sees is outside the tensor.
     __device__ __forceinline__ int2 find(const hopper_args &a, const fetch_tile &f, int32_t step)
     {
-        int32_t first = step * shape::KEYS + key;
+        const int lane = (int)threadIdx.x % 32;
+        int32_t first = step * shape::KEYS + lane * a.box_tokens;
         if (!f.pages) return make_int2(0, f.first_token + first);
-        int32_t size = a.p.block_size, last = (min((step + 1) * shape::KEYS, f.end_key) - 1) / size;
-        if (last < window || last >= window + 32 || step * shape::KEYS / size < window) {
+        int32_t last = (min((step + 1) * shape::KEYS, f.end_key) - 1) >> a.block_shift;
+        if (last >= window + 32 || step * shape::KEYS >> a.block_shift < window) {
             window = max(last - 31, 0);
-            int32_t block = window + (int32_t)threadIdx.x % 32;
-            entry = block * size < f.end_key ? f.pages[block] : -1;
+            entry = (window + lane) << a.block_shift < f.end_key ? f.pages[window + lane] : -1;
         }
-        int32_t block = first / size, id = __shfl_sync(0xffffffffu, entry, (block - window) & 31);
+        int32_t block = first >> a.block_shift, id = __shfl_sync(0xffffffffu, entry, (block - window) & 31);
         bool seen = first < f.end_key && first + a.box_tokens > f.first_key;
-        return make_int2(seen ? id : -1, first - block * size);
+        return make_int2(seen ? id : -1, first - (block << a.block_shift));
     }
 };
 
-template <int D> __device__ __forceinline__ void fetch(const hopper_args &a, hopper_smem<D> *smem)
+template <typename shape> __device__ __forceinline__ void fetch(const hopper_args &a, hopper_smem<shape> *smem)
 {
-    using shape = hopper_shape<D>;
     const int lane = (int)threadIdx.x % 32;
     if (lane == 0) {
         prefetch_map(&a.q);
@@ -180,27 +161,34 @@ template <int D> __device__ __forceinline__ void fetch(const hopper_args &a, hop
     const uint32_t q = shared_address(smem->q), q_full = shared_address(smem->q_full), q_empty = shared_address(smem->q_empty);
     ring_place<shape::SLOTS> slot;
     ring_place<shape::Q_BUFFERS> buffer;
-    kv_feed<D> feed(a);
+    kv_feed<shape> feed = {};
     tile_search search = {};
     int32_t place = (int32_t)blockIdx.x;
-    auto bring = [&](const CUtensorMap *map, const fetch_tile &f, int2 from) { // K or V of a step
-        uint32_t barrier = full + (uint32_t)slot.at * 8;
-        mbarrier_wait(empty + (uint32_t)slot.at * 8, slot.parity ^ 1);
+    const int32_t n_parts = shape::KEYS / a.box_tokens;
+    auto bring = [&](const CUtensorMap *map, int32_t kv_head, int2 from) { // K or V of a step
+        const uint32_t at = (uint32_t)uniform(slot.at), barrier = full + at * 8;
+        mbarrier_wait(empty + at * 8, slot.parity ^ 1);
         if (lane == 0) mbarrier_arrive_expect(barrier, shape::SLOT);
-        __syncwarp();
-        if (feed.has_box)
-            copy_box(slots + (uint32_t)(slot.at * shape::SLOT) + feed.offset, map, from.y, feed.column, f.kv_head, from.x,
-                     barrier);
+        const int32_t head = uniform(kv_head);
+        for (int32_t part = 0; part < n_parts; part++) {
+            const int32_t block = __shfl_sync(0xffffffffu, from.x, part), token = __shfl_sync(0xffffffffu, from.y, part);
+            const uint32_t to = slots + at * shape::SLOT + (uint32_t)(part * a.box_tokens) * ROW_BYTES;
+            if (lane != 0) continue;
+#pragma unroll
+            for (int column = 0; column < shape::COLUMNS; column++)
+                copy_box(to + column * (shape::KEYS * ROW_BYTES), map, token, column, head, block, barrier);
+        }
         slot.advance();
     };
-    fetch_tile f, last_tile = {}; // of which the last values are still to be brought
-    int2 last = {};
+    fetch_tile f;
+    int2 last = {}; // where values are that are still to be brought, and of which KV head
+    int32_t last_head = 0;
     bool is_owed = false;
     for (;;) {
         tile_place found;
         hopper_tile t;
         bool is_tile = find_tile(a.p, a.order, place, &search, &found);
-        if (is_tile) describe_tile<D>(a, found, &t, &f);
+        if (is_tile) describe_tile<shape>(a, found, &t, &f);
         else t.rows.n_heads = 0;
         mbarrier_wait(q_empty + (uint32_t)buffer.at * 8, buffer.parity ^ 1);
         uint32_t barrier = q_full + (uint32_t)buffer.at * 8;
@@ -221,18 +209,18 @@ template <int D> __device__ __forceinline__ void fetch(const hopper_args &a, hop
             int2 from = feed.find(a, f, step);
             // Asked for before the tile's end, for it takes a while, but no sooner: who is late shall get less.
             if (step == min(t.first_step + 1, t.end_step - 1) && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
-            bring(&a.k, f, from);
-            if (is_owed) bring(&a.v, last_tile, last);
+            bring(&a.k, f.kv_head, from);
+            if (is_owed) bring(&a.v, last_head, last);
             last = from;
-            last_tile = f;
+            last_head = f.kv_head;
             is_owed = true;
         }
-        if (!shape::RUNS_ON && is_owed) bring(&a.v, last_tile, last);
+        if (!shape::RUNS_ON && is_owed) bring(&a.v, last_head, last);
         is_owed &= shape::RUNS_ON;
         if (t.first_step == t.end_step && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
         place = (int32_t)gridDim.x + __shfl_sync(0xffffffffu, next, 0);
     }
-    if (is_owed) bring(&a.v, last_tile, last);
+    if (is_owed) bring(&a.v, last_head, last);
     // All tiles but the first of a block were asked for, and by every block that had one, one more.
     if (lane == 0 && place - search.before == (int32_t)gridDim.x - 1) place_counters[a.counter] = 0;
 }
@@ -288,11 +276,10 @@ template <int N> __device__ __forceinline__ void mask_after(float (&s)[N / 2], i
 
 // ---- computing ------------------------------------------------------------------------------------------------------
 
-template <typename T, int D> struct computer {
-    using shape = hopper_shape<D>;
-    static constexpr int N = shape::KEYS, SYNC = 1 + shape::WARPGROUPS; // named barriers: 1 and on are turns
+template <typename T, typename shape> struct computer {
+    static constexpr int D = shape::D, N = shape::KEYS, SYNC = 1 + shape::WARPGROUPS; // named barriers: 1 and on are turns
     const hopper_args &a;
-    hopper_smem<D> *smem;
+    hopper_smem<shape> *smem;
     const int lane, warpgroup;
     ring_place<shape::SLOTS> slot;       // that comes next
     ring_place<shape::SLOTS> value_slot; // and the one after it: see look_ahead
@@ -313,7 +300,7 @@ template <typename T, int D> struct computer {
     const float multiplier;
     bool are_full;    // of the slots that come next: false: not known
 
-    __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<D> *smem)
+    __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<shape> *smem)
         : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP)),
           multiplier(a.scoring.slopes && a.scoring.softcap_in == 0 ? a.scoring.raw_scale : a.scoring.multiplier)
     {
@@ -783,13 +770,12 @@ template <typename T, int D> struct computer {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, int D, bool ADJUSTED>
-__global__ void __launch_bounds__(hopper_shape<D>::THREADS, hopper_shape<D>::BLOCKS)
+template <typename T, typename shape, bool ADJUSTED>
+__global__ void __launch_bounds__(shape::THREADS, 1)
 attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
 {
-    using shape = hopper_shape<D>;
     extern __shared__ __align__(1024) unsigned char raw[];
-    hopper_smem<D> *smem = (hopper_smem<D> *)raw;
+    hopper_smem<shape> *smem = (hopper_smem<shape> *)raw;
     if (threadIdx.x == 0) {
         for (int i = 0; i < shape::Q_BUFFERS; i++) {
             mbarrier_init(shared_address(smem->q_full + i), 1);
@@ -807,11 +793,11 @@ attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
     next_kernel_allow();
 #endif
     if (threadIdx.x >= shape::COMPUTE_THREADS) {
-        if (shape::BLOCKS == 1) registers_shrink<shape::FETCH_REGISTERS>();
-        if (threadIdx.x < shape::COMPUTE_THREADS + 32) fetch<D>(a, smem);
+        registers_shrink<shape::FETCH_REGISTERS>();
+        if (threadIdx.x < shape::COMPUTE_THREADS + 32) fetch<shape>(a, smem);
     } else {
-        if (shape::BLOCKS == 1) registers_grow<shape::COMPUTE_REGISTERS>();
-        computer<T, D>(a, smem).run(ADJUSTED);
+        registers_grow<shape::COMPUTE_REGISTERS>();
+        computer<T, shape>(a, smem).run(ADJUSTED);
     }
 }
 
@@ -856,10 +842,9 @@ cudaError_t make_maps(hopper_args *a, int32_t keys)
     return status;
 }
 
-template <typename T, int D, bool ADJUSTED> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
+template <typename T, typename shape, bool ADJUSTED> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
 {
-    using shape = hopper_shape<D>;
-    static_assert(shape::BLOCKS * (sizeof(hopper_smem<D>) + 1024) <= 228 * 1024, "fits sm_90");
+    static_assert(sizeof(hopper_smem<shape>) <= 227 * 1024, "fits sm_90");
     static std::atomic<uint32_t> launches;
     choose_pack(&a, shape::ROWS);
     cudaError_t status = make_maps(&a, shape::KEYS);
@@ -867,30 +852,31 @@ template <typename T, int D, bool ADJUSTED> cudaError_t launch_shape(hopper_args
     a.order.n_heads = a.p.n_kv_heads * a.n_packs;
     a.order.rows = 1;
     a.order.divisor = a.n_queries;
-    a.order.keys_at_once = KEYS_AT_ONCE / D;
+    a.order.keys_at_once = KEYS_AT_ONCE / shape::D;
     size_t n_tiles = ((size_t)a.p.n_tokens / (size_t)a.n_queries + (size_t)a.p.n_seqs) * (size_t)a.order.n_heads;
     if (n_tiles > INT32_MAX / 2) return cudaErrorInvalidValue;
-    uint64_t section = (uint64_t)(4 * n_sms * shape::BLOCKS / a.order.n_heads);
+    uint64_t section = (uint64_t)(4 * n_sms / a.order.n_heads);
     if (section < 2) section = 2;
     a.order.section_part = (uint32_t)((((uint64_t)1 << 32) + section - 1) / section);
     a.counter = (int32_t)(launches++ % N_COUNTERS);
-    unsigned n_blocks = (unsigned)(n_sms * shape::BLOCKS);
-    if (n_tiles < n_blocks) n_blocks = (unsigned)n_tiles;
-    return launch_kernel(attention_prefill_hopper_kernel<T, D, ADJUSTED>, n_blocks, shape::THREADS, sizeof(hopper_smem<D>),
-                         sizeof(hopper_smem<D>), 90, stream, a);
+    unsigned n_blocks = n_tiles < (size_t)n_sms ? (unsigned)n_tiles : (unsigned)n_sms;
+    return launch_kernel(attention_prefill_hopper_kernel<T, shape, ADJUSTED>, n_blocks, shape::THREADS,
+                         sizeof(hopper_smem<shape>), sizeof(hopper_smem<shape>), 90, stream, a);
 }
 
-template <typename T, int D> cudaError_t launch_scoring(const hopper_args &a, int n_sms, cudaStream_t stream)
+template <typename T, typename shape> cudaError_t launch_scoring(const hopper_args &a, int n_sms, cudaStream_t stream)
 {
-    if (a.scoring.softcap_in != 0 || a.scoring.slopes) return launch_shape<T, D, true>(a, n_sms, stream);
-    return launch_shape<T, D, false>(a, n_sms, stream);
+    if (a.scoring.softcap_in != 0 || a.scoring.slopes) return launch_shape<T, shape, true>(a, n_sms, stream);
+    return launch_shape<T, shape, false>(a, n_sms, stream);
 }
 
 template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cudaStream_t stream)
 {
-    if (a.p.head_dim == 64) return launch_scoring<T, 64>(a, n_sms, stream);
-    if (a.p.head_dim == 128) return launch_scoring<T, 128>(a, n_sms, stream);
-    return launch_scoring<T, 256>(a, n_sms, stream);
+    if (a.p.head_dim == 128) return launch_scoring<T, hopper_shape<128, 2>>(a, n_sms, stream);
+    if (a.p.head_dim == 256) return launch_scoring<T, hopper_shape<256, 2>>(a, n_sms, stream);
+    // Of short sequences tiles of 192 rows leave too much empty.
+    if (a.p.n_tokens / a.p.n_seqs < LONG_SEQUENCE) return launch_scoring<T, hopper_shape<64, 2>>(a, n_sms, stream);
+    return launch_scoring<T, hopper_shape<64, 3>>(a, n_sms, stream);
 }
 
 } // namespace
@@ -899,7 +885,7 @@ template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cu
 static bool has_code()
 {
     cudaFuncAttributes code;
-    bool has = cudaFuncGetAttributes(&code, (const void *)attention_prefill_hopper_kernel<__half, 128, false>) == cudaSuccess;
+    bool has = cudaFuncGetAttributes(&code, (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128, 2>, false>) == cudaSuccess;
     if (!has) (void)cudaGetLastError();
     return has;
 }
@@ -917,5 +903,6 @@ cudaError_t launch_prefill_hopper(const struct flash_attention_params *p, int n_
     a.p = *p;
     a.scoring = scoring_of(p);
     a.group = p->n_heads / p->n_kv_heads;
+    a.block_shift = p->block_size == 16 ? 4 : p->block_size == 32 ? 5 : 6;
     return p->dtype == FLASH_ATTENTION_BF16 ? launch_dim<__nv_bfloat16>(a, n_sms, stream) : launch_dim<__half>(a, n_sms, stream);
 }
