@@ -173,7 +173,7 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
         for (int32_t part = 0; part < n_parts; part++) {
             const int32_t block = __shfl_sync(0xffffffffu, from.x, part), token = __shfl_sync(0xffffffffu, from.y, part);
             const uint32_t to = slots + at * shape::SLOT + (uint32_t)(part * a.box_tokens) * ROW_BYTES;
-            if (lane != 0) continue;
+            if (!elect_lane()) continue;
 #pragma unroll
             for (int column = 0; column < shape::COLUMNS; column++)
                 copy_box(to + column * (shape::KEYS * ROW_BYTES), map, token, column, head, block, barrier);

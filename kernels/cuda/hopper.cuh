@@ -117,6 +117,14 @@ template <int N> __device__ __forceinline__ void registers_shrink()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+// True in one lane of the warp, which the compiler then knows to be alone: it takes uniform registers, as copies want.
+__device__ __forceinline__ bool elect_lane()
+{
+    uint32_t is_elected;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(is_elected));
+    return is_elected;
+}
+
 // ---- bulk tensor copies ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map)
