@@ -1,10 +1,32 @@
 /* attention_prefill_hopper.cu: Flash Attention of many query rows on Hopper (Shah et al., "FlashAttention-3", 2024): wgmma, bulk
  * tensor copies straight from the pages, warp specialisation. head_dim 64, 128, 256; the rest is attention_prefill.cu's.
+ *
+ * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). A tile is 64 rows for each of two warpgroups (three at
+ * head_dim 64, where sequences are long): as many q heads of one KV head as fit, of some queries.
+ * Grid: one block a multiprocessor, which asks a counter for tiles, in the order of attention_tiles.cuh, until there are none; one
+ * warpgroup fetches (attention_prefill_hopper.cuh), the others compute, each on its own rows.
+ * Shared memory: Q of two tiles (of one at head_dim 256), a ring of 4 to 8 slots for K or V of a step.
+ * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile (mostly from L2).
+ * Bound by the tensor cores, and at head_dim 64 by the exponentials: 16 a cycle. Measured on an H200 (2026-11-28), causal, bf16,
+ * against FlashAttention-3 in the same run: 0.92 to 0.97 at head_dim 128 from 2k tokens on, 1.13 to 1.20 over pages of 64; the
+ * tensor cores are at work 82 % of the cycles at 16k tokens (FlashAttention-3: 88).
+ *
+ * A step: scores of this step and values of the one before are begun together; the softmax of the scores runs while the values are
+ * added. At head_dim 128 the warpgroups take turns to begin (named barriers), so that one's softmax falls into the other's products.
+ * From tile to tile it goes on so: the first scores of the next tile are begun with the last values of this one.
+ * The same bits for a row in any batch, chunk or shape: steps begin at multiples of KEYS and are taken in descending order; of a
+ * step of which a row sees nothing all weights are 0, and its maximum, sum and result stay as they are.
+ *
+ * Tried, and of no use: fewer scores where a tile's first step is half masked (short sequences got 1 to 4 % slower: the code grows;
+ * products of another width beside those in flight are serialised by ptxas); two blocks a multiprocessor at head_dim 64 (112
+ * registers do not do); turns at head_dim 64 (-5 %) and 256 (no difference); asking for the next tile at the begin of this one (one
+ * multiprocessor worked 13 % longer than another). What did: descriptors from uniform registers (+5 %), scaling the result only
+ * where a maximum has moved far (+2 %), waiting for values when the maxima are known (+3 %), one elected lane that asks for copies
+ * (over pages +7 %).
  */
 #include <atomic>
 
-#include "kernels/cuda/attention_tiles.cuh"
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/attention_prefill_hopper.cuh"
 
 namespace {
 
@@ -12,218 +34,9 @@ namespace {
 __device__ constexpr float LATE = 8;
 
 enum {
-    N_COUNTERS = 256,
     LONG_SEQUENCE = 1536, // queries, on average
     MAX_CHAINS = 4,       // of maxima of a row that a lane keeps: they do not wait for each other
 };
-
-// Places that were given out, of launches that may run at the same time; zero between launches.
-__device__ int32_t place_counters[N_COUNTERS];
-
-struct hopper_args {
-    CUtensorMap q, k, v;
-    struct flash_attention_params p;
-    struct scoring scoring;
-    tile_order order;
-    int32_t group;      // q heads per KV head
-    int32_t n_packs;    // that these are cut into, of n_packed heads each but the last
-    int32_t n_packed;
-    int32_t n_queries;  // of a tile: its row r is query r / n_packed, head r % n_packed
-    uint32_t pack_part; // 2^32 / n_packed, rounded up; 0 for 1
-    int32_t box_tokens; // that one copy brings
-    int32_t block_shift; // log2 of the block size
-    int32_t counter;    // which of place_counters
-};
-
-template <int DIM, int N_WARPGROUPS> struct hopper_shape {
-    static constexpr int D = DIM;
-    static constexpr int WARPGROUPS = N_WARPGROUPS;  // that compute, 64 rows each
-    static constexpr int ROWS = WARPGROUPS * 64;
-    static constexpr int KEYS = D == 256 ? 80 : 128; // of a step; steps start at multiples of it, whatever the batch
-    static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP;
-    static constexpr int THREADS = COMPUTE_THREADS + WARPGROUP; // one warp fetches; registers are dealt out by warpgroups
-    static constexpr int COLUMNS = D / 64;
-    static constexpr int Q_BUFFERS = D == 256 ? 1 : 2;
-    static constexpr int Q_BYTES = COLUMNS * ROWS * ROW_BYTES;
-    static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // bytes: K or V of a step
-    static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
-    static constexpr bool TAKES_TURNS = D == 128;
-    static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
-    static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
-    static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
-    static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= 512, "a multiprocessor has 65,536");
-};
-
-// Rows of q and out, and q heads.
-struct hopper_rows {
-    int32_t query_row, n_queries;
-    int32_t first_head, n_heads;
-};
-
-// The work of one tile, as those who compute need it.
-struct hopper_tile {
-    hopper_rows rows;             // no heads: there is no more work
-    int32_t first_step, end_step; // that hold the keys which any row sees
-    int32_t position;             // of its first query
-    int32_t length;               // of the context
-};
-
-template <typename shape> struct hopper_smem {
-    unsigned char q[shape::Q_BUFFERS][shape::Q_BYTES];
-    unsigned char slots[shape::SLOTS][shape::SLOT];
-    uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
-    hopper_tile tiles[shape::Q_BUFFERS];
-    float2 maxima[shape::COMPUTE_THREADS]; // written alone: see soften
-};
-
-// A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
-template <int N> struct ring_place {
-    int32_t at = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void advance()
-    {
-        if (++at == N) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// Row of a tile to query.
-__device__ __forceinline__ int32_t query_of(const hopper_args &a, int32_t row)
-{
-    return a.pack_part ? (int32_t)__umulhi((uint32_t)row, a.pack_part) : row;
-}
-
-// ---- fetching -------------------------------------------------------------------------------------------------------
-
-// What the fetching warp knows beside the tile.
-struct fetch_tile {
-    int32_t kv_head, pack;
-    int32_t first_token;        // dense: row of k and v that the sequence begins with
-    int32_t first_key, end_key; // seen by any row of the tile
-    const int32_t *pages;       // its row of the block table; NULL: dense
-};
-
-template <typename shape>
-__device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_place &place, hopper_tile *t, fetch_tile *f)
-{
-    constexpr int KEYS = shape::KEYS;
-    const struct flash_attention_params &p = a.p;
-    f->kv_head = place.head / a.n_packs;
-    f->pack = place.head - f->kv_head * a.n_packs;
-    t->rows.first_head = f->kv_head * a.group + f->pack * a.n_packed;
-    t->rows.n_heads = min(a.group - f->pack * a.n_packed, a.n_packed);
-    const int32_t before = place.tile * a.n_queries, length = place.sequence.n_keys;
-    t->rows.query_row = place.sequence.query_row + before;
-    t->rows.n_queries = min(a.n_queries, place.sequence.n_queries - before);
-    t->length = length;
-    t->position = length - place.sequence.n_queries + before;
-    f->first_token = place.sequence.first_token;
-    f->first_key = max(t->position - a.scoring.left, 0);
-    f->end_key = min(t->position + t->rows.n_queries + a.scoring.right, length);
-    f->pages = p.block_table ? p.block_table + (size_t)place.seq * (size_t)p.max_blocks : nullptr;
-    t->first_step = f->first_key / KEYS;
-    t->end_step = f->end_key > f->first_key ? (f->end_key + KEYS - 1) / KEYS : t->first_step;
-}
-
-// The tiles of K and V come in parts of box_tokens keys: lane i knows where part i of a step is.
-template <typename shape> struct kv_feed {
-    int32_t window, entry; // lane i has entry window + i of the block table
-
-    // Block and token of the lane's part; what no row of the tile sees is outside the tensor.
-    __device__ __forceinline__ int2 find(const hopper_args &a, const fetch_tile &f, int32_t step)
-    {
-        const int lane = (int)threadIdx.x % 32;
-        int32_t first = step * shape::KEYS + lane * a.box_tokens;
-        if (!f.pages) return make_int2(0, f.first_token + first);
-        int32_t last = (min((step + 1) * shape::KEYS, f.end_key) - 1) >> a.block_shift;
-        if (last >= window + 32 || step * shape::KEYS >> a.block_shift < window) {
-            window = max(last - 31, 0);
-            entry = (window + lane) << a.block_shift < f.end_key ? f.pages[window + lane] : -1;
-        }
-        int32_t block = first >> a.block_shift, id = __shfl_sync(0xffffffffu, entry, (block - window) & 31);
-        bool seen = first < f.end_key && first + a.box_tokens > f.first_key;
-        return make_int2(seen ? id : -1, first - (block << a.block_shift));
-    }
-};
-
-template <typename shape> __device__ __forceinline__ void fetch(const hopper_args &a, hopper_smem<shape> *smem)
-{
-    const int lane = (int)threadIdx.x % 32;
-    if (lane == 0) {
-        prefetch_map(&a.q);
-        prefetch_map(&a.k);
-        prefetch_map(&a.v);
-    }
-    const uint32_t slots = shared_address(smem->slots), full = shared_address(smem->full), empty = shared_address(smem->empty);
-    const uint32_t q = shared_address(smem->q), q_full = shared_address(smem->q_full), q_empty = shared_address(smem->q_empty);
-    ring_place<shape::SLOTS> slot;
-    ring_place<shape::Q_BUFFERS> buffer;
-    kv_feed<shape> feed = {};
-    tile_search search = {};
-    int32_t place = (int32_t)blockIdx.x;
-    const int32_t n_parts = shape::KEYS / a.box_tokens;
-    auto bring = [&](const CUtensorMap *map, int32_t kv_head, int2 from) { // K or V of a step
-        const uint32_t at = (uint32_t)uniform(slot.at), barrier = full + at * 8;
-        mbarrier_wait(empty + at * 8, slot.parity ^ 1);
-        if (lane == 0) mbarrier_arrive_expect(barrier, shape::SLOT);
-        const int32_t head = uniform(kv_head);
-        for (int32_t part = 0; part < n_parts; part++) {
-            const int32_t block = __shfl_sync(0xffffffffu, from.x, part), token = __shfl_sync(0xffffffffu, from.y, part);
-            const uint32_t to = slots + at * shape::SLOT + (uint32_t)(part * a.box_tokens) * ROW_BYTES;
-            if (!elect_lane()) continue;
-#pragma unroll
-            for (int column = 0; column < shape::COLUMNS; column++)
-                copy_box(to + column * (shape::KEYS * ROW_BYTES), map, token, column, head, block, barrier);
-        }
-        slot.advance();
-    };
-    fetch_tile f;
-    int2 last = {}; // where values are that are still to be brought, and of which KV head
-    int32_t last_head = 0;
-    bool is_owed = false;
-    for (;;) {
-        tile_place found;
-        hopper_tile t;
-        bool is_tile = find_tile(a.p, a.order, place, &search, &found);
-        if (is_tile) describe_tile<shape>(a, found, &t, &f);
-        else t.rows.n_heads = 0;
-        mbarrier_wait(q_empty + (uint32_t)buffer.at * 8, buffer.parity ^ 1);
-        uint32_t barrier = q_full + (uint32_t)buffer.at * 8;
-        if (lane == 0) {
-            smem->tiles[buffer.at] = t;
-            if (is_tile) mbarrier_arrive_expect(barrier, (uint32_t)(shape::COLUMNS * a.n_queries * a.n_packed * ROW_BYTES));
-            else mbarrier_arrive(barrier);
-        }
-        __syncwarp();
-        if (!is_tile) break;
-        if (lane < shape::COLUMNS)
-            copy_box(q + (uint32_t)(buffer.at * shape::Q_BYTES + lane * shape::ROWS * ROW_BYTES), &a.q, f.pack * a.n_packed,
-                     lane, f.kv_head, t.rows.query_row, barrier);
-        buffer.advance();
-        int32_t next = 0;
-        feed.window = -64;
-        for (int32_t step = t.end_step - 1; step >= t.first_step; step--) {
-            int2 from = feed.find(a, f, step);
-            // Asked for before the tile's end, for it takes a while, but no sooner: who is late shall get less.
-            if (step == min(t.first_step + 1, t.end_step - 1) && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
-            bring(&a.k, f.kv_head, from);
-            if (is_owed) bring(&a.v, last_head, last);
-            last = from;
-            last_head = f.kv_head;
-            is_owed = true;
-        }
-        if (!shape::RUNS_ON && is_owed) bring(&a.v, last_head, last);
-        is_owed &= shape::RUNS_ON;
-        if (t.first_step == t.end_step && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
-        place = (int32_t)gridDim.x + __shfl_sync(0xffffffffu, next, 0);
-    }
-    if (is_owed) bring(&a.v, last_head, last);
-    // All tiles but the first of a block were asked for, and by every block that had one, one more.
-    if (lane == 0 && place - search.before == (int32_t)gridDim.x - 1) place_counters[a.counter] = 0;
-}
 
 // ---- one step -------------------------------------------------------------------------------------------------------
 
@@ -789,9 +602,7 @@ attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
     }
     __syncthreads();
     previous_kernel_wait();
-#ifndef X_NOALLOW
     next_kernel_allow();
-#endif
     if (threadIdx.x >= shape::COMPUTE_THREADS) {
         registers_shrink<shape::FETCH_REGISTERS>();
         if (threadIdx.x < shape::COMPUTE_THREADS + 32) fetch<shape>(a, smem);
@@ -842,10 +653,11 @@ cudaError_t make_maps(hopper_args *a, int32_t keys)
     return status;
 }
 
+std::atomic<uint32_t> n_launches; // of all shapes: which counter is next
+
 template <typename T, typename shape, bool ADJUSTED> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
 {
     static_assert(sizeof(hopper_smem<shape>) <= 227 * 1024, "fits sm_90");
-    static std::atomic<uint32_t> launches;
     choose_pack(&a, shape::ROWS);
     cudaError_t status = make_maps(&a, shape::KEYS);
     if (status != cudaSuccess) return status;
@@ -858,7 +670,7 @@ template <typename T, typename shape, bool ADJUSTED> cudaError_t launch_shape(ho
     uint64_t section = (uint64_t)(4 * n_sms / a.order.n_heads);
     if (section < 2) section = 2;
     a.order.section_part = (uint32_t)((((uint64_t)1 << 32) + section - 1) / section);
-    a.counter = (int32_t)(launches++ % N_COUNTERS);
+    a.counter = (int32_t)(n_launches++ % N_COUNTERS);
     unsigned n_blocks = n_tiles < (size_t)n_sms ? (unsigned)n_tiles : (unsigned)n_sms;
     return launch_kernel(attention_prefill_hopper_kernel<T, shape, ADJUSTED>, n_blocks, shape::THREADS,
                          sizeof(hopper_smem<shape>), sizeof(hopper_smem<shape>), 90, stream, a);
@@ -885,16 +697,18 @@ template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cu
 static bool has_code()
 {
     cudaFuncAttributes code;
-    bool has = cudaFuncGetAttributes(&code, (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128, 2>, false>) == cudaSuccess;
-    if (!has) (void)cudaGetLastError();
-    return has;
+    const void *kernel = (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128, 2>, false>;
+    if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return true;
+    (void)cudaGetLastError();
+    return false;
 }
 
 bool prefill_fits_hopper(const struct flash_attention_params *p)
 {
     static const bool has = has_code();
     const size_t most = (size_t)1 << 38; // of a stride: a map's end at 2^40 bytes
-    return has && (p->head_dim == 64 || p->head_dim == 128 || p->head_dim == 256) && p->kv_head_stride < most;
+    return has && (p->head_dim == 64 || p->head_dim == 128 || p->head_dim == 256) && p->kv_head_stride < most &&
+           (size_t)(p->n_heads / p->n_kv_heads) * p->q_head_stride < most;
 }
 
 cudaError_t launch_prefill_hopper(const struct flash_attention_params *p, int n_sms, cudaStream_t stream)

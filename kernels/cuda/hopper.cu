@@ -23,7 +23,7 @@ cudaError_t make_tensor_map(CUtensorMap *map, const struct tensor_view *view, bo
     const cuuint32_t boxes[5] = {64, view->box[0], 1, 1, view->box[1]}, steps[5] = {1, 1, 1, 1, 1};
     for (int i = 0; i < 4; i++) {
         sizes[i + 1] = view->size[i];
-        strides[i] = view->stride[i] * 2;
+        strides[i] = view->size[i] == 1 ? 16 : view->stride[i] * 2; // of one there is no next
     }
     CUresult status = encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
                              (void *)view->base, sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
