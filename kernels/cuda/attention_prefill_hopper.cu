@@ -12,7 +12,7 @@
  * tensor cores are at work 82 % of the cycles at 16k tokens (FlashAttention-3: 88).
  *
  * A step: scores of this step and values of the one before are begun together; the softmax of the scores runs while the values are
- * added. At head_dim 128 the warpgroups take turns to begin (named barriers), so that one's softmax falls into the other's products.
+ * added. At head_dim 128 the warpgroups take turns to begin (named barriers): one's softmax falls into the other's products.
  * From tile to tile it goes on so: the first scores of the next tile are begun with the last values of this one.
  * The same bits for a row in any batch, chunk or shape: steps begin at multiples of KEYS and are taken in descending order; of a
  * step of which a row sees nothing all weights are 0, and its maximum, sum and result stay as they are.
