@@ -495,6 +495,23 @@ def repeated(library):
         check(all(same_bits(a, b) for a, b in zip(run.decode(library, run.scratch), first)), "a repeated call differs")
 
 
+def concurrent(library):
+    """Calls on several streams at once, more of them than the library has counters"""
+    runs = [Run(ragged(Heads(dim=random.choice((64, 128, 256))), [(n, n + 100) for n in (random.randrange(1, 900), 64)]), Options())
+            for _ in range(12)]
+    want = [run.prefill(library) for run in runs]
+    streams = [torch.cuda.Stream() for _ in runs]
+    for run in runs:
+        run.out.fill_(float("nan"))
+    torch.cuda.synchronize()
+    for _ in range(40):
+        for run, stream in zip(runs, streams):
+            with torch.cuda.stream(stream):
+                library.run("prefill", run.p)
+    for run, expected in zip(runs, want):
+        check(all(same_bits(a, b) for a, b in zip(run.results(), expected)), "a call beside others differs from it alone")
+
+
 def graph(library):
     """One captured launch serves every context: lengths change in place"""
     lens = [3000, 200, 64, 5000]
@@ -562,6 +579,7 @@ def calls(library, worst):
     yield "refusals", lambda: refusals(library)
     if DEVICE == "cuda":
         yield "graph", lambda: graph(library)
+        yield "concurrent", lambda: concurrent(library)
         for name in ("prefill", "decode"):
             yield f"far heads {name}", lambda name=name: far_heads(library, name, worst)
 
