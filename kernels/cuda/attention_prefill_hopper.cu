@@ -17,12 +17,12 @@
  * The same bits for a row in any batch, chunk or shape: steps begin at multiples of KEYS and are taken in descending order; of a
  * step of which a row sees nothing all weights are 0, and its maximum, sum and result stay as they are.
  *
- * Tried, and of no use: fewer scores where a tile's first step is half masked (short sequences got 1 to 4 % slower: the code grows;
- * products of another width beside those in flight are serialised by ptxas); two blocks a multiprocessor at head_dim 64 (112
- * registers do not do); turns at head_dim 64 (-2 to -4 %) and 256 (no difference); asking for the next tile at the begin of this
- * one (one multiprocessor worked 13 % longer than another). What did: descriptors from uniform registers (+5 %), scaling the result only
- * where a maximum has moved far (+2 %), waiting for values when the maxima are known (+3 %), one elected lane that asks for copies
- * (over pages +7 %).
+ * Tried, and of no use: fewer scores where a tile's first step is half masked (short sequences got 1 to 4 % slower: the code
+ * grows; products of another width beside those in flight are serialised by ptxas); two blocks a multiprocessor at head_dim 64
+ * (112 registers do not do); turns at head_dim 64 (-2 to -4 %) and 256 (no difference); asking for the next tile at the begin
+ * of this one (one multiprocessor worked 13 % longer than another). What did: descriptors from uniform registers (+5 %),
+ * scaling the result only where a maximum has moved far (+2 %), waiting for values when the maxima are known (+3 %), one
+ * elected lane that asks for copies (over pages +7 %).
  */
 #include <atomic>
 
