@@ -111,7 +111,7 @@ template <typename T, typename shape> struct computer {
     uint32_t p[N / 4];
     float max[2], sum[2], factor[2], shift[2], bias[2];
     const float multiplier;
-    bool are_full;    // of the slots that come next: false: not known
+    bool are_full;                // the slots that come next; false: not known to be
 
     __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<shape> *smem)
         : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP)),

@@ -75,34 +75,23 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int n_threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
-// Four 8x8 matrices, held as ldmatrix gives them; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void stmatrix(const uint32_t (&r)[4], uint32_t address)
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address)
-{
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
-}
-
+// Two numbers to shared memory, in the order of the program.
 __device__ __forceinline__ void store_volatile(uint32_t address, float x, float y)
 {
     asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-__device__ __forceinline__ float load_volatile(uint32_t address)
+// ---- lanes ----------------------------------------------------------------------------------------------------------
+
+// The same in all lanes, as the compiler then knows.
+template <typename X> __device__ __forceinline__ X uniform(X x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// True in one lane of the warp, which the compiler then knows to be alone: it takes uniform registers, as copies want.
+__device__ __forceinline__ bool elect_lane()
 {
-    float x;
-    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-    return x;
+    uint32_t is_elected;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(is_elected));
+    return is_elected;
 }
 
 // ---- registers ------------------------------------------------------------------------------------------------------
@@ -115,14 +104,6 @@ template <int N> __device__ __forceinline__ void registers_grow()
 template <int N> __device__ __forceinline__ void registers_shrink()
 {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-
-// True in one lane of the warp, which the compiler then knows to be alone: it takes uniform registers, as copies want.
-__device__ __forceinline__ bool elect_lane()
-{
-    uint32_t is_elected;
-    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(is_elected));
-    return is_elected;
 }
 
 // ---- bulk tensor copies ---------------------------------------------------------------------------------------------
@@ -153,9 +134,6 @@ struct tensor_view {
 cudaError_t make_tensor_map(CUtensorMap *map, const struct tensor_view *view, bool is_bf16);
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
-
-// The same in all lanes, as the compiler then knows.
-template <typename X> __device__ __forceinline__ X uniform(X x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // The lower half of a tile's descriptor, the upper one being the same for all. The tile's rows are the operand's, along k (Q, K),
 // or its rows are k ("transposed": V); it has n_rows. 16 of k further is 2 more within a column of 64 of the first kind, 128 more
@@ -214,20 +192,20 @@ template <typename T, int N> struct wgmma;
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS_##R "}, a, b"              \
                          ", p, 1, 1, 0, 0;\n\t}"                                                                              \
                          : ACC_##R(c, 0)                                                                                      \
-                         : "r"(a), "r"(b), "r"(add));                                                                 \
+                         : "r"(a), "r"(b), "r"(add));                                                                         \
         }                                                                                                                     \
         static __device__ __forceinline__ void columns(float (&c)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
                                                        uint32_t b)                                                            \
         {                                                                                                                     \
-            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 b;\n\tsetp.eq.u32 p, 0, 0;\n\t"                                    \
-                         "mov.b64 b, {" A4 ", " DESCRIPTOR_UPPER "};\n\t"                                                    \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 b;\n\tsetp.eq.u32 p, 0, 0;\n\t"                                     \
+                         "mov.b64 b, {" A4 ", " DESCRIPTOR_UPPER "};\n\t"                                                     \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS_##R "}, {" A0 ", " A1      \
-                         ", " A2 ", " A3 "}, b, p, 1, 1, 1;\n\t}"                                                            \
+                         ", " A2 ", " A3 "}, b, p, 1, 1, 1;\n\t}"                                                             \
                          : ACC_##R(c, 0)                                                                                      \
                          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b));                                                       \
         }                                                                                                                     \
     };
-#define DEFINE_WGMMA_TYPES(...)                 \
+#define DEFINE_WGMMA_TYPES(...)                      \
     DEFINE_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) \
     DEFINE_WGMMA(__half, "f16", __VA_ARGS__)
 DEFINE_WGMMA_TYPES(64, 32, "%32", "%33", "%34", "%35", "%36")
