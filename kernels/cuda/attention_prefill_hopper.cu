@@ -30,8 +30,8 @@
 
 namespace {
 
-// Weights are at most 2^LATE times what they would be, in fp16, too, far from the largest number.
-__device__ constexpr float LATE = 8;
+// Of a lane's weights of a row: where they are more, the row's maximum moves. In fp16, too, far from the largest number.
+__device__ constexpr float MOST_WEIGHTS = 256;
 
 enum {
     LONG_SEQUENCE = 1536, // queries, on average
@@ -40,11 +40,14 @@ enum {
 
 // ---- one step -------------------------------------------------------------------------------------------------------
 
+// What becomes of a score. CAPPED: softcap, and ALiBi, if there are slopes.
+enum scoring_kind { PLAIN, ALIBI, CAPPED };
+
 // What a lane knows of one of its two rows.
 struct hopper_row {
-    int32_t first, last; // keys it sees
+    int32_t first, last;  // keys it sees
     int32_t position;
-    float slope;         // ALiBi, in units of log2(e)
+    float slope, per_key; // ALiBi, in units of log2(e), and of the score as it is then
 };
 
 // Index in an accumulator of element i of the lane's, of one of its rows.
@@ -52,20 +55,19 @@ __device__ __forceinline__ constexpr int element_of(int half, int i) { return i 
 
 // Softcap, ALiBi: of the bias of key first + 8 i + j, the part of 8 i + j is added; the rest, the same for all of the lane's
 // elements of the row, is the result.
-template <int N>
+template <int N, enum scoring_kind KIND>
 __device__ __forceinline__ float adjust_row(float (&s)[N / 2], int half, int32_t first, const hopper_row &row,
                                             const struct scoring &scoring)
 {
-    if (scoring.softcap_in != 0) {
+    if (KIND == CAPPED) {
 #pragma unroll
         for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = cap_score(s[element_of(half, i)], scoring);
+        if (!scoring.slopes) return 0;
     }
-    if (!scoring.slopes) return 0;
-    float per_key = scoring.softcap_in != 0 ? row.slope : __fdividef(row.slope, scoring.raw_scale);
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
         float &x = s[element_of(half, i)];
-        x = __fmaf_rn(per_key, (float)(i / 2 * 8 + i % 2), x);
+        x = __fmaf_rn(row.per_key, (float)(i / 2 * 8 + i % 2), x);
     }
     return __fmul_rn(row.slope, (float)(first - row.position));
 }
@@ -89,16 +91,16 @@ template <int N> __device__ __forceinline__ void mask_after(float (&s)[N / 2], i
 
 // ---- computing ------------------------------------------------------------------------------------------------------
 
-template <typename T, typename shape> struct computer {
+template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     static constexpr int D = shape::D, N = shape::KEYS, SYNC = 1 + shape::WARPGROUPS; // named barriers: 1 and on are turns
     const hopper_args &a;
     hopper_smem<shape> *smem;
     const int lane, warpgroup;
-    ring_place<shape::SLOTS> slot;       // that comes next
-    ring_place<shape::SLOTS> value_slot; // and the one after it: see look_ahead
-    uint32_t q_descriptor, k_descriptor, v_descriptor;
+    ring_place<shape::SLOTS> slot;         // that comes next
+    ring_place<shape::SLOTS> keys, values; // of the products at hand
     ring_place<shape::Q_BUFFERS> q_at, q_next;
     hopper_rows rows;
+    int32_t context;              // see hopper_tile
     int32_t step, first_step;     // of the tile: at hand, its last
     int32_t n_valid;              // keys of the step's that are in the context
     int32_t full_first, full_end; // keys that all rows of the warpgroup see
@@ -109,26 +111,18 @@ template <typename T, typename shape> struct computer {
     hopper_row row[2];
     float o[D / 2], s[N / 2];
     uint32_t p[N / 4];
-    float max[2], sum[2], factor[2], shift[2], bias[2];
+    float max[2], sum[2], shift[2], bias[2];
     const float multiplier;
-    bool are_full;                // the slots that come next; false: not known to be
 
     __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<shape> *smem)
         : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP)),
-          multiplier(a.scoring.slopes && a.scoring.softcap_in == 0 ? a.scoring.raw_scale : a.scoring.multiplier)
+          multiplier(KIND == CAPPED ? 1.0f : a.scoring.raw_scale)
     {
     }
 
     __device__ __forceinline__ void wait_slot(const ring_place<shape::SLOTS> &at)
     {
         mbarrier_wait(shared_address(smem->full + at.at), at.parity);
-    }
-
-    // Whether the two slots that come next are full, asked early, too.
-    __device__ __forceinline__ void ask_slots()
-    {
-        are_full = mbarrier_test(shared_address(smem->full + slot.at), slot.parity);
-        are_full &= mbarrier_test(shared_address(smem->full + value_slot.at), value_slot.parity);
     }
 
     __device__ __forceinline__ void release_slot(const ring_place<shape::SLOTS> &at)
@@ -144,16 +138,6 @@ template <typename T, typename shape> struct computer {
     __device__ __forceinline__ uint32_t describe_slot(const ring_place<shape::SLOTS> &at)
     {
         return matrix_descriptor(shared_address(smem->slots[at.at]), N);
-    }
-
-    // Of the two slots that come next, early, for what follows from `slot` takes a while.
-    __device__ __forceinline__ void look_ahead()
-    {
-        value_slot = slot;
-        value_slot.advance();
-        q_descriptor = describe_q();
-        k_descriptor = describe_slot(slot);
-        v_descriptor = describe_slot(value_slot);
     }
 
     // s = Q K'
@@ -180,13 +164,13 @@ template <typename T, typename shape> struct computer {
     }
 
     // Softcap, ALiBi, -infinity for what a row does not see.
-    __device__ __forceinline__ void adjust_scores(bool masked, bool adjusted)
+    __device__ __forceinline__ void adjust_scores(bool masked)
     {
         const int32_t first = step * N + lane % 4 * 2;
         bias[0] = bias[1] = 0;
-        if (adjusted) {
-            bias[0] = adjust_row<N>(s, 0, first, row[0], a.scoring);
-            bias[1] = adjust_row<N>(s, 1, first, row[1], a.scoring);
+        if (KIND != PLAIN) {
+            bias[0] = adjust_row<N, KIND>(s, 0, first, row[0], a.scoring);
+            bias[1] = adjust_row<N, KIND>(s, 1, first, row[1], a.scoring);
         }
         if (masked && (step + 1) * N > full_end) {
             mask_after<N>(s, 0, first, row[0].last);
@@ -198,71 +182,158 @@ template <typename T, typename shape> struct computer {
         }
     }
 
-    // The online softmax as softmax_step of attention_prefill.cu has it, but that the maximum that is subtracted stays behind the
-    // row's until it is more than 2^LATE times too small: what goes before is hardly ever scaled. (Dao, "FlashAttention-4", 2025.)
-    // most: of the lane's scores of the row.
-    __device__ __forceinline__ void move_max(int half, float most)
+    // Rows that begin to see: what is subtracted from their scores is the maximum of these first ones, until their weights get too
+    // large (see move_maxima). So no maximum is looked for in the other steps.
+    __device__ __forceinline__ void begin_rows()
     {
-        float new_max = fmaxf(max[half], quad_max(__fmaf_rn(most, multiplier, bias[half])));
-        factor[half] = 1;
-        if (__fsub_rn(new_max, max[half]) > LATE) { // false where both are -infinity
-            factor[half] = exp2_approx(__fsub_rn(max[half], new_max));
-            max[half] = new_max;
-        }
-        shift[half] = __fsub_rn(bias[half], finite_max(max[half]));
-    }
-
-    __device__ __forceinline__ void move_maxima()
-    {
-        float most[2][MAX_CHAINS];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            float most[MAX_CHAINS];
 #pragma unroll
             for (int i = 0; i < N / 4; i++) {
-                float x = s[element_of(half, i)], &of = most[half][i % MAX_CHAINS];
+                float x = s[element_of(half, i)], &of = most[i % MAX_CHAINS];
                 of = i < MAX_CHAINS ? x : fmaxf(of, x);
             }
-            move_max(half, fmaxf(fmaxf(most[half][0], most[half][1]), fmaxf(most[half][2], most[half][3])));
+            float found = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+            found = quad_max(__fmaf_rn(found, multiplier, bias[half]));
+            if (max[half] == -CUDART_INF_F) max[half] = found;
         }
     }
 
-    // Scores to weights, their sums, and their rounding for the product over them.
-    __device__ __forceinline__ void exponentiate()
+    __device__ __forceinline__ void find_shifts()
     {
-        float part[4] = {0, 0, 0, 0};
+        shift[0] = __fsub_rn(bias[0], finite_max(max[0]));
+        shift[1] = __fsub_rn(bias[1], finite_max(max[1]));
+    }
+
+    // Scores to weights, elements FIRST to END - 1, and their sums.
+    template <int FIRST, int END> __device__ __forceinline__ void exponentiate(float (&part)[4])
+    {
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) {
+        for (int i = FIRST; i < END; i++) {
             s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, shift[i / 2 % 2]));
             part[i % 4] = __fadd_rn(part[i % 4], s[i]);
-            if (i % 2) p[i / 2] = pack<T>(s[i - 1], s[i]);
         }
-        sum[0] = __fmaf_rn(sum[0], factor[0], __fadd_rn(part[0], part[1]));
-        sum[1] = __fmaf_rn(sum[1], factor[1], __fadd_rn(part[2], part[3]));
     }
 
-    __device__ __forceinline__ void scale_result()
+    __device__ __forceinline__ void pack_weights()
     {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    }
+
+    // The score of one query row and key, from memory.
+    __device__ __forceinline__ float find_score(int32_t token, int32_t head, int32_t key)
+    {
+        const struct flash_attention_params &p = a.p;
+        const T *q = (const T *)p.q + ((size_t)token * p.q_stride + (size_t)head * p.q_head_stride);
+        const T *k = (const T *)p.k + (size_t)(head / a.group) * p.kv_head_stride;
+        if (p.block_table) {
+            const int32_t *pages = p.block_table + (size_t)context * (size_t)p.max_blocks;
+            k += (size_t)pages[key >> a.block_shift] * p.kv_block_stride + (size_t)(key & (p.block_size - 1)) * p.kv_stride;
+        } else {
+            k += (size_t)(context + key) * p.kv_stride;
+        }
+        float x = 0;
+#pragma unroll 1
+        for (int i = 0; i < D; i++) x = __fmaf_rn(to_float(q[i]), to_float(k[i]), x);
+        return x;
+    }
+
+    // Weights of a row once more, from the scores, for they are infinite: the maximum becomes theirs. Returns the factor of what
+    // went before. All lanes come along; of those whose row it is not, nothing changes.
+    __device__ __forceinline__ float redo_row(int half, bool is_it)
+    {
+        float t[N / 4], most = -CUDART_INF_F;
+        int32_t token, head;
+        const bool is_row = find_output(rows, half, &token, &head);
+#pragma unroll 1
+        for (int i = 0; i < N / 4; i++) {
+            const int32_t key = step * N + i / 2 * 8 + i % 2 + lane % 4 * 2;
+            const bool is_seen = is_row && key >= ::max(row[half].first, 0) && key <= row[half].last;
+            float x = is_seen ? find_score(token, head, key) : 0;
+            if (KIND == CAPPED) x = cap_score(x, a.scoring);
+            if (KIND != PLAIN) x = __fmaf_rn(row[half].per_key, (float)(i / 2 * 8 + i % 2), x);
+            t[i] = is_seen ? x : -CUDART_INF_F;
+            most = fmaxf(most, t[i]);
+        }
+        const float new_max = quad_max(__fmaf_rn(most, multiplier, bias[half]));
+        if (!is_it) return 1;
+        const float factor = exp2_approx(__fsub_rn(max[half], new_max));
+        max[half] = new_max;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+            s[element_of(half, i)] = exp2_approx(__fmaf_rn(t[i], multiplier, __fsub_rn(bias[half], new_max)));
+        return factor;
+    }
+
+    // Rows whose weights are large, as their sum tells: the largest comes to be from 1 to 2, by a power of two, which is exact.
+    __device__ __forceinline__ void move_maxima(float (&added)[2])
+    {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float most = 0;
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) most = fmaxf(most, s[element_of(half, i)]);
+            most = quad_max(most);
+            const bool moves = quad_max(added[half]) > MOST_WEIGHTS, is_lost = moves && most == CUDART_INF_F;
+            factor[half] = 1;
+            if (__any_sync(0xffffffffu, is_lost)) factor[half] = redo_row(half, is_lost);
+            if (moves && !is_lost) {
+                int32_t power = min((__float_as_int(most) >> 23) - 127, 126);
+                factor[half] = __int_as_float((127 - power) << 23);
+                max[half] = __fadd_rn(max[half], (float)power);
+#pragma unroll
+                for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = __fmul_rn(s[element_of(half, i)], factor[half]);
+            }
+            if (!moves) continue;
+            float part[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) part[i % 2] = __fadd_rn(part[i % 2], s[element_of(half, i)]);
+            added[half] = __fadd_rn(part[0], part[1]);
+            sum[half] = __fmul_rn(sum[half], factor[half]);
+        }
+        pack_weights();
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = __fmul_rn(o[i], factor[i / 2 % 2]);
     }
 
-    // From the scores of `step` to weights; the values of the weights before are added meanwhile, which is waited for when the
-    // maxima are known: the registers of those weights are free then, to be written as the exponentials come. (ptxas moves the
-    // wait up, to where it is first possible, but not over a store.)
-    __device__ __forceinline__ void soften()
+    __device__ __forceinline__ void add_sums(const float (&added)[2])
     {
-        move_maxima();
-        store_volatile(shared_address(smem->maxima + threadIdx.x), max[0], max[1]);
-        wgmma_wait<0>();
-        hold_registers(o);
-        release_slot(slot);
-        slot.advance();
-        look_ahead();
-        ask_slots();
-        exponentiate();
+        sum[0] = __fadd_rn(sum[0], added[0]);
+        sum[1] = __fadd_rn(sum[1], added[1]);
     }
 
-    __device__ __forceinline__ bool has_moved() { return __any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1); }
+    // From the scores of `step` to weights; the values of the weights before are added meanwhile: when they are, the registers of
+    // those weights are free, and their slot. (ptxas moves the wait up, to where it is first possible, but not over a store.)
+    __device__ __forceinline__ void soften(bool masked)
+    {
+        float part[4] = {0, 0, 0, 0};
+        if (masked) begin_rows();
+        find_shifts();
+        exponentiate<0, shape::EARLY>(part);
+        store_volatile(shared_address(smem->parts + threadIdx.x), part[1], part[3]);
+        wgmma_wait<0>();
+        hold_registers(o);
+        release_slot(values);
+        exponentiate<shape::EARLY, N / 2>(part);
+        pack_weights();
+        float added[2] = {__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3])};
+        if (__builtin_expect(__any_sync(0xffffffffu, fmaxf(added[0], added[1]) > MOST_WEIGHTS), 0)) move_maxima(added);
+        add_sums(added);
+    }
+
+    // The same where all rows begin: their weights are at most 1.
+    __device__ __forceinline__ void soften_first()
+    {
+        float part[4] = {0, 0, 0, 0};
+        begin_rows();
+        find_shifts();
+        exponentiate<0, N / 2>(part);
+        pack_weights();
+        add_sums({__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3])});
+    }
 
     // Values of keys beyond the context's end may be anything: zeros, for their weights are.
     __device__ __forceinline__ void clear_values(const ring_place<shape::SLOTS> &at, int32_t n_keys)
@@ -293,7 +364,9 @@ template <typename T, typename shape> struct computer {
         row->position = position + query;
         row->first = row->position - a.scoring.left;
         row->last = min(row->position + a.scoring.right, length - 1);
+        if (KIND == PLAIN) return;
         row->slope = a.scoring.slopes && head < a.p.n_heads ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0;
+        row->per_key = KIND == ALIBI ? __fdividef(row->slope, a.scoring.raw_scale) : row->slope;
     }
 
     __device__ __forceinline__ void reset_rows()
@@ -329,6 +402,7 @@ template <typename T, typename shape> struct computer {
                 continue;
             }
             rows = found;
+            context = tile.context;
             const int32_t position = uniform(tile.position), length = uniform(tile.length), first_row = warpgroup * 64;
             const int32_t r = first_row + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
             find_row(r, position, length, row);
@@ -351,10 +425,10 @@ template <typename T, typename shape> struct computer {
     }
 
     // The scores of a step are there: its keys are no longer needed, nor, after the last, the queries.
-    __device__ __forceinline__ void end_scores(const ring_place<shape::SLOTS> &at)
+    __device__ __forceinline__ void end_scores()
     {
         hold_registers(s);
-        release_slot(at);
+        release_slot(keys);
         if (step == first_step) release_q();
     }
 
@@ -377,20 +451,17 @@ template <typename T, typename shape> struct computer {
     }
 
     // The first scores of a tile, alone.
-    __device__ __forceinline__ void start_tile(bool adjusted)
+    __device__ __forceinline__ void start_tile()
     {
         clear_result();
         reset_rows();
-        wait_slot(slot);
-        begin_scores(uniform(describe_q()), uniform(describe_slot(slot)));
+        take_slot(&keys);
+        wait_slot(keys);
+        begin_scores(uniform(describe_q()), uniform(describe_slot(keys)));
         wgmma_wait<0>();
-        end_scores(slot);
-        slot.advance();
-        adjust_scores(true, adjusted);
-        are_full = false;
-        move_maxima();
-        exponentiate();
-        look_ahead();
+        end_scores();
+        adjust_scores(true);
+        soften_first();
         is_pending = true;
     }
 
@@ -412,54 +483,87 @@ template <typename T, typename shape> struct computer {
             release_slot(slot);
             slot.advance();
         }
-        is_pending = are_full = false;
+        is_pending = false;
         has_values = true;
     }
 
     // Whether it has to see for itself that slots are full: the others' turns come after.
     __device__ __forceinline__ bool fetches_first() { return !shape::TAKES_TURNS || warpgroup == 0; }
 
-    // Scores of `step`, from the slot at hand, and beside them the values of the step before, of which n_values are valid, from
-    // the slot after it. Returns when the scores are there.
+    __device__ __forceinline__ void take_slot(ring_place<shape::SLOTS> *at)
+    {
+        *at = slot;
+        slot.advance();
+    }
+
+    __device__ __forceinline__ void wait_next_slots()
+    {
+        ring_place<shape::SLOTS> at = slot;
+        wait_slot(at);
+        at.advance();
+        wait_slot(at);
+    }
+
+    // Scores of `step`, and beside them the values of the step before, of which n_values are valid, from the two slots that come
+    // next. Returns when the scores are there.
     __device__ __forceinline__ void multiply(int32_t n_values)
     {
-        const uint32_t q = uniform(q_descriptor), k = uniform(k_descriptor), v = uniform(v_descriptor);
-        if (fetches_first() && !are_full) {
-            wait_slot(slot);
-            wait_slot(value_slot);
-        }
+        if (fetches_first()) wait_next_slots();
+        take_slot(&keys);
+        take_slot(&values);
+        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys)), v = uniform(describe_slot(values));
         if (n_values < N) {
-            wait_slot(value_slot);
-            clear_values(value_slot, n_values);
+            wait_slot(values);
+            clear_values(values, n_values);
         }
         take_turn();
         begin_scores(q, k);
         begin_values(v);
         pass_turn();
         wgmma_wait<1>();
-        end_scores(slot);
-        slot = value_slot;
+        end_scores();
     }
 
-    // The same where no values are to be added, though the slot may be there.
+    // Steps until last_full: no row of the warpgroup sees less than all keys, nor did in the step before. The slots of the next
+    // step are waited for beside the products.
+    __device__ __forceinline__ void run_full()
+    {
+        if (shape::WAITS_EARLY && fetches_first()) wait_next_slots();
+        while (step > last_full) {
+            step--;
+            if (!shape::WAITS_EARLY && fetches_first()) wait_next_slots();
+            take_slot(&keys);
+            take_slot(&values);
+            const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys)), v = uniform(describe_slot(values));
+            take_turn();
+            begin_scores(q, k);
+            if (shape::WAITS_EARLY && fetches_first() && step > last_full) wait_next_slots();
+            begin_values(v);
+            pass_turn();
+            wgmma_wait<1>();
+            end_scores();
+            adjust_scores(false);
+            soften(false);
+        }
+    }
+
+    // Scores where no values are to be added, though the slot may be there.
     __device__ __forceinline__ void multiply_keys()
     {
-        const ring_place<shape::SLOTS> at = slot;
-        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(at));
-        wait_slot(at);
+        take_slot(&keys);
+        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys));
+        wait_slot(keys);
         take_turn();
         begin_scores(q, k);
-        slot.advance();
         if (has_values) wait_slot(slot);
         pass_turn();
         wgmma_wait<0>();
-        end_scores(at);
+        end_scores();
         if (has_values) {
             release_slot(slot);
             slot.advance();
         }
         has_values = true;
-        are_full = false;
     }
 
     // Rows of out that the lane has of a tile: half 0 or 1. False: beyond the tile's.
@@ -516,20 +620,12 @@ template <typename T, typename shape> struct computer {
         }
     }
 
-    __device__ __forceinline__ void run(bool adjusted)
+    __device__ __forceinline__ void run()
     {
         if (shape::TAKES_TURNS && warpgroup == shape::WARPGROUPS - 1) named_barrier_arrive(1, 2 * WARPGROUP); // the first's turn
-        is_pending = has_values = are_full = false;
+        is_pending = has_values = false;
         for (;;) { // is_pending: p holds the weights of `step`
-            if (is_pending && n_valid == N && step * N <= full_end) {
-                while (step > last_full) {
-                    step--;
-                    multiply(N);
-                    adjust_scores(false, adjusted);
-                    soften();
-                    if (__builtin_expect(has_moved(), 0)) scale_result();
-                }
-            }
+            if (is_pending && n_valid == N && step * N < full_end && step > last_full) run_full();
             const bool ends = !is_pending || step == first_step;
             const hopper_rows of = rows;
             const int32_t n_values = n_valid;
@@ -543,7 +639,7 @@ template <typename T, typename shape> struct computer {
                     return;
                 }
                 if constexpr (!shape::RUNS_ON) {
-                    start_tile(adjusted);
+                    start_tile();
                     continue;
                 } else {
                     for (; n_skipped > 0; n_skipped--, step--) skip_step(of, n_values);
@@ -560,22 +656,17 @@ template <typename T, typename shape> struct computer {
             if (!is_pending) {
                 clear_result();
                 multiply_keys();
-                adjust_scores(true, adjusted);
-                move_maxima();
-                exponentiate();
-                look_ahead();
+                adjust_scores(true);
+                soften_first();
                 is_pending = true;
                 continue;
             }
-            if (ends) look_ahead();
             multiply(n_values);
-            adjust_scores(true, adjusted);
-            soften();
+            adjust_scores(true);
+            soften(true);
             if (stores) {
                 store_tile(of, last_max, last_sum);
                 clear_result();
-            } else if (__builtin_expect(has_moved(), 0)) {
-                scale_result();
             }
         }
     }
@@ -583,7 +674,7 @@ template <typename T, typename shape> struct computer {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, typename shape, bool ADJUSTED>
+template <typename T, typename shape, enum scoring_kind KIND>
 __global__ void __launch_bounds__(shape::THREADS, 1)
 attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
 {
@@ -598,6 +689,11 @@ attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
             mbarrier_init(shared_address(smem->full + i), 1);
             mbarrier_init(shared_address(smem->empty + i), shape::WARPGROUPS * 4);
         }
+        for (int i = 0; i < N_FOUND; i++) {
+            mbarrier_init(shared_address(smem->found_full + i), 1);
+            mbarrier_init(shared_address(smem->found_empty + i), 1);
+        }
+        smem->n_fetched = 0;
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -605,10 +701,12 @@ attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
     next_kernel_allow();
     if (threadIdx.x >= shape::COMPUTE_THREADS) {
         registers_shrink<shape::FETCH_REGISTERS>();
-        if (threadIdx.x < shape::COMPUTE_THREADS + 32) fetch<shape>(a, smem);
+        const int warp = uniform(((int)threadIdx.x - shape::COMPUTE_THREADS) / 32);
+        if (warp == 0) fetch<shape>(a, smem);
+        if (warp == 1) find_tiles<shape>(a, smem);
     } else {
         registers_grow<shape::COMPUTE_REGISTERS>();
-        computer<T, shape>(a, smem).run(ADJUSTED);
+        computer<T, shape, KIND>(a, smem).run();
     }
 }
 
@@ -655,7 +753,7 @@ cudaError_t make_maps(hopper_args *a, int32_t keys)
 
 std::atomic<uint32_t> n_launches; // of all shapes: which counter is next
 
-template <typename T, typename shape, bool ADJUSTED> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
+template <typename T, typename shape, enum scoring_kind KIND> cudaError_t launch_shape(hopper_args a, int n_sms, cudaStream_t stream)
 {
     static_assert(sizeof(hopper_smem<shape>) <= 227 * 1024, "fits sm_90");
     choose_pack(&a, shape::ROWS);
@@ -672,14 +770,15 @@ template <typename T, typename shape, bool ADJUSTED> cudaError_t launch_shape(ho
     a.order.section_part = (uint32_t)((((uint64_t)1 << 32) + section - 1) / section);
     a.counter = (int32_t)(n_launches++ % N_COUNTERS);
     unsigned n_blocks = n_tiles < (size_t)n_sms ? (unsigned)n_tiles : (unsigned)n_sms;
-    return launch_kernel(attention_prefill_hopper_kernel<T, shape, ADJUSTED>, n_blocks, shape::THREADS,
+    return launch_kernel(attention_prefill_hopper_kernel<T, shape, KIND>, n_blocks, shape::THREADS,
                          sizeof(hopper_smem<shape>), sizeof(hopper_smem<shape>), 90, stream, a);
 }
 
 template <typename T, typename shape> cudaError_t launch_scoring(const hopper_args &a, int n_sms, cudaStream_t stream)
 {
-    if (a.scoring.softcap_in != 0 || a.scoring.slopes) return launch_shape<T, shape, true>(a, n_sms, stream);
-    return launch_shape<T, shape, false>(a, n_sms, stream);
+    if (a.scoring.softcap_in != 0) return launch_shape<T, shape, CAPPED>(a, n_sms, stream);
+    if (a.scoring.slopes) return launch_shape<T, shape, ALIBI>(a, n_sms, stream);
+    return launch_shape<T, shape, PLAIN>(a, n_sms, stream);
 }
 
 template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cudaStream_t stream)
@@ -697,7 +796,7 @@ template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cu
 static bool has_code()
 {
     cudaFuncAttributes code;
-    const void *kernel = (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128, 2>, false>;
+    const void *kernel = (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128, 2>, PLAIN>;
     if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return true;
     (void)cudaGetLastError();
     return false;

@@ -1,7 +1,7 @@
 /* attention_prefill_hopper.cuh: what attention_prefill_hopper.cu works on: tiles, rings in shared memory, and the warp that fills
  * them.
  *
- * The fetching warp runs ahead: it finds its block's next tile, describes it, and has Q and, for every step, K and V of 128 keys
+ * One warp finds the block's next tile and describes it. The fetching warp runs ahead of those who compute: it has Q and, for every step, K and V of 128 keys
  * (80 at head_dim 256) copied, by one box for each page and column of 64, through the block table as through dense rows. K of a
  * step comes before V of the step before, also from tile to tile (RUNS_ON), for that is the order in which they are used.
  */
@@ -13,7 +13,11 @@
 
 namespace {
 
-enum { N_COUNTERS = 256 };
+enum {
+    N_COUNTERS = 256,
+    N_FOUND = 4,     // tiles that may be found ahead
+    STEPS_AHEAD = 3, // a tile is asked for when at most so many steps are left to be fetched
+};
 
 // Places that were given out, of launches that may run at the same time; zero between launches.
 __device__ int32_t place_counters[N_COUNTERS];
@@ -46,6 +50,8 @@ template <int DIM, int N_WARPGROUPS> struct hopper_shape {
     static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // bytes: K or V of a step
     static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
     static constexpr bool TAKES_TURNS = D == 128;
+    static constexpr bool WAITS_EARLY = D == 128;    // for the slots of the next step, beside the products of this one
+    static constexpr int EARLY = KEYS * 3 / 8;       // weights of a lane's that are there before the values are waited for
     static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
     static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
     static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
@@ -64,6 +70,20 @@ struct hopper_tile {
     int32_t first_step, end_step; // that hold the keys which any row sees
     int32_t position;             // of its first query
     int32_t length;               // of the context
+    int32_t context;              // its row of the block table; dense: row of k and v that it begins with
+};
+
+// What the fetching warp needs beside that.
+struct fetch_tile {
+    int32_t kv_head, pack;
+    int32_t first_token;        // dense: row of k and v that the sequence begins with
+    int32_t first_key, end_key; // seen by any row of the tile
+    const int32_t *pages;       // its row of the block table; NULL: dense
+};
+
+struct found_tile {
+    hopper_tile tile;
+    fetch_tile fetch;
 };
 
 template <typename shape> struct hopper_smem {
@@ -71,7 +91,10 @@ template <typename shape> struct hopper_smem {
     unsigned char slots[shape::SLOTS][shape::SLOT];
     uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
     hopper_tile tiles[shape::Q_BUFFERS];
-    float2 maxima[shape::COMPUTE_THREADS]; // written alone: see soften
+    found_tile found[N_FOUND];
+    uint64_t found_full[N_FOUND], found_empty[N_FOUND];
+    int32_t n_fetched; // steps
+    float2 parts[shape::COMPUTE_THREADS]; // written alone: see soften
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
@@ -94,15 +117,7 @@ __device__ __forceinline__ int32_t query_of(const hopper_args &a, int32_t row)
     return a.pack_part ? (int32_t)__umulhi((uint32_t)row, a.pack_part) : row;
 }
 
-// ---- fetching -------------------------------------------------------------------------------------------------------
-
-// What the fetching warp knows beside the tile.
-struct fetch_tile {
-    int32_t kv_head, pack;
-    int32_t first_token;        // dense: row of k and v that the sequence begins with
-    int32_t first_key, end_key; // seen by any row of the tile
-    const int32_t *pages;       // its row of the block table; NULL: dense
-};
+// ---- finding tiles --------------------------------------------------------------------------------------------------
 
 template <typename shape>
 __device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_place &place, hopper_tile *t, fetch_tile *f)
@@ -117,6 +132,7 @@ __device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_p
     t->rows.query_row = place.sequence.query_row + before;
     t->rows.n_queries = min(a.n_queries, place.sequence.n_queries - before);
     t->length = length;
+    t->context = p.block_table ? place.seq : place.sequence.first_token;
     t->position = length - place.sequence.n_queries + before;
     f->first_token = place.sequence.first_token;
     f->first_key = max(t->position - a.scoring.left, 0);
@@ -125,6 +141,37 @@ __device__ __forceinline__ void describe_tile(const hopper_args &a, const tile_p
     t->first_step = f->first_key / KEYS;
     t->end_step = f->end_key > f->first_key ? (f->end_key + KEYS - 1) / KEYS : t->first_step;
 }
+
+// One warp finds the block's tiles and describes them, for that takes as long as some steps. A tile is asked for late: who is
+// slow shall get less.
+template <typename shape> __device__ __forceinline__ void find_tiles(const hopper_args &a, hopper_smem<shape> *smem)
+{
+    const int lane = (int)threadIdx.x % 32;
+    ring_place<N_FOUND> at;
+    tile_search search = {};
+    int32_t place = (int32_t)blockIdx.x, n_steps = 0;
+    for (;;) {
+        tile_place found;
+        found_tile t = {};
+        const bool is_tile = find_tile(a.p, a.order, place, &search, &found);
+        if (is_tile) describe_tile<shape>(a, found, &t.tile, &t.fetch);
+        mbarrier_wait(shared_address(smem->found_empty + at.at), at.parity ^ 1);
+        if (lane == 0) {
+            smem->found[at.at] = t;
+            mbarrier_arrive(shared_address(smem->found_full + at.at));
+        }
+        at.advance();
+        if (!is_tile) break;
+        n_steps += t.tile.end_step - t.tile.first_step;
+        while (n_steps - load_volatile(shared_address(&smem->n_fetched)) > STEPS_AHEAD) __nanosleep(100);
+        int32_t next = lane == 0 ? atomicAdd(place_counters + a.counter, 1) : 0;
+        place = (int32_t)gridDim.x + __shfl_sync(0xffffffffu, next, 0);
+    }
+    // All tiles but the first of a block were asked for, and by every block that had one, one more.
+    if (lane == 0 && place - search.before == (int32_t)gridDim.x - 1) place_counters[a.counter] = 0;
+}
+
+// ---- fetching -------------------------------------------------------------------------------------------------------
 
 // The tiles of K and V come in parts of box_tokens keys: lane i knows where part i of a step is.
 template <typename shape> struct kv_feed {
@@ -160,8 +207,6 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
     ring_place<shape::SLOTS> slot;
     ring_place<shape::Q_BUFFERS> buffer;
     kv_feed<shape> feed = {};
-    tile_search search = {};
-    int32_t place = (int32_t)blockIdx.x;
     const int32_t n_parts = shape::KEYS / a.box_tokens;
     auto bring = [&](const CUtensorMap *map, int32_t kv_head, int2 from) { // K or V of a step
         const uint32_t at = (uint32_t)uniform(slot.at), barrier = full + at * 8;
@@ -178,16 +223,17 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
         }
         slot.advance();
     };
-    fetch_tile f;
+    ring_place<N_FOUND> place;
     int2 last = {}; // where values are that are still to be brought, and of which KV head
-    int32_t last_head = 0;
+    int32_t last_head = 0, n_fetched = 0;
     bool is_owed = false;
-    for (;;) {
-        tile_place found;
-        hopper_tile t;
-        bool is_tile = find_tile(a.p, a.order, place, &search, &found);
-        if (is_tile) describe_tile<shape>(a, found, &t, &f);
-        else t.rows.n_heads = 0;
+    for (;; place.advance()) {
+        mbarrier_wait(shared_address(smem->found_full + place.at), place.parity);
+        const hopper_tile t = smem->found[place.at].tile;
+        const fetch_tile f = smem->found[place.at].fetch;
+        const bool is_tile = uniform(t.rows.n_heads) > 0;
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(smem->found_empty + place.at));
         mbarrier_wait(q_empty + (uint32_t)buffer.at * 8, buffer.parity ^ 1);
         uint32_t barrier = q_full + (uint32_t)buffer.at * 8;
         if (lane == 0) {
@@ -201,13 +247,13 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
             copy_box(q + (uint32_t)(buffer.at * shape::Q_BYTES + lane * shape::ROWS * ROW_BYTES), &a.q, f.pack * a.n_packed,
                      lane, f.kv_head, t.rows.query_row, barrier);
         buffer.advance();
-        int32_t next = 0;
         feed.window = -64;
-        for (int32_t step = t.end_step - 1; step >= t.first_step; step--) {
+        const int32_t first_step = uniform(t.first_step);
+        for (int32_t step = uniform(t.end_step) - 1; step >= first_step; step--) {
             int2 from = feed.find(a, f, step);
-            // Asked for before the tile's end, for it takes a while, but no sooner: who is late shall get less.
-            if (step == min(t.first_step + 1, t.end_step - 1) && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
             bring(&a.k, f.kv_head, from);
+            n_fetched++;
+            if (lane == 0) store_volatile(shared_address(&smem->n_fetched), n_fetched);
             if (is_owed) bring(&a.v, last_head, last);
             last = from;
             last_head = f.kv_head;
@@ -215,12 +261,8 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
         }
         if (!shape::RUNS_ON && is_owed) bring(&a.v, last_head, last);
         is_owed &= shape::RUNS_ON;
-        if (t.first_step == t.end_step && lane == 0) next = atomicAdd(place_counters + a.counter, 1);
-        place = (int32_t)gridDim.x + __shfl_sync(0xffffffffu, next, 0);
     }
     if (is_owed) bring(&a.v, last_head, last);
-    // All tiles but the first of a block were asked for, and by every block that had one, one more.
-    if (lane == 0 && place - search.before == (int32_t)gridDim.x - 1) place_counters[a.counter] = 0;
 }
 
 } // namespace

@@ -81,6 +81,18 @@ __device__ __forceinline__ void store_volatile(uint32_t address, float x, float 
     asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
+__device__ __forceinline__ void store_volatile(uint32_t address, int32_t x)
+{
+    asm volatile("st.volatile.shared.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ int32_t load_volatile(uint32_t address)
+{
+    int32_t x;
+    asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
 // The same in all lanes, as the compiler then knows.
