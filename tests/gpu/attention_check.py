@@ -304,6 +304,10 @@ def alibi(n_heads):
     return torch.tensor([2.0 ** (-8 * (i + 1) / n_heads) for i in range(n_heads)], device=DEVICE)
 
 
+def whole(heads, length):
+    return Sequence(heads, length, length)
+
+
 def ragged(heads, pairs, spread=1.0):
     return [Sequence(heads, n, length, spread) for n, length in pairs]
 
@@ -402,14 +406,14 @@ def dense(library, worst):
     yield "window, alibi", lambda: prefill_only(library, ragged(Heads(), pairs), options, 0, worst)
 
 
-def chunk_bits(library, heads, length, options, block_size):
-    s = Sequence(heads, length, length)
-    whole = Run([s], options, block_size).prefill(library)[0]
+def chunk_bits(library, s, options, block_size):
+    length = s.length
+    together = Run([s], options, block_size).prefill(library)[0]
     cuts = sorted({0, length, *(random.randrange(1, length) for _ in range(6))})
     parts = [s.part(a, b) for a, b in zip(cuts, cuts[1:])]
     pieces = Run(parts, options, block_size).prefill(library)  # all chunks in one batch, each with its own copy
     for a, b, piece in zip(cuts, cuts[1:], pieces):
-        check(same_bits(piece, (whole[0][a:b], whole[1][a:b])), f"queries {a} .. {b - 1} differ from the whole's")
+        check(same_bits(piece, (together[0][a:b], together[1][a:b])), f"queries {a} .. {b - 1} differ from the whole's")
 
 
 def chunked(library, worst):
@@ -417,11 +421,37 @@ def chunked(library, worst):
         for options in (Options(), Options(left=300), Options(slopes=alibi(q)), Options(softcap=10.0, left=77)):
             heads = Heads(random.choice(list(DTYPES)), dim, q, kv)
             yield f"{q}/{kv} d{dim}", lambda heads=heads, options=options: \
-                chunk_bits(library, heads, random.randrange(900, 1300), options, random.choice((16, 32, 64)))
+                chunk_bits(library, whole(heads, random.randrange(900, 1300)), options, random.choice((16, 32, 64)))
     # Tiles of 128 rows for the whole, of 64 for the chunks.
     for dim in (64, 80, 128, 256):
         yield f"4097 d{dim}", lambda dim=dim: \
-            chunk_bits(library, Heads(torch.bfloat16, dim, 16, 16), 4097, Options(), 64)
+            chunk_bits(library, whole(Heads(torch.bfloat16, dim, 16, 16), 4097), Options(), 64)
+
+
+def climbing(heads, length):
+    """Scores that jump at some keys, the more the further back, in the end by more than a float's range; not in all rows"""
+    s = whole(heads, length)
+    way = torch.randn(heads.dim, device=DEVICE).sign()
+    rows = torch.tensor([1.0, 0.0, 1.0, -1.0], device=DEVICE).repeat(length)[:length, None, None]
+    s.q = (s.q.float() + 4 * rows * way).to(heads.dtype)
+    for part, height in ((0.75, 0.25), (0.5, 0.6), (0.35, 2), (0.2, 5)):
+        s.k[int(part * length)] = (height * way).to(heads.dtype)
+    return s
+
+
+def climb(library, s, options, block_size, worst):
+    both(library, [s], options, block_size, worst)
+    chunk_bits(library, s, options, block_size)
+
+
+def peaks(library, worst):
+    for dtype in DTYPES:
+        for dim in (64, 80, 128, 256):
+            heads = Heads(dtype, dim, 8, random.choice((8, 2)))
+            for name, options in (("plain", Options()), ("alibi", Options(slopes=alibi(8))), ("window", Options(left=400)),
+                                  ("softcap", Options(softcap=500.0))):
+                yield f"{name} {dtype} d{dim}", lambda heads=heads, options=options: \
+                    climb(library, climbing(heads, random.randrange(900, 1300)), options, random.choice((16, 32, 64)), worst)
 
 
 def batch_bits(library, sequences, options, name):
@@ -584,7 +614,7 @@ def calls(library, worst):
             yield f"far heads {name}", lambda name=name: far_heads(library, name, worst)
 
 
-GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, not_causal, dense, chunked, batched, calls]
+GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, peaks, not_causal, dense, chunked, batched, calls]
 
 
 def run_group(group, library):

@@ -1,0 +1,657 @@
+/* attention_compute_hopper.cuh: the warpgroups of attention_prefill_hopper.cu that compute: products, softmax, results.
+ *
+ * The softmax is online, but for no step are maxima looked for: what is subtracted from a row's scores is the maximum of the first
+ * ones that it sees, and stays so until a lane's weights of a step add up to more than MOST_WEIGHTS; then it moves, by a power of
+ * two (move_maxima). Sums and results are divided by each other in the end: it does not matter what was subtracted. Weights that
+ * were infinite are computed once more, alone, from memory (redo_row). Whether a maximum moves depends on the row's scores in the
+ * step alone: bits do not depend on the rows beside it.
+ */
+#ifndef GPTD_KERNELS_CUDA_ATTENTION_COMPUTE_HOPPER_CUH
+#define GPTD_KERNELS_CUDA_ATTENTION_COMPUTE_HOPPER_CUH
+
+#include "kernels/cuda/attention_prefill_hopper.cuh"
+
+namespace {
+
+// Of a lane's weights of a row: where they are more, the row's maximum moves. In fp16, too, far from the largest number.
+__device__ constexpr float MOST_WEIGHTS = 256;
+
+enum { MAX_CHAINS = 4 /* of maxima of a row that a lane keeps: they do not wait for each other */ };
+
+// ---- one step -------------------------------------------------------------------------------------------------------
+
+// What becomes of a score. CAPPED: softcap, and ALiBi, if there are slopes.
+enum scoring_kind { PLAIN, ALIBI, CAPPED };
+
+// What a lane knows of one of its two rows.
+struct hopper_row {
+    int32_t first, last;  // keys it sees
+    int32_t position;
+    float slope, per_key; // ALiBi, in units of log2(e), and of the score as it is then
+};
+
+// Index in an accumulator of element i of the lane's, of one of its rows.
+__device__ __forceinline__ constexpr int element_of(int half, int i) { return i / 2 * 4 + 2 * half + i % 2; }
+
+// Softcap, ALiBi: of the bias of key first + 8 i + j, the part of 8 i + j is added; the rest, the same for all of the lane's
+// elements of the row, is the result.
+template <int N, enum scoring_kind KIND>
+__device__ __forceinline__ float adjust_row(float (&s)[N / 2], int half, int32_t first, const hopper_row &row,
+                                            const struct scoring &scoring)
+{
+    if (KIND == CAPPED) {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = cap_score(s[element_of(half, i)], scoring);
+        if (!scoring.slopes) return 0;
+    }
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        float &x = s[element_of(half, i)];
+        x = __fmaf_rn(row.per_key, (float)(i / 2 * 8 + i % 2), x);
+    }
+    return __fmul_rn(row.slope, (float)(first - row.position));
+}
+
+// -infinity for keys before `first`, or after `last`, of a row; key: that of the lane's first element.
+template <int N> __device__ __forceinline__ void mask_before(float (&s)[N / 2], int half, int32_t key, int32_t first)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        if (i / 2 * 8 + i % 2 < first - key) s[element_of(half, i)] = -CUDART_INF_F;
+    }
+}
+
+template <int N> __device__ __forceinline__ void mask_after(float (&s)[N / 2], int half, int32_t key, int32_t last)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        if (i / 2 * 8 + i % 2 > last - key) s[element_of(half, i)] = -CUDART_INF_F;
+    }
+}
+
+// ---- computing ------------------------------------------------------------------------------------------------------
+
+template <typename T, typename shape, enum scoring_kind KIND> struct computer {
+    static constexpr int D = shape::D, N = shape::KEYS, SYNC = 1 + shape::WARPGROUPS; // named barriers: 1 and on are turns
+    const hopper_args &a;
+    hopper_smem<shape> *smem;
+    const int lane, warpgroup;
+    ring_place<shape::SLOTS> slot;         // that comes next
+    ring_place<shape::SLOTS> keys, values; // of the products at hand
+    ring_place<shape::Q_BUFFERS> q_at, q_next;
+    hopper_rows rows;
+    int32_t context;              // see hopper_tile
+    int32_t step, first_step;     // of the tile: at hand, its last
+    int32_t n_valid;              // keys of the step's that are in the context
+    int32_t full_first, full_end; // keys that all rows of the warpgroup see
+    int32_t last_full;            // step of which they see all
+    int32_t n_skipped;            // steps from the tile's first on of which they see nothing
+    bool is_pending;              // p holds weights of values that are still to be added
+    bool has_values;              // such values are in the ring, after the next keys
+    hopper_row row[2];
+    float o[D / 2], s[N / 2];
+    uint32_t p[N / 4];
+    float max[2], sum[2], shift[2], bias[2];
+    const float multiplier;
+
+    __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<shape> *smem)
+        : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP)),
+          multiplier(KIND == CAPPED ? 1.0f : a.scoring.raw_scale)
+    {
+    }
+
+    __device__ __forceinline__ void wait_slot(const ring_place<shape::SLOTS> &at)
+    {
+        mbarrier_wait(shared_address(smem->full + at.at), at.parity);
+    }
+
+    __device__ __forceinline__ void release_slot(const ring_place<shape::SLOTS> &at)
+    {
+        if (lane == 0) mbarrier_arrive(shared_address(smem->empty + at.at));
+    }
+
+    __device__ __forceinline__ uint32_t describe_q()
+    {
+        return matrix_descriptor(shared_address(smem->q[q_at.at]) + (uint32_t)(warpgroup * 64 * ROW_BYTES), shape::ROWS);
+    }
+
+    __device__ __forceinline__ uint32_t describe_slot(const ring_place<shape::SLOTS> &at)
+    {
+        return matrix_descriptor(shared_address(smem->slots[at.at]), N);
+    }
+
+    // s = Q K'
+    __device__ __forceinline__ void begin_scores(uint32_t q, uint32_t k)
+    {
+        hold_registers(s);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            wgmma<T, N>::rows(s, q + i / 4 * (shape::ROWS * ROW_BYTES >> 4) + i % 4 * 2,
+                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, i > 0);
+        wgmma_commit();
+    }
+
+    // o += P V
+    __device__ __forceinline__ void begin_values(uint32_t v)
+    {
+        hold_registers(o);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < N / 16; i++)
+            wgmma<T, D>::columns(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], v + i * (16 * ROW_BYTES >> 4));
+        wgmma_commit();
+    }
+
+    // Softcap, ALiBi, -infinity for what a row does not see.
+    __device__ __forceinline__ void adjust_scores(bool masked)
+    {
+        const int32_t first = step * N + lane % 4 * 2;
+        bias[0] = bias[1] = 0;
+        if (KIND != PLAIN) {
+            bias[0] = adjust_row<N, KIND>(s, 0, first, row[0], a.scoring);
+            bias[1] = adjust_row<N, KIND>(s, 1, first, row[1], a.scoring);
+        }
+        if (masked && (step + 1) * N > full_end) {
+            mask_after<N>(s, 0, first, row[0].last);
+            mask_after<N>(s, 1, first, row[1].last);
+        }
+        if (masked && step * N < full_first) {
+            mask_before<N>(s, 0, first, row[0].first);
+            mask_before<N>(s, 1, first, row[1].first);
+        }
+    }
+
+    // Rows that begin to see: what is subtracted from their scores is the maximum of these first ones, until their weights get too
+    // large (see move_maxima). So no maximum is looked for in the other steps.
+    __device__ __forceinline__ void begin_rows()
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float most[MAX_CHAINS];
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) {
+                float x = s[element_of(half, i)], &of = most[i % MAX_CHAINS];
+                of = i < MAX_CHAINS ? x : fmaxf(of, x);
+            }
+            float found = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+            found = quad_max(__fmaf_rn(found, multiplier, bias[half]));
+            if (max[half] == -CUDART_INF_F) max[half] = found;
+        }
+    }
+
+    __device__ __forceinline__ void find_shifts()
+    {
+        shift[0] = __fsub_rn(bias[0], finite_max(max[0]));
+        shift[1] = __fsub_rn(bias[1], finite_max(max[1]));
+    }
+
+    // Scores to weights, elements FIRST to END - 1, and their sums.
+    template <int FIRST, int END> __device__ __forceinline__ void exponentiate(float (&part)[4])
+    {
+#pragma unroll
+        for (int i = FIRST; i < END; i++) {
+            s[i] = exp2_approx(__fmaf_rn(s[i], multiplier, shift[i / 2 % 2]));
+            part[i % 4] = __fadd_rn(part[i % 4], s[i]);
+        }
+    }
+
+    __device__ __forceinline__ void pack_weights()
+    {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    }
+
+    // The score of one query row and key, from memory.
+    __device__ __forceinline__ float find_score(int32_t token, int32_t head, int32_t key)
+    {
+        const struct flash_attention_params &p = a.p;
+        const T *q = (const T *)p.q + ((size_t)token * p.q_stride + (size_t)head * p.q_head_stride);
+        const T *k = (const T *)p.k + (size_t)(head / a.group) * p.kv_head_stride;
+        if (p.block_table) {
+            const int32_t *pages = p.block_table + (size_t)context * (size_t)p.max_blocks;
+            k += (size_t)pages[key >> a.block_shift] * p.kv_block_stride + (size_t)(key & (p.block_size - 1)) * p.kv_stride;
+        } else {
+            k += (size_t)(context + key) * p.kv_stride;
+        }
+        float x = 0;
+#pragma unroll 1
+        for (int i = 0; i < D; i++) x = __fmaf_rn(to_float(q[i]), to_float(k[i]), x);
+        return x;
+    }
+
+    // Weights of a row once more, from the scores, for they are infinite: the maximum becomes theirs. Returns the factor of what
+    // went before. All lanes come along; of those whose row it is not, nothing changes.
+    __device__ __forceinline__ float redo_row(int half, bool is_it)
+    {
+        float t[N / 4], most = -CUDART_INF_F;
+        int32_t token, head;
+        const bool is_row = find_output(rows, half, &token, &head);
+#pragma unroll 1
+        for (int i = 0; i < N / 4; i++) {
+            const int32_t key = step * N + i / 2 * 8 + i % 2 + lane % 4 * 2;
+            const bool is_seen = is_row && key >= ::max(row[half].first, 0) && key <= row[half].last;
+            float x = is_seen ? find_score(token, head, key) : 0;
+            if (KIND == CAPPED) x = cap_score(x, a.scoring);
+            if (KIND != PLAIN) x = __fmaf_rn(row[half].per_key, (float)(i / 2 * 8 + i % 2), x);
+            t[i] = is_seen ? x : -CUDART_INF_F;
+            most = fmaxf(most, t[i]);
+        }
+        const float new_max = quad_max(__fmaf_rn(most, multiplier, bias[half]));
+        if (!is_it) return 1;
+        const float factor = exp2_approx(__fsub_rn(max[half], new_max));
+        max[half] = new_max;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+            s[element_of(half, i)] = exp2_approx(__fmaf_rn(t[i], multiplier, __fsub_rn(bias[half], new_max)));
+        return factor;
+    }
+
+    // Rows whose weights are large, as their sum tells: the largest comes to be from 1 to 2, by a power of two, which is exact.
+    __device__ __forceinline__ void move_maxima(float (&added)[2])
+    {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float most = 0;
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) most = fmaxf(most, s[element_of(half, i)]);
+            most = quad_max(most);
+            const bool moves = quad_max(added[half]) > MOST_WEIGHTS, is_lost = moves && most == CUDART_INF_F;
+            factor[half] = 1;
+            if (__any_sync(0xffffffffu, is_lost)) factor[half] = redo_row(half, is_lost);
+            if (moves && !is_lost) {
+                int32_t power = min((__float_as_int(most) >> 23) - 127, 126);
+                factor[half] = __int_as_float((127 - power) << 23);
+                max[half] = __fadd_rn(max[half], (float)power);
+#pragma unroll
+                for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = __fmul_rn(s[element_of(half, i)], factor[half]);
+            }
+            if (!moves) continue;
+            float part[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) part[i % 2] = __fadd_rn(part[i % 2], s[element_of(half, i)]);
+            added[half] = __fadd_rn(part[0], part[1]);
+            sum[half] = __fmul_rn(sum[half], factor[half]);
+        }
+        pack_weights();
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = __fmul_rn(o[i], factor[i / 2 % 2]);
+    }
+
+    __device__ __forceinline__ void add_sums(const float (&added)[2])
+    {
+        sum[0] = __fadd_rn(sum[0], added[0]);
+        sum[1] = __fadd_rn(sum[1], added[1]);
+    }
+
+    // From the scores of `step` to weights; the values of the weights before are added meanwhile: when they are, the registers of
+    // those weights are free, and their slot. (ptxas moves the wait up, to where it is first possible, but not over a store.)
+    __device__ __forceinline__ void soften(bool masked)
+    {
+        float part[4] = {0, 0, 0, 0};
+        if (masked) begin_rows();
+        find_shifts();
+        exponentiate<0, shape::EARLY>(part);
+        store_volatile(shared_address(smem->parts + threadIdx.x), part[1], part[3]);
+        wgmma_wait<0>();
+        hold_registers(o);
+        release_slot(values);
+        exponentiate<shape::EARLY, N / 2>(part);
+        pack_weights();
+        float added[2] = {__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3])};
+        if (__builtin_expect(__any_sync(0xffffffffu, fmaxf(added[0], added[1]) > MOST_WEIGHTS), 0)) move_maxima(added);
+        add_sums(added);
+    }
+
+    // The same where all rows begin: their weights are at most 1.
+    __device__ __forceinline__ void soften_first()
+    {
+        float part[4] = {0, 0, 0, 0};
+        begin_rows();
+        find_shifts();
+        exponentiate<0, N / 2>(part);
+        pack_weights();
+        add_sums({__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3])});
+    }
+
+    // Values of keys beyond the context's end may be anything: zeros, for their weights are.
+    __device__ __forceinline__ void clear_values(const ring_place<shape::SLOTS> &at, int32_t n_keys)
+    {
+        uint4 *slot = (uint4 *)smem->slots[at.at];
+        for (int i = n_keys * 8 + (int)threadIdx.x % WARPGROUP; i < N * 8; i += WARPGROUP) {
+#pragma unroll
+            for (int column = 0; column < shape::COLUMNS; column++) slot[column * N * 8 + i] = make_uint4(0, 0, 0, 0);
+        }
+        async_proxy_fence();
+        named_barrier_sync(SYNC + warpgroup, WARPGROUP);
+    }
+
+    __device__ __forceinline__ void take_turn()
+    {
+        if (shape::TAKES_TURNS) named_barrier_sync(1 + warpgroup, 2 * WARPGROUP);
+    }
+
+    __device__ __forceinline__ void pass_turn()
+    {
+        if (shape::TAKES_TURNS)
+            named_barrier_arrive(1 + (warpgroup + 1 == shape::WARPGROUPS ? 0 : warpgroup + 1), 2 * WARPGROUP);
+    }
+
+    __device__ __forceinline__ void find_row(int32_t r, int32_t position, int32_t length, hopper_row *row)
+    {
+        int32_t query = query_of(a, r), head = rows.first_head + r - query * a.n_packed;
+        row->position = position + query;
+        row->first = row->position - a.scoring.left;
+        row->last = min(row->position + a.scoring.right, length - 1);
+        if (KIND == PLAIN) return;
+        row->slope = a.scoring.slopes && head < a.p.n_heads ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0;
+        row->per_key = KIND == ALIBI ? __fdividef(row->slope, a.scoring.raw_scale) : row->slope;
+    }
+
+    __device__ __forceinline__ void reset_rows()
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            max[i] = -CUDART_INF_F;
+            sum[i] = 0;
+        }
+    }
+
+    __device__ __forceinline__ void clear_result()
+    {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0;
+    }
+
+    // The next tile in which there are keys; false: there is none. What decides on loops comes from one lane: see uniform.
+    __device__ __forceinline__ bool begin_tile()
+    {
+        for (;; release_q()) {
+            q_at = q_next;
+            mbarrier_wait(shared_address(smem->q_full + q_at.at), q_at.parity);
+            q_next.advance();
+            const hopper_tile &tile = smem->tiles[q_at.at];
+            hopper_rows found = {uniform(tile.rows.query_row), uniform(tile.rows.n_queries), uniform(tile.rows.first_head),
+                                 uniform(tile.rows.n_heads)};
+            if (found.n_heads == 0) return false;
+            first_step = uniform(tile.first_step);
+            step = uniform(tile.end_step) - 1;
+            if (step < first_step) {
+                store_nothing(found);
+                continue;
+            }
+            rows = found;
+            context = tile.context;
+            const int32_t position = uniform(tile.position), length = uniform(tile.length), first_row = warpgroup * 64;
+            const int32_t r = first_row + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+            find_row(r, position, length, row);
+            find_row(r + 8, position, length, row + 1);
+            const int32_t last = position + min(query_of(a, first_row + 63), rows.n_queries - 1);
+            const int32_t own_end = query_of(a, first_row) >= rows.n_queries
+                                        ? first_step : (min(last + a.scoring.right + 1, length) + N - 1) / N;
+            n_skipped = shape::RUNS_ON ? step + 1 - ::max(own_end, first_step) : 0;
+            full_first = last - a.scoring.left;
+            full_end = min(position + query_of(a, first_row) + a.scoring.right + 1, length);
+            last_full = ::max(first_step, (full_first + N - 1) / N); // rounded down where negative: first_step counts
+            n_valid = min(length - (step - n_skipped) * N, N);
+            return true;
+        }
+    }
+
+    __device__ __forceinline__ void release_q()
+    {
+        if (lane == 0) mbarrier_arrive(shared_address(smem->q_empty + q_at.at));
+    }
+
+    // The scores of a step are there: its keys are no longer needed, nor, after the last, the queries.
+    __device__ __forceinline__ void end_scores()
+    {
+        hold_registers(s);
+        release_slot(keys);
+        if (step == first_step) release_q();
+    }
+
+    __device__ __forceinline__ void add_values(const ring_place<shape::SLOTS> &at, int32_t n_values)
+    {
+        if (n_values < N) clear_values(at, n_values);
+        begin_values(uniform(describe_slot(at)));
+        wgmma_wait<0>();
+        hold_registers(o);
+    }
+
+    // The last values of a tile, alone.
+    __device__ __forceinline__ void finish_tile(const hopper_rows &of)
+    {
+        wait_slot(slot);
+        add_values(slot, n_valid);
+        release_slot(slot);
+        slot.advance();
+        store_tile(of, max, sum);
+    }
+
+    // The first scores of a tile, alone.
+    __device__ __forceinline__ void start_tile()
+    {
+        clear_result();
+        reset_rows();
+        take_slot(&keys);
+        wait_slot(keys);
+        begin_scores(uniform(describe_q()), uniform(describe_slot(keys)));
+        wgmma_wait<0>();
+        end_scores();
+        adjust_scores(true);
+        soften_first();
+        is_pending = true;
+    }
+
+    // A step of which the warpgroup sees nothing: the values that are still to be added, if there are any, are.
+    __device__ __forceinline__ void skip_step(const hopper_rows &of, int32_t n_values)
+    {
+        const ring_place<shape::SLOTS> k = slot;
+        slot.advance();
+        wait_slot(k);
+        if (has_values) wait_slot(slot);
+        take_turn();
+        if (is_pending) {
+            add_values(slot, n_values);
+            store_tile(of, max, sum);
+        }
+        pass_turn();
+        release_slot(k);
+        if (has_values) {
+            release_slot(slot);
+            slot.advance();
+        }
+        is_pending = false;
+        has_values = true;
+    }
+
+    // Whether it has to see for itself that slots are full: the others' turns come after.
+    __device__ __forceinline__ bool fetches_first() { return !shape::TAKES_TURNS || warpgroup == 0; }
+
+    __device__ __forceinline__ void take_slot(ring_place<shape::SLOTS> *at)
+    {
+        *at = slot;
+        slot.advance();
+    }
+
+    __device__ __forceinline__ void wait_next_slots()
+    {
+        ring_place<shape::SLOTS> at = slot;
+        wait_slot(at);
+        at.advance();
+        wait_slot(at);
+    }
+
+    // Scores of `step`, and beside them the values of the step before, of which n_values are valid, from the two slots that come
+    // next. Returns when the scores are there.
+    __device__ __forceinline__ void multiply(int32_t n_values)
+    {
+        if (fetches_first()) wait_next_slots();
+        take_slot(&keys);
+        take_slot(&values);
+        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys)), v = uniform(describe_slot(values));
+        if (n_values < N) {
+            wait_slot(values);
+            clear_values(values, n_values);
+        }
+        take_turn();
+        begin_scores(q, k);
+        begin_values(v);
+        pass_turn();
+        wgmma_wait<1>();
+        end_scores();
+    }
+
+    // Steps until last_full: no row of the warpgroup sees less than all keys, nor did in the step before. The slots of the next
+    // step are waited for beside the products.
+    __device__ __forceinline__ void run_full()
+    {
+        if (shape::WAITS_EARLY && fetches_first()) wait_next_slots();
+        while (step > last_full) {
+            step--;
+            if (!shape::WAITS_EARLY && fetches_first()) wait_next_slots();
+            take_slot(&keys);
+            take_slot(&values);
+            const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys)), v = uniform(describe_slot(values));
+            take_turn();
+            begin_scores(q, k);
+            if (shape::WAITS_EARLY && fetches_first() && step > last_full) wait_next_slots();
+            begin_values(v);
+            pass_turn();
+            wgmma_wait<1>();
+            end_scores();
+            adjust_scores(false);
+            soften(false);
+        }
+    }
+
+    // Scores where no values are to be added, though the slot may be there.
+    __device__ __forceinline__ void multiply_keys()
+    {
+        take_slot(&keys);
+        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys));
+        wait_slot(keys);
+        take_turn();
+        begin_scores(q, k);
+        if (has_values) wait_slot(slot);
+        pass_turn();
+        wgmma_wait<0>();
+        end_scores();
+        if (has_values) {
+            release_slot(slot);
+            slot.advance();
+        }
+        has_values = true;
+    }
+
+    // Rows of out that the lane has of a tile: half 0 or 1. False: beyond the tile's.
+    __device__ __forceinline__ bool find_output(const hopper_rows &t, int half, int32_t *token, int32_t *head)
+    {
+        int32_t r = warpgroup * 64 + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4 + 8 * half, query = query_of(a, r);
+        *token = t.query_row + query;
+        *head = t.first_head + r - query * a.n_packed;
+        return query < t.n_queries && *head < t.first_head + t.n_heads;
+    }
+
+    __device__ __forceinline__ uint16_t *output_of(int32_t token, int32_t head)
+    {
+        return (uint16_t *)a.p.out + ((size_t)(uint32_t)token * (uint32_t)a.p.out_stride +
+                                      (size_t)(uint32_t)head * (uint32_t)a.p.out_head_stride);
+    }
+
+    __device__ __forceinline__ void store_lse(int32_t token, int32_t head, float x)
+    {
+        if (lane % 4 == 0) a.p.lse[(size_t)token * (size_t)a.p.n_heads + (size_t)head] = x;
+    }
+
+    // Divides by the sums and stores. Two lanes exchange half of what they have, so that a quad writes 32 bytes together.
+    __device__ __forceinline__ void store_tile(const hopper_rows &t, const float (&row_max)[2], const float (&row_sum)[2])
+    {
+        const bool odd = lane % 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int32_t token, head;
+            const bool is_row = find_output(t, half, &token, &head);
+            const float total = quad_sum(row_sum[half]), scale = total == 0 ? 0.0f : reciprocal_approx(total);
+            uint16_t *to = output_of(token, head) + lane % 4 / 2 * 4 + (odd ? 8 : 0);
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                uint32_t low = pack<T>(__fmul_rn(o[8 * i + 2 * half], scale), __fmul_rn(o[8 * i + 2 * half + 1], scale));
+                uint32_t high = pack<T>(__fmul_rn(o[8 * i + 4 + 2 * half], scale), __fmul_rn(o[8 * i + 5 + 2 * half], scale));
+                uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+                if (is_row) *(uint2 *)(to + 16 * i) = odd ? make_uint2(other, high) : make_uint2(low, other);
+            }
+            if (a.p.lse && is_row) store_lse(token, head, log_sum(row_max[half], total));
+        }
+    }
+
+    // The rows of a tile that sees no key.
+    __device__ __forceinline__ void store_nothing(const hopper_rows &of)
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int32_t token, head;
+            if (!find_output(of, half, &token, &head)) continue;
+            for (int i = 0; i < D / 16; i++)
+                *(uint2 *)(output_of(token, head) + 16 * i + lane % 4 * 4) = make_uint2(0, 0);
+            if (a.p.lse) store_lse(token, head, -CUDART_INF_F);
+        }
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        if (shape::TAKES_TURNS && warpgroup == shape::WARPGROUPS - 1) named_barrier_arrive(1, 2 * WARPGROUP); // the first's turn
+        is_pending = has_values = false;
+        for (;;) { // is_pending: p holds the weights of `step`
+            if (is_pending && n_valid == N && step * N < full_end && step > last_full) run_full();
+            const bool ends = !is_pending || step == first_step;
+            const hopper_rows of = rows;
+            const int32_t n_values = n_valid;
+            if (!ends) {
+                step--;
+                n_valid = N;
+            } else {
+                if (!shape::RUNS_ON && is_pending) finish_tile(of);
+                if (!begin_tile()) {
+                    if (shape::RUNS_ON && is_pending) finish_tile(of);
+                    return;
+                }
+                if constexpr (!shape::RUNS_ON) {
+                    start_tile();
+                    continue;
+                } else {
+                    for (; n_skipped > 0; n_skipped--, step--) skip_step(of, n_values);
+                    if (step < first_step) {
+                        store_nothing(rows); // those there are, if any, see no key
+                        release_q();
+                        continue;
+                    }
+                }
+            }
+            const bool stores = ends && is_pending;
+            const float last_max[2] = {max[0], max[1]}, last_sum[2] = {sum[0], sum[1]};
+            if (ends) reset_rows();
+            if (!is_pending) {
+                clear_result();
+                multiply_keys();
+                adjust_scores(true);
+                soften_first();
+                is_pending = true;
+                continue;
+            }
+            multiply(n_values);
+            adjust_scores(true);
+            soften(true);
+            if (stores) {
+                store_tile(of, last_max, last_sum);
+                clear_result();
+            }
+        }
+    }
+};
+
+} // namespace
+
+#endif
