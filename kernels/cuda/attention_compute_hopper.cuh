@@ -13,8 +13,10 @@
 
 namespace {
 
-// Of a lane's weights of a row: where they are more, the row's maximum moves. In fp16, too, far from the largest number.
-__device__ constexpr float MOST_WEIGHTS = 256;
+// Of a lane's weights of a row: where they are more, the row's maximum moves. Below, all weights
+// are numbers in the type, and values times weights far from a float's range.
+template <typename T> __device__ constexpr float MOST_WEIGHTS = 4294967296.0f;
+template <> __device__ constexpr float MOST_WEIGHTS<__half> = 32768;
 
 enum { MAX_CHAINS = 4 /* of maxima of a row that a lane keeps: they do not wait for each other */ };
 
@@ -220,9 +222,9 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         return x;
     }
 
-    // Weights of a row once more, from the scores, for they are infinite: the maximum becomes theirs. Returns the factor of what
-    // went before. All lanes come along; of those whose row it is not, nothing changes.
-    __device__ __forceinline__ float redo_row(int half, bool is_it)
+    // Weights of a row once more, from the scores, for they were infinite: the maximum becomes these scores'. Returns the factor of
+    // what went before. All lanes come along; where the row is another, nothing changes.
+    __device__ __forceinline__ float redo_row(int half, bool is_it, float *added)
     {
         float t[N / 4], most = -CUDART_INF_F;
         int32_t token, head;
@@ -241,37 +243,35 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (!is_it) return 1;
         const float factor = exp2_approx(__fsub_rn(max[half], new_max));
         max[half] = new_max;
+        *added = 0;
 #pragma unroll
-        for (int i = 0; i < N / 4; i++)
-            s[element_of(half, i)] = exp2_approx(__fmaf_rn(t[i], multiplier, __fsub_rn(bias[half], new_max)));
+        for (int i = 0; i < N / 4; i++) {
+            float &weight = s[element_of(half, i)];
+            weight = exp2_approx(__fmaf_rn(t[i], multiplier, __fsub_rn(bias[half], new_max)));
+            *added = __fadd_rn(*added, weight);
+        }
         return factor;
     }
 
-    // Rows whose weights are large, as their sum tells: the largest comes to be from 1 to 2, by a power of two, which is exact.
+    // The maximum of rows whose weights are large, as their sums (added) tell, moves: the largest sum of a lane's comes to be from 1
+    // to 2, by a power of two, which is exact.
     __device__ __forceinline__ void move_maxima(float (&added)[2])
     {
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float most = 0;
-#pragma unroll
-            for (int i = 0; i < N / 4; i++) most = fmaxf(most, s[element_of(half, i)]);
-            most = quad_max(most);
-            const bool moves = quad_max(added[half]) > MOST_WEIGHTS, is_lost = moves && most == CUDART_INF_F;
+            const float most = quad_max(added[half]);
+            const bool is_lost = most == CUDART_INF_F;
             factor[half] = 1;
-            if (__any_sync(0xffffffffu, is_lost)) factor[half] = redo_row(half, is_lost);
-            if (moves && !is_lost) {
+            if (__any_sync(0xffffffffu, is_lost)) factor[half] = redo_row(half, is_lost, added + half);
+            if (most > MOST_WEIGHTS<T> && !is_lost) {
                 int32_t power = min((__float_as_int(most) >> 23) - 127, 126);
                 factor[half] = __int_as_float((127 - power) << 23);
                 max[half] = __fadd_rn(max[half], (float)power);
+                added[half] = __fmul_rn(added[half], factor[half]);
 #pragma unroll
                 for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = __fmul_rn(s[element_of(half, i)], factor[half]);
             }
-            if (!moves) continue;
-            float part[2] = {0, 0};
-#pragma unroll
-            for (int i = 0; i < N / 4; i++) part[i % 2] = __fadd_rn(part[i % 2], s[element_of(half, i)]);
-            added[half] = __fadd_rn(part[0], part[1]);
             sum[half] = __fmul_rn(sum[half], factor[half]);
         }
         pack_weights();
@@ -300,7 +300,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         exponentiate<shape::EARLY, N / 2>(part);
         pack_weights();
         float added[2] = {__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3])};
-        if (__builtin_expect(__any_sync(0xffffffffu, fmaxf(added[0], added[1]) > MOST_WEIGHTS), 0)) move_maxima(added);
+        if (__builtin_expect(__any_sync(0xffffffffu, fmaxf(added[0], added[1]) > MOST_WEIGHTS<T>), 0)) move_maxima(added);
         add_sums(added);
     }
 

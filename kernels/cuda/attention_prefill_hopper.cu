@@ -3,13 +3,17 @@
  *
  * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). A tile is 64 rows for each of two warpgroups (three at
  * head_dim 64, where sequences are long): as many q heads of one KV head as fit, of some queries.
- * Grid: one block a multiprocessor, which asks a counter for tiles, in the order of attention_tiles.cuh, until there are none; one
- * warpgroup fetches (attention_prefill_hopper.cuh), the others compute, each on its own rows.
+ * Grid: one block a multiprocessor, which asks a counter for tiles, in the order of attention_tiles.cuh, until there are none: one
+ * warp finds them, one fetches (attention_prefill_hopper.cuh), two or three warpgroups compute, each on its own rows
+ * (attention_compute_hopper.cuh).
  * Shared memory: Q of two tiles (of one at head_dim 256), a ring of 4 to 8 slots for K or V of a step.
  * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile (mostly from L2).
- * Bound by the tensor cores, and at head_dim 64 by the exponentials: 16 a cycle. Measured on an H200 (2026-11-28), causal, bf16,
- * against FlashAttention-3 in the same run: 0.92 to 0.97 at head_dim 128 from 2k tokens on, 1.13 to 1.20 over pages of 64; the
- * tensor cores are at work 82 % of the cycles at 16k tokens (FlashAttention-3: 88).
+ * Bound by the tensor cores: at head_dim 128 a step of both warpgroups takes 2,450 cycles, the products 2,048. What keeps it from
+ * these is a warpgroup's own chain: 700 cycles until its scores are there, 1,450 of softmax (600 are what exponentials take, but
+ * the other's products use the same ports of the register file), 200 to the next products. At head_dim 64 by the exponentials: 16
+ * a cycle. Where sequences are short, by what comes between tiles: 3,500 cycles (masks 600, the next tile's notice 600, the store
+ * 1,300). Measured on an H200 (2026-11-28), causal, bf16, against FlashAttention-3 in the same run: 1.05, 0.94, 0.99 and 1.03 with
+ * 32 q heads of 8 KV heads at 512, 1k, 2k, 8k tokens; 1.07, 0.99, 1.00 with 16 heads at 512, 4k, 16k.
  *
  * A step: scores of this step and values of the one before are begun together; the softmax of the scores runs while the values are
  * added. At head_dim 128 the warpgroups take turns to begin (named barriers): one's softmax falls into the other's products.
@@ -17,12 +21,15 @@
  * The same bits for a row in any batch, chunk or shape: steps begin at multiples of KEYS and are taken in descending order; of a
  * step of which a row sees nothing all weights are 0, and its maximum, sum and result stay as they are.
  *
- * Tried, and of no use: fewer scores where a tile's first step is half masked (short sequences got 1 to 4 % slower: the code
- * grows; products of another width beside those in flight are serialised by ptxas); two blocks a multiprocessor at head_dim 64
- * (112 registers do not do); turns at head_dim 64 (-2 to -4 %) and 256 (no difference); asking for the next tile at the begin
- * of this one (one multiprocessor worked 13 % longer than another). What did: descriptors from uniform registers (+5 %),
- * scaling the result only where a maximum has moved far (+2 %), waiting for values when the maxima are known (+3 %), one
- * elected lane that asks for copies (over pages +7 %).
+ * Tried, and of no use: fewer scores where a tile's first step is half masked (products of another width beside those in flight
+ * are serialised by ptxas); two blocks a multiprocessor at head_dim 64 (112 registers do not do); turns at head_dim 64 (-2 to
+ * -4 %) and 256 (no difference); asking for the next tile at the begin of this one (one multiprocessor worked 13 % longer than
+ * another); passing the turn before the last products are begun (no difference); one exponential in eight by a polynomial (-5 %:
+ * every instruction lengthens the chain); keys kept until the weights are final (-13 %: the ring is too short); results by way of
+ * shared memory, in whole rows (-2 to -10 %: 1,900 cycles instead of 1,300); storing them beside the next scores (-3 to -15 %).
+ * What did: descriptors from uniform registers (+5 %), a warp of its own that finds tiles (+20 % at 512 tokens, +4 % at 4k), no
+ * search for maxima (+5 %), asking for the next step's slots beside this one's products (+3 %), one elected lane that asks for
+ * copies (over pages +7 %).
  */
 #include <atomic>
 

@@ -434,7 +434,7 @@ def climbing(heads, length):
     way = torch.randn(heads.dim, device=DEVICE).sign()
     rows = torch.tensor([1.0, 0.0, 1.0, -1.0], device=DEVICE).repeat(length)[:length, None, None]
     s.q = (s.q.float() + 4 * rows * way).to(heads.dtype)
-    for part, height in ((0.75, 0.25), (0.5, 0.6), (0.35, 2), (0.2, 5)):
+    for part, height in ((0.75, 0.25), (0.5, 0.6), (0.35, 1.6), (0.2, 5)):
         s.k[int(part * length)] = (height * way).to(heads.dtype)
     return s
 
