@@ -13,8 +13,8 @@
 
 namespace {
 
-// Of a lane's weights of a row: where they are more, the row's maximum moves. Below, all weights
-// are numbers in the type, and values times weights far from a float's range.
+// Of a lane's weights of a row: where they are more, the row's maximum moves. Below, all weights are numbers in the type, and values
+// times weights far from a float's range.
 template <typename T> __device__ constexpr float MOST_WEIGHTS = 4294967296.0f;
 template <> __device__ constexpr float MOST_WEIGHTS<__half> = 32768;
 

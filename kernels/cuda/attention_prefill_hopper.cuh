@@ -1,9 +1,10 @@
-/* attention_prefill_hopper.cuh: what attention_prefill_hopper.cu works on: tiles, rings in shared memory, and the warp that fills
- * them.
+/* attention_prefill_hopper.cuh: what attention_prefill_hopper.cu works on: tiles, rings in shared memory, and the two warps that
+ * find the tiles and fill the rings.
  *
- * One warp finds the block's next tile and describes it. The fetching warp runs ahead of those who compute: it has Q and, for every step, K and V of 128 keys
- * (80 at head_dim 256) copied, by one box for each page and column of 64, through the block table as through dense rows. K of a
- * step comes before V of the step before, also from tile to tile (RUNS_ON), for that is the order in which they are used.
+ * One warp finds the block's next tile and describes it. Another runs ahead of those who compute: it has Q and, for every step, K
+ * and V of 128 keys (80 at head_dim 256) copied, by one box for each page and column of 64, through the block table as through
+ * dense rows. K of a step comes before V of the step before, also from tile to tile (RUNS_ON), for that is the order in which they
+ * are used.
  */
 #ifndef GPTD_KERNELS_CUDA_ATTENTION_PREFILL_HOPPER_CUH
 #define GPTD_KERNELS_CUDA_ATTENTION_PREFILL_HOPPER_CUH
