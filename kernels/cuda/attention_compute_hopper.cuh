@@ -223,16 +223,16 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     }
 
     // Weights of a row once more, from the scores, for they were infinite: the maximum becomes these scores'. Returns the factor of
-    // what went before. All lanes come along; where the row is another, nothing changes.
+    // what went before. All lanes come along; where the row is another, or none of the tile's, nothing changes.
     __device__ __forceinline__ float redo_row(int half, bool is_it, float *added)
     {
         float t[N / 4], most = -CUDART_INF_F;
         int32_t token, head;
-        const bool is_row = find_output(rows, half, &token, &head);
+        is_it &= find_output(rows, half, &token, &head);
 #pragma unroll 1
         for (int i = 0; i < N / 4; i++) {
             const int32_t key = step * N + i / 2 * 8 + i % 2 + lane % 4 * 2;
-            const bool is_seen = is_row && key >= ::max(row[half].first, 0) && key <= row[half].last;
+            const bool is_seen = is_it && key >= ::max(row[half].first, 0) && key <= row[half].last;
             float x = is_seen ? find_score(token, head, key) : 0;
             if (KIND == CAPPED) x = cap_score(x, a.scoring);
             if (KIND != PLAIN) x = __fmaf_rn(row[half].per_key, (float)(i / 2 * 8 + i % 2), x);
@@ -254,7 +254,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     }
 
     // The maximum of rows whose weights are large, as their sums (added) tell, moves: the largest sum of a lane's comes to be from 1
-    // to 2, by a power of two, which is exact.
+    // to 2, by a power of two, which is exact. (Never in a tile's first step, when o is another tile's: weights are at most 1.)
     __device__ __forceinline__ void move_maxima(float (&added)[2])
     {
         float factor[2];
