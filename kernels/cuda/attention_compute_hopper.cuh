@@ -15,8 +15,8 @@ namespace {
 
 // Of a lane's weights of a row: where they are more, the row's maximum moves. Below, all weights are numbers in the type, and values
 // times weights far from a float's range.
-template <typename T> __device__ constexpr float MOST_WEIGHTS = 4294967296.0f;
-template <> __device__ constexpr float MOST_WEIGHTS<__half> = 32768;
+template <typename T> __device__ constexpr float MOST_WEIGHTS = 0x1p32f;
+template <> __device__ constexpr float MOST_WEIGHTS<__half> = 0x1p15f;
 
 enum { MAX_CHAINS = 4 /* of maxima of a row that a lane keeps: they do not wait for each other */ };
 

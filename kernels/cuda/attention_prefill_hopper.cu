@@ -9,11 +9,12 @@
  * Shared memory: Q of two tiles (of one at head_dim 256), a ring of 4 to 8 slots for K or V of a step.
  * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile (mostly from L2).
  * Bound by the tensor cores: at head_dim 128 a step of both warpgroups takes 2,450 cycles, the products 2,048. What keeps it from
- * these is a warpgroup's own chain: 700 cycles until its scores are there, 1,450 of softmax (600 are what exponentials take, but
+ * these is a warpgroup's own chain: 700 cycles until its scores are there, 1,450 of softmax (512 are what exponentials take, but
  * the other's products use the same ports of the register file), 200 to the next products. At head_dim 64 by the exponentials: 16
  * a cycle. Where sequences are short, by what comes between tiles: 3,500 cycles (masks 600, the next tile's notice 600, the store
  * 1,300). Measured on an H200 (2026-11-28), causal, bf16, against FlashAttention-3 in the same run: 1.05, 0.94, 0.99 and 1.03 with
- * 32 q heads of 8 KV heads at 512, 1k, 2k, 8k tokens; 1.07, 0.99, 1.00 with 16 heads at 512, 4k, 16k.
+ * 32 q heads of 8 KV heads at 512, 1k, 2k, 8k tokens; 1.07, 0.99, 1.00 with 16 heads at 512, 4k, 16k (maxima moved at 2^8 then, not
+ * yet at MOST_WEIGHTS).
  *
  * A step: scores of this step and values of the one before are begun together; the softmax of the scores runs while the values are
  * added. At head_dim 128 the warpgroups take turns to begin (named barriers): one's softmax falls into the other's products.

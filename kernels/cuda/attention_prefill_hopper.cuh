@@ -51,12 +51,14 @@ template <int DIM, int N_WARPGROUPS> struct hopper_shape {
     static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // bytes: K or V of a step
     static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
     static constexpr bool TAKES_TURNS = D == 128;
-    static constexpr bool WAITS_EARLY = D == 128;    // for the slots of the next step, beside the products of this one
-    static constexpr int EARLY = KEYS * 3 / 8;       // weights of a lane's that are there before the values are waited for
+    static constexpr bool WAITS_EARLY = D == 128;  // for the slots of the next step, beside the products of this one
+    static constexpr int EARLY = KEYS * 3 / 8;     // weights of a lane's that are there before the values are waited for
     static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
     static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
     static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
-    static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= 512, "a multiprocessor has 65,536");
+    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8; // of a thread; they are dealt out in eights
+    static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= LAUNCH_REGISTERS * (WARPGROUPS + 1),
+                  "dealt out anew, they are no more than the block has: else those who grow wait for ever");
 };
 
 // Rows of q and out, and q heads.
