@@ -37,7 +37,7 @@ class Params(ctypes.Structure):
                [("scratch_bytes", ctypes.c_size_t), ("tickets", ctypes.c_void_p)] + \
                [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_kv", "n_heads", "n_kv_heads",
                                                     "head_dim", "block_size", "max_blocks", "max_context", "causal",
-                                                    "window_left", "window_right", "skip_single")] + \
+                                                    "window_left", "window_right", "skip_queries", "max_queries")] + \
                [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("settled", ctypes.c_int32)]
 
 
@@ -241,8 +241,8 @@ class Run:
         library.run("prefill", self.p)
         return self.results()
 
-    def decode(self, library, scratch=None):
-        self.p.scratch_bytes = 0
+    def decode(self, library, scratch=None, max_queries=0):
+        self.p.scratch_bytes, self.p.max_queries = 0, max_queries
         self.scratch = library.scratch(self.p) if scratch is None else scratch
         self.scratch.fill_(255)
         self.p.scratch, self.p.scratch_bytes = self.scratch.data_ptr(), self.scratch.numel()
@@ -454,6 +454,31 @@ def peaks(library, worst):
                     climb(library, climbing(heads, random.randrange(900, 1300)), options, random.choice((16, 32, 64)), worst)
 
 
+def few_queries_alike(library, heads, pairs, options, block_size, worst):
+    """Decode of several queries a sequence, and of each alone: the same bits"""
+    sequences = ragged(heads, pairs)
+    run = Run(sequences, options, block_size)
+    together = run.decode(library, max_queries=8)
+    check_close(run, together, worst)
+    ones = [(i, j, s.part(j, j + 1)) for i, s in enumerate(sequences) for j in range(max(0, s.n - s.length), s.n)]
+    alone = Run([one for _, _, one in ones], options, block_size).decode(library)
+    for (i, j, _), result in zip(ones, alone):
+        check(same_bits(result, tuple(x[j:j + 1] for x in together[i])), f"query {j} of {pairs[i]} differs from it alone")
+
+
+def few_queries(library, worst):
+    pairs = [(8, 1027), (5, 4099), (3, 3), (8, 5), (1, 700), (8, 8), (2, 33), (7, 2049), (4, 130), (8, 16390)]
+    for dim, q, kv in ((64, 8, 8), (80, 8, 2), (128, 8, 2), (128, 14, 2), (256, 8, 1)):
+        heads = Heads(random.choice(list(DTYPES)), dim, q, kv)
+        for name, options in (("plain", Options()), ("window", Options(left=40)), ("window", Options(left=1022)),
+                              ("alibi", Options(slopes=alibi(q))), ("softcap", Options(softcap=20.0))):
+            yield f"{name} {q}/{kv} d{dim}", lambda heads=heads, options=options: few_queries_alike(
+                library, heads, random.sample(pairs, len(pairs)), options, random.choice((16, 32, 64)), worst)
+    heads = Heads(torch.bfloat16, 128, 8, 2)
+    yield "many", lambda: few_queries_alike(library, heads, [(random.randrange(1, 9), random.randrange(1, 3000))
+                                                            for _ in range(70)], Options(), 64, worst)
+
+
 def batch_bits(library, sequences, options, name):
     together = getattr(Run(sequences, options), name)(library)
     order = list(range(len(sequences)))
@@ -490,7 +515,7 @@ def mixed_batch(library, heads, worst):
     """As the op calls them: decode leaves sequences with several queries alone, prefill those with one"""
     sequences = ragged(heads, [(1, 100), (1, 1), (40, 40), (1, 999), (130, 500), (2, 2), (1, 64)])
     run = Run(sequences, Options())
-    run.p.skip_single = 1
+    run.p.skip_queries = 1
     run.prefill(library)
     for s, (out, _) in zip(sequences, run.results()):
         check(bool(torch.isnan(out).all()) == (s.n == 1), "prefill wrote a row of decode, or left one of its own")
@@ -614,7 +639,8 @@ def calls(library, worst):
             yield f"far heads {name}", lambda name=name: far_heads(library, name, worst)
 
 
-GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, peaks, not_causal, dense, chunked, batched, calls]
+GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, peaks, not_causal, dense, chunked, batched, few_queries,
+          calls]
 
 
 def run_group(group, library):
