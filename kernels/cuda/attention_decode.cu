@@ -1,9 +1,9 @@
 /* attention_decode.cu: Flash Attention of one query per sequence, or a few, over the paged cache, the context split over the
  * machine (Dao et al., "Flash-Decoding", 2023), for sm_80 and newer: mma.sync, ldmatrix, cp.async.
  *
- * Shapes: q, out [T, H, D], K, V [n_blocks, KV, block_size, D] (kernels/flash_attention.h). A head group is up to 8 columns:
- * q heads of one KV head, each for one query of the sequence. Scores and results are computed transposed: K [16 keys, D] x Q' [D, 8 heads] and
- * V' [D, 16 keys] x P' [16 keys, 8 heads], so that few q heads leave little of the products' tiles empty.
+ * Shapes: q, out [T, H, D], K, V [n_blocks, KV, block_size, D] (kernels/flash_attention.h). A head group is up to 8 columns: q
+ * heads of one KV head, each for one query of the sequence. Scores and results are computed transposed: K [16 keys, D] x Q' [D, 8
+ * columns] and V' [D, 16 keys] x P' [16 keys, 8 columns], so that few q heads leave little of the products' tiles empty.
  * The keys that a row sees, in stripes of 32 (16 beyond head_dim 128), are cut into splits of a length that depends on how
  * many they are, whatever else is in the batch (row_of). A split's result does not depend on who computes it, and a row's
  * is the sum over its splits in order (add_split), so that it has the same bits however the work is shared.
