@@ -51,7 +51,7 @@ struct page_window {
 
 __device__ __forceinline__ void move_window(const decode_args &a, const cursor &c, int32_t block, page_window &w)
 {
-    int32_t lane = (int32_t)threadIdx.x % 32, last = (c.row.length - 1) >> a.block_shift;
+    int32_t lane = (int32_t)threadIdx.x % 32, last = (c.sequence.length - 1) >> a.block_shift;
     w.s = c.s;
     w.first = block;
     w.entry = __ldcg(a.p.block_table + (size_t)c.s * (size_t)a.p.max_blocks + (size_t)min(block + lane, last));

@@ -296,6 +296,7 @@ template <int D> __device__ __forceinline__ cursor find_share(const decode_args 
     rows = __reduce_add_sync(0xffffffffu, rows) * n_kv_heads;
     uint32_t begin;
     cursor c = {};
+    c.per_kv = 1; // a divisor, also where there is no work
     find_ends(a, sum, rows, &begin, &c.end);
     if (begin >= c.end) return c;
     uint32_t before = 0, mine, upto; // units of the sequences before `first`; stripes of the lane's, with those before
