@@ -48,7 +48,8 @@ struct flash_attention_params {
     void *scratch;              // device, decode only: gptd_flash_attention_scratch_bytes, any content; not shared with
                                 // what may run at the same time
     size_t scratch_bytes;
-    int32_t *tickets;           // device, decode only: [S * H] zeros before the first call, zeros again after each;
+    int32_t *tickets;           // device, decode only: [S * H] (max_queries > 1: 4 times that) zeros before the first call, zeros
+                                // again after each;
                                 // NULL: the library's own, for one decode at a time on each GPU
     enum flash_attention_dtype dtype; // of q, k, v, out
     int32_t n_seqs;
@@ -61,7 +62,8 @@ struct flash_attention_params {
     int32_t max_context;        // decode: no context is longer (what is beyond is not seen)
     int32_t causal;             // 0 or 1
     int32_t window_left, window_right; // keys before and after the query's own; -1: unlimited
-    int32_t skip_single;        // prefill: 1 leaves sequences with exactly one query to decode
+    int32_t skip_queries;       // prefill: sequences of 1 to so many queries are left to decode; 0: none
+    int32_t max_queries;        // decode: sequences of up to so many queries are its own, 8 at most; 0 is 1
     float scale;                // > 0; usually 1 / sqrt(head_dim)
     float softcap;              // 0: none
     int32_t settled;            // decode: 1 says that what it reads, but q and the last key and value of each sequence, is
@@ -73,7 +75,9 @@ struct flash_attention_params {
 // said. Prefill takes dense or paged keys (block_table NULL or not).
 int gptd_flash_attention_prefill(const struct flash_attention_params *p, struct CUstream_st *stream);
 
-// One query per sequence, paged; with cu_seqlens_q given, sequences that have another number of queries are left alone.
+// Paged, one query per sequence, or up to max_queries, which then are the last tokens of the context; with cu_seqlens_q given,
+// sequences that have another number of queries are left alone. A query's result has the same bits whether others of its sequence
+// come with it or not.
 // A launch depends on no length but max_context: captured in a graph it serves every context up to that. On Hopper the next
 // kernel of the stream, if it is launched so that it may (programmatic dependent launch), begins before this one ends.
 int gptd_flash_attention_decode(const struct flash_attention_params *p, struct CUstream_st *stream);

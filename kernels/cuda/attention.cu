@@ -56,7 +56,9 @@ EXPORT int gptd_flash_attention_prefill(const struct flash_attention_params *p, 
 EXPORT int gptd_flash_attention_decode(const struct flash_attention_params *p, struct CUstream_st *stream)
 {
     if (!shapes_fit(p) || !arrays_fit(p) || !pages_fit(p) || p->max_context < 1) return cudaErrorInvalidValue;
-    if (!p->scratch || !is_aligned(p->scratch)) return cudaErrorInvalidValue;
+    if (!p->scratch || !is_aligned(p->scratch) || p->max_queries < 0 || p->max_queries > 8 ||
+        (p->max_queries > 1 && !p->cu_seqlens_q))
+        return cudaErrorInvalidValue;
     return launch_decode(p, stream);
 }
 
@@ -204,7 +206,7 @@ int cuda_attention(struct device *d, const struct attention_params *p, struct er
     }
     if (n_single < p->n_seqs) {
         struct flash_attention_params prefill = after(&f, n_first);
-        prefill.skip_single = !d->options.deterministic;
+        prefill.skip_queries = !d->options.deterministic;
         int status = gptd_flash_attention_prefill(&prefill, d->stream);
         if (cuda_check((cudaError_t)status, "attention", e)) return ERR_DEVICE;
     }

@@ -1,9 +1,9 @@
-/* attention_decode.cu: Flash Attention of one query per sequence over the paged cache, the context split over the
+/* attention_decode.cu: Flash Attention of one query per sequence, or a few, over the paged cache, the context split over the
  * machine (Dao et al., "Flash-Decoding", 2023), for sm_80 and newer: mma.sync, ldmatrix, cp.async.
  *
- * Shapes: q, out [S, H, D], K, V [n_blocks, KV, block_size, D] (kernels/flash_attention.h). A head group is up to 8 q heads
- * of one KV head. Scores and results are computed transposed: K [16 keys, D] x Q' [D, 8 heads] and
- * V' [D, 16 keys] x P' [16 keys, 8 heads], so that few q heads leave little of the products' tiles empty.
+ * Shapes: q, out [T, H, D], K, V [n_blocks, KV, block_size, D] (kernels/flash_attention.h). A head group is up to 8 columns: q
+ * heads of one KV head, each for one query of the sequence. Scores and results are computed transposed: K [16 keys, D] x Q' [D, 8
+ * columns] and V' [D, 16 keys] x P' [16 keys, 8 columns], so that few q heads leave little of the products' tiles empty.
  * The keys that a row sees, in stripes of 32 (16 beyond head_dim 128), are cut into splits of a length that depends on how
  * many they are, whatever else is in the batch (row_of). A split's result does not depend on who computes it, and a row's
  * is the sum over its splits in order (add_split), so that it has the same bits however the work is shared.
@@ -51,7 +51,7 @@ struct page_window {
 
 __device__ __forceinline__ void move_window(const decode_args &a, const cursor &c, int32_t block, page_window &w)
 {
-    int32_t lane = (int32_t)threadIdx.x % 32, last = (c.row.length - 1) >> a.block_shift;
+    int32_t lane = (int32_t)threadIdx.x % 32, last = (c.sequence.length - 1) >> a.block_shift;
     w.s = c.s;
     w.first = block;
     w.entry = __ldcg(a.p.block_table + (size_t)c.s * (size_t)a.p.max_blocks + (size_t)min(block + lane, last));
@@ -102,10 +102,10 @@ __device__ void fetch_some_keys(const decode_args &a, const uint16_t *from, int3
     }
 }
 
-// Whether the stripe at c has the key that is written in this step.
-template <int D> __device__ __forceinline__ bool has_last_key(const cursor &c)
+// Whether the stripe at c has a key that is written in this step.
+template <int D> __device__ __forceinline__ bool has_new_key(const cursor &c)
 {
-    return (c.row.first_stripe + c.stripe + 1) * decode_shape<D>::STRIPE >= c.row.length;
+    return (c.row.first_stripe + c.stripe + 1) * decode_shape<D>::STRIPE > c.sequence.length - c.sequence.n_queries;
 }
 
 // What a warp fetches next: V of the stripe at `at` if `values`, else K.
@@ -118,7 +118,7 @@ struct decode_feed {
 
 __device__ __forceinline__ size_t head_offset(const decode_args &a, const cursor &c)
 {
-    return (size_t)kv_head_of(a, c.group) * a.p.kv_head_stride;
+    return (size_t)kv_head_of(c) * a.p.kv_head_stride;
 }
 
 template <int D> __device__ __forceinline__ void fetch_next(const decode_args &a, decode_feed &f, uint32_t slot)
@@ -150,19 +150,20 @@ __device__ __forceinline__ size_t query_row(const decode_args &a, int32_t s)
     return a.p.cu_seqlens_q ? (size_t)a.p.cu_seqlens_q[s] : (size_t)s;
 }
 
-// Q' of a head group as B operands [16, 8]. Columns beyond the group's heads are zero.
+// Q' of a head group as B operands [16, 8]. Columns beyond the group's are zero.
 template <int D>
 __device__ __forceinline__ void load_queries(const decode_args &a, int32_t s, const decode_run &run,
                                              uint32_t (&q)[D / 16][2])
 {
-    int lane = (int)threadIdx.x % 32;
-    const uint16_t *from = (const uint16_t *)a.p.q + query_row(a, s) * a.p.q_stride +
-                           (size_t)run.heads.first * a.p.q_head_stride;
+    const int lane = (int)threadIdx.x % 32;
+    const column_place place = place_of(a, run.columns, lane / 4);
+    const uint16_t *from = (const uint16_t *)a.p.q + (query_row(a, s) + (size_t)place.query) * a.p.q_stride +
+                           (size_t)place.head * a.p.q_head_stride;
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
-        int head = lane / 4, column = i * 8 + lane % 4 * 2;
-        bool there = head < run.heads.n && column < a.p.head_dim;
-        q[i / 2][i % 2] = there ? *(const uint32_t *)(from + (size_t)head * a.p.q_head_stride + column) : 0;
+        int column = i * 8 + lane % 4 * 2;
+        bool there = lane / 4 < run.columns.n && column < a.p.head_dim;
+        q[i / 2][i % 2] = there ? *(const uint32_t *)(from + column) : 0;
     }
 }
 
@@ -220,18 +221,22 @@ template <int M>
 __device__ __forceinline__ void adjust_stripe(float (&s)[M][4], const decode_args &a, const decode_row &row,
                                               const decode_run &run, int32_t first)
 {
-    int lane = (int)threadIdx.x % 32;
+    const int lane = (int)threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 4 * M; i++) {
-        int head = lane % 4 * 2 + i % 2;
-        int32_t key = first + i / 2 * 8 + lane / 4;
-        float &x = s[i / 4][i % 4];
-        float slope = 0;
-        if (a.scoring.softcap_in != 0) x = cap_score(x, a.scoring);
-        if (a.scoring.slopes && head < run.heads.n)
-            slope = __fmul_rn(a.scoring.slopes[run.heads.first + head], CUDART_L2E_F);
-        if (a.scoring.slopes) x = bias_score(x, slope, key - (row.length - 1), a.scoring);
-        if (key < row.first_key || key >= row.length) x = -CUDART_INF_F;
+    for (int column = 0; column < 2; column++) {
+        const column_place place = place_of(a, run.columns, lane % 4 * 2 + column);
+        const bool is_column = lane % 4 * 2 + column < run.columns.n;
+        const int32_t end = row.length - row.n_queries + 1 + place.query - row.first_query; // of the keys it may see
+        const int32_t begin = first_key(a, end);
+        const float slope = a.scoring.slopes && is_column ? __fmul_rn(a.scoring.slopes[place.head], CUDART_L2E_F) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) {
+            int32_t key = first + i * 8 + lane / 4;
+            float &x = s[i / 2][column + i % 2 * 2];
+            if (a.scoring.softcap_in != 0) x = cap_score(x, a.scoring);
+            if (a.scoring.slopes) x = bias_score(x, slope, key - (end - 1), a.scoring);
+            if (key < begin || key >= end) x = -CUDART_INF_F;
+        }
     }
 }
 
@@ -313,14 +318,15 @@ __device__ __forceinline__ void add_split(decode_state<D> &row, const decode_sta
     for (int i = 0; i < D / 4; i++) row.o[i / 4][i % 4] = add_scaled(row.o[i / 4][i % 4], part.o[i / 4][i % 4], factor[i % 2]);
 }
 
-template <typename T> __device__ __forceinline__ T *result_of(const decode_args &a, int32_t s, int32_t head)
+template <typename T> __device__ __forceinline__ T *result_of(const decode_args &a, int32_t s, const column_place &place)
 {
-    return (T *)a.p.out + query_row(a, s) * a.p.out_stride + (size_t)head * a.p.out_head_stride;
+    return (T *)a.p.out + (query_row(a, s) + (size_t)place.query) * a.p.out_stride + (size_t)place.head * a.p.out_head_stride;
 }
 
-__device__ __forceinline__ void store_lse(const decode_args &a, int32_t s, int32_t head, float max, float sum)
+__device__ __forceinline__ void store_lse(const decode_args &a, int32_t s, const column_place &place, float max, float sum)
 {
-    if (a.p.lse) a.p.lse[query_row(a, s) * (size_t)a.p.n_heads + (size_t)head] = log_sum(max, sum);
+    if (!a.p.lse) return;
+    a.p.lse[(query_row(a, s) + (size_t)place.query) * (size_t)a.p.n_heads + (size_t)place.head] = log_sum(max, sum);
 }
 
 template <typename T, int D>
@@ -330,21 +336,21 @@ __device__ __forceinline__ void store_row(const decode_args &a, int32_t s, const
     int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        int head = lane % 4 * 2 + i;
-        if (head >= run.heads.n) continue;
+        if (lane % 4 * 2 + i >= run.columns.n) continue;
+        const column_place place = place_of(a, run.columns, lane % 4 * 2 + i);
         float factor = inverse(row.sum[i]);
-        T *to = result_of<T>(a, s, run.heads.first + head) + lane / 4;
+        T *to = result_of<T>(a, s, place) + lane / 4;
 #pragma unroll
         for (int m = 0; m < D / 8; m++)
             if (m * 8 < a.p.head_dim) to[m * 8] = from_float<T>(__fmul_rn(row.o[m / 2][i + m % 2 * 2], factor));
-        if (lane < 4) store_lse(a, s, run.heads.first + head, row.max[i], row.sum[i]);
+        if (lane < 4) store_lse(a, s, place, row.max[i], row.sum[i]);
     }
 }
 
 // The first of a row's splits in scratch.
-template <int D> __device__ __forceinline__ float *partials_of(const decode_args &a, int32_t s, int32_t head)
+template <int D> __device__ __forceinline__ float *partials_of(const decode_args &a, int32_t s, const column_place &place)
 {
-    size_t row = (size_t)s * (size_t)a.p.n_heads + (size_t)head;
+    size_t row = ((size_t)s * (size_t)a.max_queries + (size_t)place.query) * (size_t)a.p.n_heads + (size_t)place.head;
     return a.partial + row * (size_t)a.max_splits * decode_shape<D>::PARTIAL;
 }
 
@@ -355,9 +361,8 @@ __device__ __forceinline__ void store_partial(const decode_args &a, int32_t s, c
     int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        int head = lane % 4 * 2 + i;
-        if (head >= run.heads.n) continue;
-        float *to = partials_of<D>(a, s, run.heads.first + head) + run.split * decode_shape<D>::PARTIAL;
+        if (lane % 4 * 2 + i >= run.columns.n) continue;
+        float *to = partials_of<D>(a, s, place_of(a, run.columns, lane % 4 * 2 + i)) + run.split * decode_shape<D>::PARTIAL;
 #pragma unroll
         for (int m = 0; m < D / 8; m++) store_kept(to + m * 8 + lane / 4, part.o[m / 2][i + m % 2 * 2]);
         if (lane < 4) *(float2 *)(to + D) = make_float2(part.max[i], part.sum[i]);
@@ -371,7 +376,7 @@ __device__ __forceinline__ bool is_last_run(const decode_args &a, const cursor &
     int32_t before = 0;
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-        int32_t *ticket = (a.tickets ? a.tickets : library_tickets) + (size_t)c.s * (size_t)a.n_groups + c.group;
+        int32_t *ticket = (a.tickets ? a.tickets : library_tickets) + (size_t)c.s * (size_t)a.max_groups + c.group;
         before = add_acq_rel(ticket, run.n);
         if (before + run.n == run.n_splits) *ticket = 0;
     }
@@ -392,7 +397,7 @@ __device__ __forceinline__ void finish_split(const decode_args &a, const cursor 
     } else {
         store_partial<D>(a, c.s, run, part);
         if (ends && is_last_run(a, c, run) && threadIdx.x % 32 == 0)
-            job[run.first == 0] = {c.s, run.heads.first, run.heads.n, run.n_splits}; // two at most: see WARP_JOBS
+            job[run.first == 0] = {c.s, run.n_splits, run.columns}; // two at most: see WARP_JOBS
     }
     run.split++;
 }
@@ -401,7 +406,8 @@ __device__ __forceinline__ void finish_split(const decode_args &a, const cursor 
 
 // Some splits of one q head's row, from `first` on.
 struct combine_item {
-    int32_t s, head, n_splits, first;
+    int32_t s, n_splits, first;
+    column_place place;
 };
 
 template <int D> __device__ __forceinline__ int32_t splits_in(const combine_item &item)
@@ -412,7 +418,7 @@ template <int D> __device__ __forceinline__ int32_t splits_in(const combine_item
 template <int D>
 __device__ __forceinline__ void fetch_splits(const decode_args &a, const combine_item &item, uint32_t to)
 {
-    const float *from = partials_of<D>(a, item.s, item.head) + item.first * decode_shape<D>::PARTIAL;
+    const float *from = partials_of<D>(a, item.s, item.place) + item.first * decode_shape<D>::PARTIAL;
     for (int i = (int)threadIdx.x % 32; i < splits_in<D>(item) * (decode_shape<D>::PARTIAL / 4); i += 32)
         cp_async_16(to + (uint32_t)i * 16, from + i * 4);
 }
@@ -465,8 +471,8 @@ __device__ __forceinline__ void combine_splits(const decode_args &a, const combi
         float factor = inverse(row.sum);
         uint2 packed = make_uint2(pack<T>(__fmul_rn(x.x, factor), __fmul_rn(x.y, factor)),
                                   pack<T>(__fmul_rn(x.z, factor), __fmul_rn(x.w, factor)));
-        if (column < a.p.head_dim) *(uint2 *)(result_of<T>(a, item.s, item.head) + column) = packed;
-        if (column == 0) store_lse(a, item.s, item.head, row.max, row.sum);
+        if (column < a.p.head_dim) *(uint2 *)(result_of<T>(a, item.s, item.place) + column) = packed;
+        if (column == 0) store_lse(a, item.s, item.place, row.max, row.sum);
     }
 }
 
@@ -485,8 +491,9 @@ __device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_
         cp_async_wait<0>();
         __syncwarp(); // every lane's part
         for (int i = 0, at = 0; i < n_fetched; i++) {
-            combine_item item = {__shfl_sync(0xffffffffu, mine.s, i), __shfl_sync(0xffffffffu, mine.head, i),
-                                 __shfl_sync(0xffffffffu, mine.n_splits, i), __shfl_sync(0xffffffffu, mine.first, i)};
+            combine_item item = {__shfl_sync(0xffffffffu, mine.s, i), __shfl_sync(0xffffffffu, mine.n_splits, i),
+                                 __shfl_sync(0xffffffffu, mine.first, i),
+                                 {__shfl_sync(0xffffffffu, mine.place.query, i), __shfl_sync(0xffffffffu, mine.place.head, i)}};
             combine_splits<T, D>(a, item, room + at, row);
             at += splits_in<D>(item) * PARTIAL;
         }
@@ -495,9 +502,9 @@ __device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_
     };
     for (; left != 0; left &= left - 1) {
         const decode_job job = jobs[__ffs((int)left) - 1];
-        for (int h = (warp - n_before) & (n_warps - 1); h < job.n_heads; h += n_warps) {
+        for (int h = (warp - n_before) & (n_warps - 1); h < job.columns.n; h += n_warps) {
             for (int32_t first = 0; first < job.n_splits; first += AT_ONCE) {
-                combine_item item = {job.s, job.first_head + h, job.n_splits, first};
+                combine_item item = {job.s, job.n_splits, first, place_of(a, job.columns, h)};
                 int floats = splits_in<D>(item) * PARTIAL;
                 if (n_fetched == 32 || n_floats + floats > n_room) add_fetched();
                 fetch_splits<D>(a, item, shared_address(room + n_floats));
@@ -506,7 +513,7 @@ __device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_
                 n_floats += floats;
             }
         }
-        n_before += job.n_heads;
+        n_before += job.columns.n;
     }
     add_fetched();
 }
@@ -515,11 +522,13 @@ __device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_
 template <typename T> __device__ __forceinline__ void store_empty_rows(const decode_args &a)
 {
     for (int32_t s = (int32_t)blockIdx.x; s < a.p.n_seqs; s += (int32_t)gridDim.x) {
-        if (!is_decode(a, s) || a.p.context_lens[s] > 0) continue;
-        for (int32_t i = (int32_t)threadIdx.x; i < a.p.n_heads * a.p.head_dim; i += (int32_t)blockDim.x) {
-            int32_t head = i / a.p.head_dim, column = i % a.p.head_dim;
-            result_of<T>(a, s, head)[column] = from_float<T>(0);
-            if (column == 0) store_lse(a, s, head, 0, 0);
+        const int32_t n = queries_of(a, s), n_empty = min(n - a.p.context_lens[s], n); // the first see nothing
+        if (n > a.max_queries) continue;
+        for (int32_t i = (int32_t)threadIdx.x; i < n_empty * a.p.n_heads * a.p.head_dim; i += (int32_t)blockDim.x) {
+            const int32_t row = i / a.p.head_dim, column = i - row * a.p.head_dim;
+            const column_place place = {row / a.p.n_heads, row % a.p.n_heads};
+            result_of<T>(a, s, place)[column] = from_float<T>(0);
+            if (column == 0) store_lse(a, s, place, 0, 0);
         }
     }
 }
@@ -560,7 +569,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
         run = run_of(a, item);
     }
     if (a.p.settled) {
-        while (empty > 1 && !done(feed.at) && !has_last_key<D>(feed.at)) send();
+        while (empty > 1 && !done(feed.at) && !has_new_key<D>(feed.at)) send();
         previous_kernel_wait();
     }
     if (!done(item)) load_queries<D>(a, item.s, run, q); // before the first keys: it would wait behind them
@@ -577,8 +586,9 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
             float s[M][4];
             int32_t first = (item.row.first_stripe + item.stripe) * shape::STRIPE;
             multiply_keys<T, D, M>(s, q, slot + lane_of_rows<D>(lane));
-            if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < item.row.first_key ||
-                first + shape::STRIPE > item.row.length)
+            const int32_t more = item.row.n_queries - 1; // the last sees from so many keys further on, the first so many less
+            if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < item.row.first_key + more ||
+                first + shape::STRIPE > item.row.length - more)
                 adjust_stripe<M>(s, a, item.row, run, first);
             soften<T, D, M>(s, part, p, a.scoring.multiplier);
         } else {
@@ -612,6 +622,8 @@ int32_t padded_dim(int32_t dim)
     return dim <= 64 ? 64 : dim <= 80 ? 80 : dim <= 96 ? 96 : dim <= 128 ? 128 : 256;
 }
 
+int32_t most_queries(const struct flash_attention_params *p) { return p->max_queries > 1 ? p->max_queries : 1; }
+
 decode_need need_of(const struct flash_attention_params *p)
 {
     decode_need need;
@@ -620,7 +632,8 @@ decode_need need_of(const struct flash_attention_params *p)
     need.padded_dim = padded_dim(p->head_dim);
     need.max_splits = need.padded_dim > 128 ? decode_shape<256>::MAX_SPLITS : decode_shape<128>::MAX_SPLITS;
     if (need.max_splits > most) need.max_splits = most;
-    need.bytes = (size_t)p->n_heads * (size_t)need.max_splits * (size_t)(need.padded_dim + 4) * sizeof(float);
+    const size_t rows = (size_t)most_queries(p) * (size_t)p->n_heads;
+    need.bytes = rows * (size_t)need.max_splits * (size_t)(need.padded_dim + 4) * sizeof(float);
     return need;
 }
 
@@ -683,13 +696,16 @@ cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t s
     a.scoring = scoring_of(p);
     a.group = p->n_heads / p->n_kv_heads;
     a.groups_per_kv = (a.group + GROUP_HEADS - 1) / GROUP_HEADS;
-    a.n_groups = p->n_kv_heads * a.groups_per_kv;
+    a.max_queries = most_queries(p);
+    a.max_groups = p->n_kv_heads * a.groups_per_kv;
+    if (a.max_queries > 1) // a run's last head group may be small
+        a.max_groups = p->n_kv_heads * ((a.max_queries * a.group + GROUP_HEADS - 1) / GROUP_HEADS + MAX_RUNS - 1);
     a.max_splits = need.max_splits;
     a.block_shift = p->block_size == 16 ? 4 : p->block_size == 32 ? 5 : 6;
     a.partial = (float *)p->scratch;
     a.tickets = p->tickets;
     size_t at_once = p->scratch_bytes / need.bytes;
-    if (!p->tickets && at_once > (size_t)(MAX_TICKETS / a.n_groups)) at_once = (size_t)(MAX_TICKETS / a.n_groups);
+    if (!p->tickets && at_once > (size_t)(MAX_TICKETS / a.max_groups)) at_once = (size_t)(MAX_TICKETS / a.max_groups);
     if (at_once == 0) return cudaErrorInvalidValue;
     size_t n_launches = ((size_t)p->n_seqs + at_once - 1) / at_once;
     int32_t n_each = (int32_t)(((size_t)p->n_seqs + n_launches - 1) / n_launches); // alike, so that none is small

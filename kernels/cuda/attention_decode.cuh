@@ -1,7 +1,10 @@
 /* attention_decode.cuh: how the work of attention_decode.cu is shared: the list of splits, and each warp's part of it.
  *
- * The list has, in order of (sequence, head group, split), the stripes of keys that a row of q heads sees. All warps find
- * their shares in context_lens by themselves.
+ * The list has, in order of (sequence, head group, split), the stripes of keys that a head group sees: up to 8 columns, each a q
+ * head of one KV head for one query. All warps find their shares in context_lens by themselves.
+ * Of a sequence with several queries, those whose keys are cut into splits at the same places (a run) share head groups: so the
+ * splits of a query are the same as if it came alone. There are three runs at most, for stripes begin and splits grow at most once
+ * in 8 lengths.
  */
 #ifndef GPTD_KERNELS_CUDA_ATTENTION_DECODE_CUH
 #define GPTD_KERNELS_CUDA_ATTENTION_DECODE_CUH
@@ -16,6 +19,8 @@ enum {
     FEW_WARPS = 4, // of a block where the sequences are few
     MAX_SLOTS = 8,
     GROUP_HEADS = 8,
+    MAX_QUERIES = 8, // of a sequence
+    MAX_RUNS = 3,
     MAX_TICKETS = 1 << 16,
     // Of a multiprocessor of sm_90, beside a block of the product with few rows that follows; a block takes 1 KB more than
     // it asks for.
@@ -26,19 +31,38 @@ struct decode_args {
     struct flash_attention_params p;
     struct scoring scoring;
     int32_t group;         // q heads per KV head
-    int32_t groups_per_kv; // head groups per KV head
-    int32_t n_groups;      // head groups: KV * groups_per_kv
+    int32_t groups_per_kv; // head groups per KV head, of one query
+    int32_t max_queries;   // of a sequence
+    int32_t max_groups;    // head groups of any sequence
     int32_t max_splits;    // of any row
     int32_t block_shift;   // log2 of the block size
     uint32_t share_step;   // 2^32 / warps of the grid
     bool few;              // up to FEW_ROWS sequences: the next kernel's blocks find room beside this one's
-    float *partial;        // [S, H, max_splits, D + 4]: result, maximum (in units of log2(e)), sum, nothing
-    int32_t *tickets;      // [S, n_groups]
+    float *partial;        // [S, max_queries, H, max_splits, D + 4]: result, maximum (in units of log2(e)), sum, nothing
+    int32_t *tickets;      // [S, max_groups]
 };
 
-// A row whose last split a warp of the block has brought.
+// Columns of a head group: column i is number first + i of the run's, of which query q and q head h of the KV head are number
+// q * group + h.
+struct group_columns {
+    int32_t first, n;
+    int32_t first_query, first_head; // of the run, of the KV head
+};
+
+struct column_place {
+    int32_t query, head;
+};
+
+__device__ __forceinline__ column_place place_of(const decode_args &a, const group_columns &columns, int32_t i)
+{
+    const int32_t number = columns.first + i, query = a.max_queries == 1 ? 0 : number / a.group;
+    return {columns.first_query + query, columns.first_head + number - query * a.group};
+}
+
+// A head group whose last split a warp of the block has brought.
 struct decode_job {
-    int32_t s, first_head, n_heads, n_splits; // n_splits 0: none
+    int32_t s, n_splits; // n_splits 0: none
+    group_columns columns;
 };
 
 enum { WARP_JOBS = 2 }; // a share cuts the row that it begins in, and the one that it ends in
@@ -69,22 +93,33 @@ template <int D> struct decode_shape {
 // ---- the list of work -----------------------------------------------------------------------------------------------
 
 // What a sequence asks for. Lengths and tables come from L2: they may be read before the kernel before is over.
+struct decode_sequence {
+    int32_t length;    // of its context, new tokens included
+    int32_t n_queries; // 0: nothing to do
+};
+
+// A run of its queries.
 struct decode_row {
-    int32_t length;       // of its context; 0: nothing to do
-    int32_t first_key;    // that it sees
+    int32_t length;       // seen by the last of them
+    int32_t first_key;    // that the first sees
     int32_t first_stripe; // that holds it
     int32_t n_stripes;
     int32_t split_shift;  // log2 of the stripes of a split
+    int32_t first_query, n_queries;
 };
 
-__device__ __forceinline__ bool is_decode(const decode_args &a, int32_t s)
+__device__ __forceinline__ int32_t queries_of(const decode_args &a, int32_t s)
 {
-    return !a.p.cu_seqlens_q || __ldcg(a.p.cu_seqlens_q + s + 1) - __ldcg(a.p.cu_seqlens_q + s) == 1;
+    return a.p.cu_seqlens_q ? __ldcg(a.p.cu_seqlens_q + s + 1) - __ldcg(a.p.cu_seqlens_q + s) : 1;
 }
 
-__device__ __forceinline__ int32_t length_of(const decode_args &a, int32_t s)
+__device__ __forceinline__ decode_sequence sequence_of(const decode_args &a, int32_t s)
 {
-    return s < a.p.n_seqs && is_decode(a, s) ? min(max(__ldcg(a.p.context_lens + s), 0), a.p.max_context) : 0;
+    decode_sequence x = {};
+    if (s >= a.p.n_seqs) return x;
+    const int32_t n = queries_of(a, s), length = min(max(__ldcg(a.p.context_lens + s), 0), a.p.max_context);
+    if (n >= 1 && n <= a.max_queries && length > 0) x = {length, n};
+    return x;
 }
 
 __device__ __forceinline__ int32_t first_key(const decode_args &a, int32_t length)
@@ -105,6 +140,7 @@ __device__ __forceinline__ int32_t splits_of(const decode_row &row, int32_t n_st
     return (n_stripes + (1 << row.split_shift) - 1) >> row.split_shift;
 }
 
+// Of one query that sees `length` keys, or fewer, in a window.
 template <int D> __device__ __forceinline__ decode_row row_of(const decode_args &a, int32_t length)
 {
     constexpr int STRIPE = decode_shape<D>::STRIPE, MAX_SPLITS = decode_shape<D>::MAX_SPLITS;
@@ -116,13 +152,58 @@ template <int D> __device__ __forceinline__ decode_row row_of(const decode_args 
     // Short enough that a single sequence is spread over the machine, long enough that parts are few beside the keys.
     int32_t keys = row.n_stripes * STRIPE, split_keys = keys <= 1024 ? 64 : keys <= 4096 ? 128 : 256;
     row.split_shift = log2_up((uint32_t)max((row.n_stripes + MAX_SPLITS - 1) / MAX_SPLITS, split_keys / STRIPE));
+    row.first_query = 0;
+    row.n_queries = 1;
     return row;
+}
+
+// The run that begins with a query.
+template <int D> __device__ __forceinline__ decode_row run_from(const decode_args &a, const decode_sequence &x, int32_t query)
+{
+    decode_row run = row_of<D>(a, x.length - x.n_queries + query + 1);
+    run.first_query = query;
+    for (; query + run.n_queries < x.n_queries; run.n_queries++) {
+        const decode_row next = row_of<D>(a, run.length + 1);
+        if (next.first_stripe != run.first_stripe || next.split_shift != run.split_shift) break;
+        run.length = next.length;
+        run.n_stripes = next.n_stripes;
+    }
+    return run;
+}
+
+// Queries before the context's begin see nothing.
+__device__ __forceinline__ int32_t first_query(const decode_sequence &x) { return max(x.n_queries - x.length, 0); }
+
+__device__ __forceinline__ int32_t groups_of(const decode_args &a, const decode_row &run) // per KV head
+{
+    return run.n_queries == 1 ? a.groups_per_kv : (run.n_queries * a.group + GROUP_HEADS - 1) / GROUP_HEADS;
+}
+
+// Head groups of one KV head, and their stripes.
+struct sequence_work {
+    int32_t n_groups, n_stripes;
+};
+
+template <int D> __device__ __forceinline__ sequence_work work_of(const decode_args &a, const decode_sequence &x)
+{
+    if (x.n_queries <= 1) return {x.n_queries * a.groups_per_kv, stripes_of<D>(a, x.length) * a.groups_per_kv};
+    sequence_work work = {};
+    for (int32_t query = first_query(x); query < x.n_queries;) {
+        const decode_row run = run_from<D>(a, x, query);
+        work.n_groups += groups_of(a, run);
+        work.n_stripes += groups_of(a, run) * run.n_stripes;
+        query += run.n_queries;
+    }
+    return work;
 }
 
 // A place in the list: a stripe of a split.
 struct cursor {
+    decode_sequence sequence;
     decode_row row;
     int32_t s, group;
+    int32_t per_kv;  // head groups of a KV head
+    int32_t in_run;  // number of the head group in its run
     int32_t stripe; // from 0 to row.n_stripes - 1
     int32_t left;   // stripes of the split from this one on; 0: the share is done
     uint32_t unit;  // of this stripe, in stripes of the whole list
@@ -131,6 +212,28 @@ struct cursor {
 
 __device__ __forceinline__ bool done(const cursor &c) { return c.left == 0; }
 
+// The sequence at c.s, from its first head group on.
+template <int D> __device__ __forceinline__ void begin_sequence(const decode_args &a, cursor &c)
+{
+    c.sequence = sequence_of(a, c.s);
+    c.group = c.in_run = 0;
+    c.row = c.sequence.n_queries > 1 ? run_from<D>(a, c.sequence, first_query(c.sequence)) : row_of<D>(a, c.sequence.length);
+    c.per_kv = c.sequence.n_queries > 1 ? work_of<D>(a, c.sequence).n_groups : a.groups_per_kv;
+}
+
+// The next head group of the sequence; false: there is none.
+template <int D> __device__ __forceinline__ bool next_group(const decode_args &a, cursor &c)
+{
+    c.in_run++;
+    if (++c.group == c.per_kv * a.p.n_kv_heads) return false;
+    if (c.in_run < groups_of(a, c.row)) return true;
+    c.in_run = 0; // another run, or the first of the next KV head
+    if (c.sequence.n_queries == 1) return true;
+    const int32_t query = c.row.first_query + c.row.n_queries;
+    c.row = run_from<D>(a, c.sequence, query < c.sequence.n_queries ? query : first_query(c.sequence));
+    return true;
+}
+
 // To the first split of the row at or after c.stripe, or of a later row; c.unit is that of c.stripe.
 template <int D> __device__ __forceinline__ void settle(const decode_args &a, cursor &c)
 {
@@ -138,11 +241,9 @@ template <int D> __device__ __forceinline__ void settle(const decode_args &a, cu
     if (c.unit >= c.end) return;
     while (c.stripe >= c.row.n_stripes) {
         c.stripe = 0;
-        if (c.row.n_stripes == 0 || ++c.group == a.n_groups) {
-            c.group = 0;
-            if (++c.s >= a.p.n_seqs) return;
-            c.row = row_of<D>(a, length_of(a, c.s));
-        }
+        if (c.row.n_stripes > 0 && next_group<D>(a, c)) continue;
+        if (++c.s >= a.p.n_seqs) return;
+        begin_sequence<D>(a, c);
     }
     c.left = min(1 << c.row.split_shift, c.row.n_stripes - c.stripe);
 }
@@ -182,23 +283,26 @@ __device__ __forceinline__ void find_ends(const decode_args &a, uint32_t n_units
 template <int D> __device__ __forceinline__ cursor find_share(const decode_args &a)
 {
     const int32_t lane = (int32_t)threadIdx.x % 32;
-    int32_t first = 0, length = length_of(a, lane); // of sequence first + lane
-    uint32_t sum = (uint32_t)stripes_of<D>(a, length), rows = length > 0;
+    int32_t first = 0;
+    sequence_work work = work_of<D>(a, sequence_of(a, lane)); // of sequence first + lane
+    uint32_t sum = (uint32_t)work.n_stripes, rows = (uint32_t)work.n_groups;
     for (int32_t s = lane + 32; s < a.p.n_seqs; s += 32) {
-        int32_t other = length_of(a, s);
-        sum += (uint32_t)stripes_of<D>(a, other);
-        rows += other > 0;
+        sequence_work other = work_of<D>(a, sequence_of(a, s));
+        sum += (uint32_t)other.n_stripes;
+        rows += (uint32_t)other.n_groups;
     }
-    sum = __reduce_add_sync(0xffffffffu, sum) * (uint32_t)a.n_groups;
-    rows = __reduce_add_sync(0xffffffffu, rows) * (uint32_t)a.n_groups;
+    const uint32_t n_kv_heads = (uint32_t)a.p.n_kv_heads;
+    sum = __reduce_add_sync(0xffffffffu, sum) * n_kv_heads;
+    rows = __reduce_add_sync(0xffffffffu, rows) * n_kv_heads;
     uint32_t begin;
     cursor c = {};
+    c.per_kv = 1; // a divisor, also where there is no work
     find_ends(a, sum, rows, &begin, &c.end);
     if (begin >= c.end) return c;
     uint32_t before = 0, mine, upto; // units of the sequences before `first`; stripes of the lane's, with those before
-    for (;; first += 32, length = length_of(a, first + lane)) { // begin < n_units: it is found
-        mine = (uint32_t)stripes_of<D>(a, length);
-        uint32_t units = __reduce_add_sync(0xffffffffu, mine) * (uint32_t)a.n_groups;
+    for (;; first += 32, work = work_of<D>(a, sequence_of(a, first + lane))) { // begin < n_units: it is found
+        mine = (uint32_t)work.n_stripes;
+        uint32_t units = __reduce_add_sync(0xffffffffu, mine) * n_kv_heads;
         if (begin < before + units) break;
         before += units;
     }
@@ -208,33 +312,42 @@ template <int D> __device__ __forceinline__ cursor find_share(const decode_args 
         uint32_t other = __shfl_up_sync(0xffffffffu, upto, d);
         if (lane >= d) upto += other;
     }
-    int32_t winner = __ffs((int)__ballot_sync(0xffffffffu, begin < before + upto * (uint32_t)a.n_groups)) - 1;
-    before += __shfl_sync(0xffffffffu, upto - mine, winner) * (uint32_t)a.n_groups;
+    int32_t winner = __ffs((int)__ballot_sync(0xffffffffu, begin < before + upto * n_kv_heads)) - 1;
+    before += __shfl_sync(0xffffffffu, upto - mine, winner) * n_kv_heads;
     c.s = first + winner;
-    c.row = row_of<D>(a, __shfl_sync(0xffffffffu, length, winner));
-    int32_t offset = (int32_t)(begin - before);
-    c.group = offset / c.row.n_stripes;
-    int32_t stripe = offset - c.group * c.row.n_stripes;
+    begin_sequence<D>(a, c);
+    int32_t stripe = (int32_t)(begin - before); // of the sequence's; then of the head group's
+    if (c.sequence.n_queries > 1) {
+        const int32_t of_head = (int32_t)__shfl_sync(0xffffffffu, mine, winner), kv_head = stripe / of_head;
+        stripe -= kv_head * of_head;
+        for (int32_t n; stripe >= (n = groups_of(a, c.row) * c.row.n_stripes);) {
+            stripe -= n;
+            c.group += groups_of(a, c.row);
+            c.row = run_from<D>(a, c.sequence, c.row.first_query + c.row.n_queries);
+        }
+        c.in_run = stripe / c.row.n_stripes;
+        c.group += kv_head * c.per_kv + c.in_run;
+        stripe -= c.in_run * c.row.n_stripes;
+    } else {
+        c.group = stripe / c.row.n_stripes;
+        stripe -= c.group * c.row.n_stripes;
+        c.in_run = c.per_kv == 1 ? 0 : c.group % c.per_kv;
+    }
     c.stripe = min(splits_of(c.row, stripe) << c.row.split_shift, c.row.n_stripes);
     c.unit = begin + (uint32_t)(c.stripe - stripe);
     settle<D>(a, c);
     return c;
 }
 
-__device__ __forceinline__ int32_t kv_head_of(const decode_args &a, int32_t group)
+__device__ __forceinline__ int32_t kv_head_of(const cursor &c)
 {
-    return a.groups_per_kv == 1 ? group : group / a.groups_per_kv;
+    return c.per_kv == 1 ? c.group : c.group / c.per_kv;
 }
 
-// q heads of a head group.
-struct group_heads {
-    int32_t first, n;
-};
-
-__device__ __forceinline__ group_heads heads_of(const decode_args &a, int32_t group)
+__device__ __forceinline__ group_columns columns_of(const decode_args &a, const cursor &c)
 {
-    int32_t kv_head = kv_head_of(a, group), before = (group - kv_head * a.groups_per_kv) * GROUP_HEADS;
-    return {kv_head * a.group + before, min(a.group - before, GROUP_HEADS)};
+    const int32_t first = c.in_run * GROUP_HEADS;
+    return {first, min(c.row.n_queries * a.group - first, GROUP_HEADS), c.row.first_query, kv_head_of(c) * a.group};
 }
 
 // The splits of one row that are in the share.
@@ -242,7 +355,7 @@ struct decode_run {
     int32_t n_splits; // of the row
     int32_t split;    // the one at hand
     int32_t first, n;
-    group_heads heads;
+    group_columns columns;
 };
 
 __device__ __forceinline__ decode_run run_of(const decode_args &a, const cursor &c)
@@ -251,7 +364,7 @@ __device__ __forceinline__ decode_run run_of(const decode_args &a, const cursor 
     run.n_splits = splits_of(c.row, c.row.n_stripes);
     run.first = run.split = c.stripe >> c.row.split_shift;
     run.n = min(splits_of(c.row, (int32_t)(c.end - c.unit)), run.n_splits - run.first);
-    run.heads = heads_of(a, c.group);
+    run.columns = columns_of(a, c);
     return run;
 }
 

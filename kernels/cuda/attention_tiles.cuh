@@ -52,7 +52,7 @@ static __device__ __forceinline__ tile_sequence sequence_of(const struct flash_a
 static __device__ __forceinline__ int32_t tiles_of(const struct flash_attention_params &p, const tile_order &order,
                                                    const tile_sequence &x)
 {
-    return x.n_queries == 1 && p.skip_single ? 0 : (x.n_queries * order.rows + order.divisor - 1) / order.divisor;
+    return x.n_queries <= p.skip_queries ? 0 : (x.n_queries * order.rows + order.divisor - 1) / order.divisor;
 }
 
 // Sum over the warp's lanes of min(their tiles, limit).

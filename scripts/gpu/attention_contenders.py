@@ -10,7 +10,7 @@ import torch
 
 from gpu import torch_parts
 
-ac = torch_parts.ac  # tests/gpu/attention_check.py
+ac, attention_times = torch_parts.ac, torch_parts.attention_times  # tests/gpu
 
 DTYPE, PAGE = torch.bfloat16, 64
 MOST_ERROR, STRETCH = 1e-2, 64  # of outputs, over so many rows: late rows of a prompt are small beside the first
@@ -53,7 +53,7 @@ class Contender:
         def keep_last(i):
             self.out = self.call(i)
         keep_last(0)
-        self.graph = ac.captured(keep_last, n_calls)
+        self.graph = attention_times.captured(keep_last, n_calls)
 
     def replay_poisoned(self):
         """Twice, since the first replay may leave to the second what it should not"""
@@ -144,7 +144,7 @@ def whole(rig, case):
 
     def ours(name, slopes=None):
         out = torch.empty_like(q)
-        p = ac.dense_params(q, k, v, out, n, cu, heads)
+        p = attention_times.dense_params(q, k, v, out, n, cu, heads)
         p.window_left, p.alibi_slopes = case.window_left, None if slopes is None else slopes.data_ptr()
         call = Ours(rig.library, "prefill", p, out, (q, k, v, cu, slopes))
         return Contender(name, call, ac.Options(left=case.window_left, slopes=slopes))
@@ -179,7 +179,7 @@ class Pages:
 
     def params(self, q, out, cu):
         """cu: cu_seqlens_q on the device, or None"""
-        p = ac.dense_params(q, self.k, self.v, out, self.case.n_seqs, self.lens, self.heads)
+        p = attention_times.dense_params(q, self.k, self.v, out, self.case.n_seqs, self.lens, self.heads)
         p.cu_seqlens_q, p.cu_seqlens_k = None if cu is None else cu.data_ptr(), None
         p.kv_stride, p.kv_head_stride = self.heads.dim, PAGE * self.heads.dim
         p.kv_block_stride = self.heads.kv * PAGE * self.heads.dim
@@ -200,7 +200,7 @@ def paged(rig, case):
     k, v = pages.keys_and_values(0)
     cu_q, cu_k = ac.device_ints([0, n]), ac.device_ints([0, case.length])
     outs = [torch.empty_like(q) for _ in range(2)]
-    dense = ac.dense_params(q, k, v, outs[1], 1, cu_q, heads)
+    dense = attention_times.dense_params(q, k, v, outs[1], 1, cu_q, heads)
     dense.cu_seqlens_k = cu_k.data_ptr()
     contenders = [Contender("ours", Ours(rig.library, "prefill", pages.params(q, outs[0], cu_q), outs[0], (pages, q, cu_q),
                                          pages.tables), ac.Options()),
@@ -211,7 +211,7 @@ def paged(rig, case):
 
 
 def decode(rig, case):
-    """As attention_check.time_decode has it: the calls of a graph take their pages in turn from sets beyond L2 in all"""
+    """As attention_times.time_decode has it: the calls of a graph take their pages in turn from sets beyond L2 in all"""
     heads = heads_of(case)
     n_sets = max(1, min(64, (256 << 20) // case.kv_bytes() + 1))
     n_calls, with_fa3 = max(n_sets, 16), rig.fa3 if case.dim == 128 else None
@@ -324,8 +324,8 @@ class Rig:
         setup.contenders = running
         check(setup)
         graphs = [contender.graph for contender in running]
-        ac.medians(graphs, 2)  # warms up
-        times = ac.medians(graphs, self.n_replays)
+        attention_times.medians(graphs, 2)  # warms up
+        times = attention_times.medians(graphs, self.n_replays)
         return {contender.name: ms * 1e3 / setup.n_calls for contender, ms in zip(running, times)}
 
     def free(self):

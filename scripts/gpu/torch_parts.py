@@ -19,6 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [os.path.dirname(HERE), os.path.join(ROOT, "tests", "gpu")]
 import attention_check as ac  # noqa: E402
+import attention_times  # noqa: E402
 from gpu import cost  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -59,18 +60,18 @@ def once(function):
 
 def median_ms(function):
     estimate = once(function)
-    return ac.medians([Plain(function)], repeats(estimate))[0]
+    return attention_times.medians([Plain(function)], repeats(estimate))[0]
 
 
 class Plain:
-    """A call where attention_check.medians takes a graph"""
+    """A call where attention_times.medians takes a graph"""
     def __init__(self, function):
         self.replay = function
 
 
 def graph_ms(function, n=1, estimate=1.0):
     """Milliseconds of a call of function(i), i below n, in a graph of n"""
-    return ac.medians([ac.captured(function, n)], repeats(estimate * n))[0] / n
+    return attention_times.medians([attention_times.captured(function, n)], repeats(estimate * n))[0] / n
 
 
 # ---- ceilings -------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def ceilings(arguments, model):
 # ---- our attention --------------------------------------------------------------------------------------------------
 
 def prefill_case(library, heads, total, s):
-    ours, theirs, flops = ac.time_prefill(library, heads, total, s)
+    ours, theirs, flops = attention_times.time_prefill(library, heads, total, s)
     try:
         cudnn = sdpa_rate(heads, total // s, s, "CUDNN_ATTENTION") / 1e12
     except Exception:
@@ -216,7 +217,7 @@ def plain_case(library, s, batch=4, n_heads=16, dim=64):
 
     def ours():  # allocates its output alone: the library takes no memory of its own (flash_attention.h)
         out = torch.empty_like(q)
-        library.run("prefill", ac.dense_params(q, k, v, out, batch, cu, heads))
+        library.run("prefill", attention_times.dense_params(q, k, v, out, batch, cu, heads))
         return out
     split = [x.view(batch, s, n_heads, dim).transpose(1, 2) for x in (q, k, v)]
     error = ac.relative(ours().view(batch, s, n_heads, dim).transpose(1, 2), standard(*split, torch.float32).double())
@@ -237,8 +238,8 @@ def plain(arguments, _model):
 
 
 def decode_case(library, heads, batch, length):
-    us, n_bytes = ac.time_decode(library, heads, batch, length)
-    settled, _ = ac.time_decode(library, heads, batch, length, settled=1)
+    us, n_bytes = attention_times.time_decode(library, heads, batch, length)
+    settled, _ = attention_times.time_decode(library, heads, batch, length, settled=1)
     row("decode", heads=f"d{heads.dim} {heads.q}/{heads.kv}", sequences=batch, context=length, us=us,
         **{"KV MB": n_bytes / 1e6, "GB/s": n_bytes / us / 1e3, "settled us": settled, "settled GB/s": n_bytes / settled / 1e3})
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Checks and times the attention kernels of libgptd_cuda.so (kernels/flash_attention.h) against PyTorch on a GPU.
+"""Checks the attention kernels of libgptd_cuda.so (kernels/flash_attention.h) against PyTorch on a GPU.
 
     attention_check.py [build/libgptd_cuda.so]          every group of cases; a line each, then "N passed, N failed"
-    attention_check.py --time [build/libgptd_cuda.so]   prefill and decode against PyTorch's FlashAttention-2
 
 Inputs are random and fresh (the seed is printed; --seed repeats a run), outputs poisoned, unused cache slots NaN. The
 error ||out - ref|| / ||ref|| against float64 must be at most 1.25 times that of PyTorch in the same type: SDPA's flash
@@ -12,7 +11,6 @@ bit (alone or in a batch, whole or in chunks, any block table) is compared so.
 import argparse
 import ctypes
 import random
-import statistics
 import sys
 import time
 import traceback
@@ -37,7 +35,7 @@ class Params(ctypes.Structure):
                [("scratch_bytes", ctypes.c_size_t), ("tickets", ctypes.c_void_p)] + \
                [(name, ctypes.c_int32) for name in ("dtype", "n_seqs", "n_tokens", "n_kv", "n_heads", "n_kv_heads",
                                                     "head_dim", "block_size", "max_blocks", "max_context", "causal",
-                                                    "window_left", "window_right", "skip_single")] + \
+                                                    "window_left", "window_right", "skip_queries", "max_queries")] + \
                [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("settled", ctypes.c_int32)]
 
 
@@ -241,8 +239,8 @@ class Run:
         library.run("prefill", self.p)
         return self.results()
 
-    def decode(self, library, scratch=None):
-        self.p.scratch_bytes = 0
+    def decode(self, library, scratch=None, max_queries=0):
+        self.p.scratch_bytes, self.p.max_queries = 0, max_queries
         self.scratch = library.scratch(self.p) if scratch is None else scratch
         self.scratch.fill_(255)
         self.p.scratch, self.p.scratch_bytes = self.scratch.data_ptr(), self.scratch.numel()
@@ -454,6 +452,31 @@ def peaks(library, worst):
                     climb(library, climbing(heads, random.randrange(900, 1300)), options, random.choice((16, 32, 64)), worst)
 
 
+def few_queries_alike(library, heads, pairs, options, block_size, worst):
+    """Decode of several queries a sequence, and of each alone: the same bits"""
+    sequences = ragged(heads, pairs)
+    run = Run(sequences, options, block_size)
+    together = run.decode(library, max_queries=8)
+    check_close(run, together, worst)
+    ones = [(i, j, s.part(j, j + 1)) for i, s in enumerate(sequences) for j in range(max(0, s.n - s.length), s.n)]
+    alone = Run([one for _, _, one in ones], options, block_size).decode(library)
+    for (i, j, _), result in zip(ones, alone):
+        check(same_bits(result, tuple(x[j:j + 1] for x in together[i])), f"query {j} of {pairs[i]} differs from it alone")
+
+
+def few_queries(library, worst):
+    pairs = [(8, 1027), (5, 4099), (3, 3), (8, 5), (1, 700), (8, 8), (2, 33), (7, 2049), (4, 130), (8, 16390)]
+    for dim, q, kv in ((64, 8, 8), (80, 8, 2), (128, 8, 2), (128, 14, 2), (256, 8, 1)):
+        heads = Heads(random.choice(list(DTYPES)), dim, q, kv)
+        for name, options in (("plain", Options()), ("window", Options(left=40)), ("window", Options(left=1022)),
+                              ("alibi", Options(slopes=alibi(q))), ("softcap", Options(softcap=20.0))):
+            yield f"{name} {q}/{kv} d{dim}", lambda heads=heads, options=options: few_queries_alike(
+                library, heads, random.sample(pairs, len(pairs)), options, random.choice((16, 32, 64)), worst)
+    heads = Heads(torch.bfloat16, 128, 8, 2)
+    yield "many", lambda: few_queries_alike(library, heads, [(random.randrange(1, 9), random.randrange(1, 3000))
+                                                            for _ in range(70)], Options(), 64, worst)
+
+
 def batch_bits(library, sequences, options, name):
     together = getattr(Run(sequences, options), name)(library)
     order = list(range(len(sequences)))
@@ -490,7 +513,7 @@ def mixed_batch(library, heads, worst):
     """As the op calls them: decode leaves sequences with several queries alone, prefill those with one"""
     sequences = ragged(heads, [(1, 100), (1, 1), (40, 40), (1, 999), (130, 500), (2, 2), (1, 64)])
     run = Run(sequences, Options())
-    run.p.skip_single = 1
+    run.p.skip_queries = 1
     run.prefill(library)
     for s, (out, _) in zip(sequences, run.results()):
         check(bool(torch.isnan(out).all()) == (s.n == 1), "prefill wrote a row of decode, or left one of its own")
@@ -614,7 +637,8 @@ def calls(library, worst):
             yield f"far heads {name}", lambda name=name: far_heads(library, name, worst)
 
 
-GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, peaks, not_causal, dense, chunked, batched, calls]
+GROUPS = [head_dims, gqa, block_sizes, lengths, windows, scores, peaks, not_causal, dense, chunked, batched, few_queries,
+          calls]
 
 
 def run_group(group, library):
@@ -640,125 +664,7 @@ def run_group(group, library):
     return passed, len(failures)
 
 
-# ---- times ----------------------------------------------------------------------------------------------------------
-
-def captured(function, n=1):
-    """A graph of n calls, after two uncaptured ones"""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(0)
-        function(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    result = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(result):
-        for i in range(n):
-            function(i)
-    return result
-
-
-def medians(graphs, repeats):
-    """Milliseconds of each graph, taken in turn"""
-    times = [[] for _ in graphs]
-    for _ in range(repeats):
-        for graph_, list_ in zip(graphs, times):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph_.replay()
-            end.record()
-            end.synchronize()
-            list_.append(begin.elapsed_time(end))
-    return [statistics.median(x) for x in times]
-
-
-def dense_params(q, k, v, out, n_seqs, cu, heads):
-    p = Params()
-    p.out, p.q, p.k, p.v = (x.data_ptr() for x in (out, q, k, v))
-    p.out_stride = p.q_stride = heads.q * heads.dim
-    p.out_head_stride = p.q_head_stride = p.kv_head_stride = heads.dim
-    p.kv_stride = heads.kv * heads.dim
-    p.cu_seqlens_q = p.cu_seqlens_k = cu.data_ptr()
-    p.dtype, p.n_seqs, p.n_tokens, p.n_kv = DTYPES[heads.dtype], n_seqs, q.shape[0], k.shape[0]
-    p.n_heads, p.n_kv_heads = heads.q, heads.kv
-    p.head_dim, p.causal, p.window_left, p.window_right, p.scale = heads.dim, 1, -1, -1, heads.dim ** -0.5
-    return p
-
-
-def time_prefill(library, heads, total, s):
-    """[ours ms, FlashAttention-2 ms, FLOPs]"""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    n_seqs = total // s
-    q = torch.randn(total, heads.q, heads.dim, device=DEVICE).to(heads.dtype)
-    k, v = (torch.randn(total, heads.kv, heads.dim, device=DEVICE).to(heads.dtype) for _ in range(2))
-    out, cu = torch.empty_like(q), device_ints([i * s for i in range(n_seqs + 1)])
-    p = dense_params(q, k, v, out, n_seqs, cu, heads)
-    group = heads.q // heads.kv
-    theirs = [x.view(n_seqs, s, heads.q, heads.dim).transpose(1, 2)
-              for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
-
-    def flash(_):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            torch.nn.functional.scaled_dot_product_attention(*theirs, is_causal=True)
-
-    ours, other = medians([captured(lambda _: library.run("prefill", p)), captured(flash)], 15)
-    return ours, other, 2 * s * s * heads.q * heads.dim * n_seqs
-
-
-def time_decode(library, heads, batch, length, block_size=64, settled=0):
-    """[µs, bytes of K and V]: calls of a graph, one after another, their pages in turn from sets beyond L2 in all;
-    settled: as struct flash_attention_params has it"""
-    n_pages = (length + block_size - 1) // block_size
-    n_bytes = 2 * batch * length * heads.kv * heads.dim * 2
-    n_sets = max(1, min(64, (256 << 20) // n_bytes + 1))
-    n_calls = max(n_sets, 16)
-    shape = (n_sets * batch * n_pages, heads.kv, block_size, heads.dim)
-    k, v = (torch.randn(*shape, device=DEVICE, dtype=heads.dtype) for _ in range(2))
-    tables = torch.randperm(shape[0], device=DEVICE).to(torch.int32).view(n_sets, batch, n_pages).contiguous()
-    q = torch.randn(batch, heads.q, heads.dim, device=DEVICE).to(heads.dtype)
-    out, lens = torch.empty_like(q), device_ints([length] * batch)
-    p = dense_params(q, k, v, out, batch, lens, heads)
-    p.cu_seqlens_q = p.cu_seqlens_k = None
-    p.kv_stride, p.kv_head_stride = heads.dim, block_size * heads.dim
-    p.kv_block_stride = heads.kv * block_size * heads.dim
-    p.context_lens, p.block_size, p.max_blocks, p.max_context = lens.data_ptr(), block_size, n_pages, max(length, 32768)
-    scratch = library.scratch(p)
-    p.scratch, p.scratch_bytes, p.settled = scratch.data_ptr(), scratch.numel(), settled
-
-    def ours(i):
-        p.block_table = tables[i % n_sets].data_ptr()
-        library.run("decode", p)
-
-    return medians([captured(ours, n_calls)], 15)[0] * 1e3 / n_calls, n_bytes
-
-
-def times(library):
-    print(f"{torch.cuda.get_device_name()}, bf16; prefill causal: TFLOP/s of 2 s^2 H D, FA2 in the same run")
-    print(f"{'prefill':24} {'s':>6} {'ms':>9} {'TFLOP/s':>9} {'FA2':>9} {'ratio':>6}")
-    cases = [(Heads(torch.bfloat16, 128, 16, 16), 16384, s) for s in (512, 1024, 2048, 4096, 8192, 16384)]
-    cases += [(Heads(torch.bfloat16, 64, 32, 32), 16384, s) for s in (1024, 16384)]
-    cases += [(Heads(torch.bfloat16, 256, 8, 8), 16384, s) for s in (1024, 16384)]
-    cases += [(Heads(torch.bfloat16, 128, 32, 8), s, s) for s in (512, 1024, 2048, 8192)]
-    for heads, total, s in cases:
-        name = f"d{heads.dim} {heads.q}/{heads.kv} b{total // s}"
-        try:
-            ours, other, flops = time_prefill(library, heads, total, s)
-            rates = f"{flops / ours / 1e9:9.1f} {flops / other / 1e9:9.1f}"
-            print(f"{name:24} {s:6} {ours:9.3f} {rates} {other / ours:6.2f}", flush=True)
-        except Exception as e:
-            print(f"{name:24} {s:6} FAILED {str(e)[:120]}", flush=True)
-    print(f"{'paged decode':24} {'length':>6} {'us':>9} {'GB/s of KV':>11}")
-    for heads, batch, length in [(Heads(torch.bfloat16, 128, 32, 8), b, n) for b, n in (
-            (1, 1024), (1, 4096), (1, 8192), (1, 32768), (8, 1024), (64, 2048), (256, 1024))] + \
-            [(Heads(torch.bfloat16, 128, 64, 8), 64, 2048), (Heads(torch.bfloat16, 64, 32, 32), 32, 2048)]:
-        name = f"d{heads.dim} {heads.q}/{heads.kv} b{batch}"
-        try:
-            us, n_bytes = time_decode(library, heads, batch, length)
-            print(f"{name:24} {length:6} {us:9.1f} {n_bytes / us / 1e3:11.0f}", flush=True)
-        except Exception as e:
-            print(f"{name:24} {length:6} FAILED {str(e)[:120]}", flush=True)
-    return 0
-
+# ---- all of them ----------------------------------------------------------------------------------------------------
 
 def checks(library, only):
     total = [0, 0]
@@ -774,7 +680,6 @@ def checks(library, only):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="?", default="build/libgptd_cuda.so")
-    parser.add_argument("--time", action="store_true")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--only", nargs="*", help="groups: " + " ".join(g.__name__ for g in GROUPS))
     arguments = parser.parse_args()
@@ -786,8 +691,7 @@ def main():
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     warnings.filterwarnings("ignore")  # of backends that do not fit
     print(f"seed {seed}")
-    library = Library(arguments.library)
-    return times(library) if arguments.time else checks(library, arguments.only)
+    return checks(Library(arguments.library), arguments.only)
 
 
 if __name__ == "__main__":

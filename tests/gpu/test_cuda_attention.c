@@ -319,7 +319,7 @@ START_TEST(prefill_and_decode_share_a_batch)
         call_open(&c, &p, true);
         c.f.scratch_bytes = scratch_bytes(&c.f);
         c.f.scratch = upload(&c, NULL, c.f.scratch_bytes);
-        c.f.skip_single = 1;
+        c.f.skip_queries = 1;
         ck_assert_int_eq(decode(&c.f, NULL), 0);
         ck_assert_int_eq(prefill(&c.f, NULL), 0);
         call_close(&c, out, lse);
