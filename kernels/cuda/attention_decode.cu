@@ -121,7 +121,7 @@ __device__ __forceinline__ size_t head_offset(const decode_args &a, const cursor
     return (size_t)kv_head_of(c) * a.p.kv_head_stride;
 }
 
-template <int D> __device__ __forceinline__ void fetch_next(const decode_args &a, decode_feed &f, uint32_t slot)
+template <int D, bool MANY> __device__ __forceinline__ void fetch_next(const decode_batch<MANY> &a, decode_feed &f, uint32_t slot)
 {
     constexpr int STRIPE = decode_shape<D>::STRIPE;
     const int32_t key = (f.at.row.first_stripe + f.at.stripe) * STRIPE, in_block = key & (a.p.block_size - 1);
@@ -151,8 +151,8 @@ __device__ __forceinline__ size_t query_row(const decode_args &a, int32_t s)
 }
 
 // Q' of a head group as B operands [16, 8]. Columns beyond the group's are zero.
-template <int D>
-__device__ __forceinline__ void load_queries(const decode_args &a, int32_t s, const decode_run &run,
+template <int D, bool MANY>
+__device__ __forceinline__ void load_queries(const decode_batch<MANY> &a, int32_t s, const decode_run &run,
                                              uint32_t (&q)[D / 16][2])
 {
     const int lane = (int)threadIdx.x % 32;
@@ -217,8 +217,8 @@ __device__ __forceinline__ void multiply_keys(float (&s)[M][4], const uint32_t (
 }
 
 // Softcap, ALiBi, -infinity for keys that are not seen. first: key of the first row.
-template <int M>
-__device__ __forceinline__ void adjust_stripe(float (&s)[M][4], const decode_args &a, const decode_row &row,
+template <int M, bool MANY>
+__device__ __forceinline__ void adjust_stripe(float (&s)[M][4], const decode_batch<MANY> &a, const decode_row &row,
                                               const decode_run &run, int32_t first)
 {
     const int lane = (int)threadIdx.x % 32;
@@ -226,7 +226,8 @@ __device__ __forceinline__ void adjust_stripe(float (&s)[M][4], const decode_arg
     for (int column = 0; column < 2; column++) {
         const column_place place = place_of(a, run.columns, lane % 4 * 2 + column);
         const bool is_column = lane % 4 * 2 + column < run.columns.n;
-        const int32_t end = row.length - row.n_queries + 1 + place.query - row.first_query; // of the keys it may see
+        const int32_t further = MANY ? place.query - row.first_query - row.n_queries + 1 : 0; // than the last query, 0 or less
+        const int32_t end = row.length + further; // of the keys it may see
         const int32_t begin = first_key(a, end);
         const float slope = a.scoring.slopes && is_column ? __fmul_rn(a.scoring.slopes[place.head], CUDART_L2E_F) : 0.0f;
 #pragma unroll
@@ -329,8 +330,8 @@ __device__ __forceinline__ void store_lse(const decode_args &a, int32_t s, const
     a.p.lse[(query_row(a, s) + (size_t)place.query) * (size_t)a.p.n_heads + (size_t)place.head] = log_sum(max, sum);
 }
 
-template <typename T, int D>
-__device__ __forceinline__ void store_row(const decode_args &a, int32_t s, const decode_run &run,
+template <typename T, int D, bool MANY>
+__device__ __forceinline__ void store_row(const decode_batch<MANY> &a, int32_t s, const decode_run &run,
                                           const decode_state<D> &row)
 {
     int lane = (int)threadIdx.x % 32;
@@ -354,8 +355,8 @@ template <int D> __device__ __forceinline__ float *partials_of(const decode_args
     return a.partial + row * (size_t)a.max_splits * decode_shape<D>::PARTIAL;
 }
 
-template <int D>
-__device__ __forceinline__ void store_partial(const decode_args &a, int32_t s, const decode_run &run,
+template <int D, bool MANY>
+__device__ __forceinline__ void store_partial(const decode_batch<MANY> &a, int32_t s, const decode_run &run,
                                               const decode_state<D> &part)
 {
     int lane = (int)threadIdx.x % 32;
@@ -384,8 +385,8 @@ __device__ __forceinline__ bool is_last_run(const decode_args &a, const cursor &
 }
 
 // The end of the split at c: `part`; `row`: what the run has so far.
-template <typename T, int D>
-__device__ __forceinline__ void finish_split(const decode_args &a, const cursor &c, decode_run &run,
+template <typename T, int D, bool MANY>
+__device__ __forceinline__ void finish_split(const decode_batch<MANY> &a, const cursor &c, decode_run &run,
                                              decode_state<D> &part, decode_state<D> &row, decode_job *job)
 {
     part.sum[0] = column_sum(part.sum[0]);
@@ -477,8 +478,8 @@ __device__ __forceinline__ void combine_splits(const decode_args &a, const combi
 }
 
 // All rows of the block's jobs, in turn by the warps, each in the room of its ring: as many splits at a time as fit.
-template <typename T, int D>
-__device__ __forceinline__ void combine_jobs(const decode_args &a, const decode_job *jobs, float *room, int n_room)
+template <typename T, int D, bool MANY>
+__device__ __forceinline__ void combine_jobs(const decode_batch<MANY> &a, const decode_job *jobs, float *room, int n_room)
 {
     constexpr int PARTIAL = decode_shape<D>::PARTIAL, AT_ONCE = decode_shape<D>::AT_ONCE;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, n_warps = (int)blockDim.x / 32;
@@ -535,8 +536,8 @@ template <typename T> __device__ __forceinline__ void store_empty_rows(const dec
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, int D>
-__global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(const __grid_constant__ decode_args a)
+template <typename T, int D, bool MANY>
+__global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(const __grid_constant__ decode_batch<MANY> a)
 {
     using shape = decode_shape<D>;
     constexpr int M = shape::STRIPE / 16;
@@ -586,7 +587,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
             float s[M][4];
             int32_t first = (item.row.first_stripe + item.stripe) * shape::STRIPE;
             multiply_keys<T, D, M>(s, q, slot + lane_of_rows<D>(lane));
-            const int32_t more = item.row.n_queries - 1; // the last sees from so many keys further on, the first so many less
+            const int32_t more = MANY ? item.row.n_queries - 1 : 0; // the last sees from so many keys further on
             if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < item.row.first_key + more ||
                 first + shape::STRIPE > item.row.length - more)
                 adjust_stripe<M>(s, a, item.row, run, first);
@@ -637,7 +638,7 @@ decode_need need_of(const struct flash_attention_params *p)
     return need;
 }
 
-template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_t stream)
+template <typename T, int D, bool MANY> cudaError_t launch_shape(decode_batch<MANY> a, cudaStream_t stream)
 {
     int sm, n_sms;
     cudaError_t status = device_figures(&sm, &n_sms);
@@ -647,10 +648,10 @@ template <typename T, int D> cudaError_t launch_shape(decode_args a, cudaStream_
     const int n_warps = a.few ? FEW_WARPS : shape::WARPS;
     const int smem = (a.few ? shape::FEW_RING_BYTES : shape::RING_BYTES) + shape::JOB_BYTES;
     a.share_step = (uint32_t)(((uint64_t)1 << 32) / (uint64_t)(n_sms * n_warps));
-    return launch_kernel(attention_decode_kernel<T, D>, (unsigned)n_sms, n_warps * 32, smem, shape::MOST_SMEM, sm, stream, a);
+    return launch_kernel(attention_decode_kernel<T, D, MANY>, (unsigned)n_sms, n_warps * 32, smem, shape::MOST_SMEM, sm, stream, a);
 }
 
-template <typename T> cudaError_t launch_dim(const decode_args &a, cudaStream_t stream)
+template <typename T, bool MANY> cudaError_t launch_dim(const decode_batch<MANY> &a, cudaStream_t stream)
 {
     switch (padded_dim(a.p.head_dim)) {
     case 64: return launch_shape<T, 64>(a, stream);
@@ -659,6 +660,11 @@ template <typename T> cudaError_t launch_dim(const decode_args &a, cudaStream_t 
     case 128: return launch_shape<T, 128>(a, stream);
     default: return launch_shape<T, 256>(a, stream);
     }
+}
+
+template <typename T> cudaError_t launch_queries(const decode_args &a, cudaStream_t stream)
+{
+    return a.max_queries > 1 ? launch_dim<T>(decode_batch<true>{a}, stream) : launch_dim<T>(decode_batch<false>{a}, stream);
 }
 
 // Sequences first .. first + n - 1 of p, as a batch of their own.
@@ -712,8 +718,8 @@ cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t s
     for (int32_t first = 0; first < p->n_seqs;) {
         int32_t n = n_each < p->n_seqs - first ? n_each : p->n_seqs - first;
         a.p = part_of(p, first, n);
-        cudaError_t status = p->dtype == FLASH_ATTENTION_BF16 ? launch_dim<__nv_bfloat16>(a, stream)
-                                                              : launch_dim<__half>(a, stream);
+        cudaError_t status = p->dtype == FLASH_ATTENTION_BF16 ? launch_queries<__nv_bfloat16>(a, stream)
+                                                              : launch_queries<__half>(a, stream);
         if (status != cudaSuccess) return status;
         first += n;
     }

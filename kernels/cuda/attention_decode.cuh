@@ -42,6 +42,10 @@ struct decode_args {
     int32_t *tickets;      // [S, max_groups]
 };
 
+// MANY: sequences may have several queries. Where none has, what that costs is left out.
+template <bool MANY> struct decode_batch : decode_args {
+};
+
 // Columns of a head group: column i is number first + i of the run's, of which query q and q head h of the KV head are number
 // q * group + h.
 struct group_columns {
@@ -53,9 +57,10 @@ struct column_place {
     int32_t query, head;
 };
 
-__device__ __forceinline__ column_place place_of(const decode_args &a, const group_columns &columns, int32_t i)
+template <bool MANY>
+__device__ __forceinline__ column_place place_of(const decode_batch<MANY> &a, const group_columns &columns, int32_t i)
 {
-    const int32_t number = columns.first + i, query = a.max_queries == 1 ? 0 : number / a.group;
+    const int32_t number = columns.first + i, query = MANY ? number / a.group : 0;
     return {columns.first_query + query, columns.first_head + number - query * a.group};
 }
 
@@ -113,12 +118,12 @@ __device__ __forceinline__ int32_t queries_of(const decode_args &a, int32_t s)
     return a.p.cu_seqlens_q ? __ldcg(a.p.cu_seqlens_q + s + 1) - __ldcg(a.p.cu_seqlens_q + s) : 1;
 }
 
-__device__ __forceinline__ decode_sequence sequence_of(const decode_args &a, int32_t s)
+template <bool MANY> __device__ __forceinline__ decode_sequence sequence_of(const decode_batch<MANY> &a, int32_t s)
 {
     decode_sequence x = {};
     if (s >= a.p.n_seqs) return x;
     const int32_t n = queries_of(a, s), length = min(max(__ldcg(a.p.context_lens + s), 0), a.p.max_context);
-    if (n >= 1 && n <= a.max_queries && length > 0) x = {length, n};
+    if (n >= 1 && n <= (MANY ? a.max_queries : 1) && length > 0) x = {length, n};
     return x;
 }
 
@@ -184,9 +189,9 @@ struct sequence_work {
     int32_t n_groups, n_stripes;
 };
 
-template <int D> __device__ __forceinline__ sequence_work work_of(const decode_args &a, const decode_sequence &x)
+template <int D, bool MANY> __device__ __forceinline__ sequence_work work_of(const decode_batch<MANY> &a, const decode_sequence &x)
 {
-    if (x.n_queries <= 1) return {x.n_queries * a.groups_per_kv, stripes_of<D>(a, x.length) * a.groups_per_kv};
+    if (!MANY || x.n_queries <= 1) return {x.n_queries * a.groups_per_kv, stripes_of<D>(a, x.length) * a.groups_per_kv};
     sequence_work work = {};
     for (int32_t query = first_query(x); query < x.n_queries;) {
         const decode_row run = run_from<D>(a, x, query);
@@ -212,43 +217,46 @@ struct cursor {
 
 __device__ __forceinline__ bool done(const cursor &c) { return c.left == 0; }
 
-// The sequence at c.s, from its first head group on.
-template <int D> __device__ __forceinline__ void begin_sequence(const decode_args &a, cursor &c)
+// A sequence, from its first head group on.
+template <int D, bool MANY>
+__device__ __forceinline__ void begin_sequence(const decode_batch<MANY> &a, cursor &c, int32_t s, const decode_sequence &sequence)
 {
-    c.sequence = sequence_of(a, c.s);
+    c.s = s;
+    c.sequence = sequence;
     c.group = c.in_run = 0;
+    if (!MANY) c.sequence.n_queries = 1; // or none, and nothing to see
     c.row = c.sequence.n_queries > 1 ? run_from<D>(a, c.sequence, first_query(c.sequence)) : row_of<D>(a, c.sequence.length);
     c.per_kv = c.sequence.n_queries > 1 ? work_of<D>(a, c.sequence).n_groups : a.groups_per_kv;
 }
 
 // The next head group of the sequence; false: there is none.
-template <int D> __device__ __forceinline__ bool next_group(const decode_args &a, cursor &c)
+template <int D, bool MANY> __device__ __forceinline__ bool next_group(const decode_batch<MANY> &a, cursor &c)
 {
     c.in_run++;
     if (++c.group == c.per_kv * a.p.n_kv_heads) return false;
-    if (c.in_run < groups_of(a, c.row)) return true;
+    if (c.in_run < (MANY ? groups_of(a, c.row) : a.groups_per_kv)) return true;
     c.in_run = 0; // another run, or the first of the next KV head
-    if (c.sequence.n_queries == 1) return true;
+    if (!MANY || c.sequence.n_queries == 1) return true;
     const int32_t query = c.row.first_query + c.row.n_queries;
     c.row = run_from<D>(a, c.sequence, query < c.sequence.n_queries ? query : first_query(c.sequence));
     return true;
 }
 
 // To the first split of the row at or after c.stripe, or of a later row; c.unit is that of c.stripe.
-template <int D> __device__ __forceinline__ void settle(const decode_args &a, cursor &c)
+template <int D, bool MANY> __device__ __forceinline__ void settle(const decode_batch<MANY> &a, cursor &c)
 {
     c.left = 0;
     if (c.unit >= c.end) return;
     while (c.stripe >= c.row.n_stripes) {
         c.stripe = 0;
         if (c.row.n_stripes > 0 && next_group<D>(a, c)) continue;
-        if (++c.s >= a.p.n_seqs) return;
-        begin_sequence<D>(a, c);
+        if (c.s + 1 >= a.p.n_seqs) return;
+        begin_sequence<D>(a, c, c.s + 1, sequence_of(a, c.s + 1));
     }
     c.left = min(1 << c.row.split_shift, c.row.n_stripes - c.stripe);
 }
 
-template <int D> __device__ __forceinline__ void advance(const decode_args &a, cursor &c)
+template <int D, bool MANY> __device__ __forceinline__ void advance(const decode_batch<MANY> &a, cursor &c)
 {
     c.stripe++;
     c.unit++;
@@ -280,11 +288,12 @@ __device__ __forceinline__ void find_ends(const decode_args &a, uint32_t n_units
 }
 
 // The warp's first split: the first that begins in its share of the list's stripes.
-template <int D> __device__ __forceinline__ cursor find_share(const decode_args &a)
+template <int D, bool MANY> __device__ __forceinline__ cursor find_share(const decode_batch<MANY> &a)
 {
     const int32_t lane = (int32_t)threadIdx.x % 32;
     int32_t first = 0;
-    sequence_work work = work_of<D>(a, sequence_of(a, lane)); // of sequence first + lane
+    decode_sequence x = sequence_of(a, lane); // number first + lane
+    sequence_work work = work_of<D>(a, x);
     uint32_t sum = (uint32_t)work.n_stripes, rows = (uint32_t)work.n_groups;
     for (int32_t s = lane + 32; s < a.p.n_seqs; s += 32) {
         sequence_work other = work_of<D>(a, sequence_of(a, s));
@@ -300,7 +309,7 @@ template <int D> __device__ __forceinline__ cursor find_share(const decode_args 
     find_ends(a, sum, rows, &begin, &c.end);
     if (begin >= c.end) return c;
     uint32_t before = 0, mine, upto; // units of the sequences before `first`; stripes of the lane's, with those before
-    for (;; first += 32, work = work_of<D>(a, sequence_of(a, first + lane))) { // begin < n_units: it is found
+    for (;; first += 32, x = sequence_of(a, first + lane), work = work_of<D>(a, x)) { // begin < n_units: it is found
         mine = (uint32_t)work.n_stripes;
         uint32_t units = __reduce_add_sync(0xffffffffu, mine) * n_kv_heads;
         if (begin < before + units) break;
@@ -314,10 +323,10 @@ template <int D> __device__ __forceinline__ cursor find_share(const decode_args 
     }
     int32_t winner = __ffs((int)__ballot_sync(0xffffffffu, begin < before + upto * n_kv_heads)) - 1;
     before += __shfl_sync(0xffffffffu, upto - mine, winner) * n_kv_heads;
-    c.s = first + winner;
-    begin_sequence<D>(a, c);
+    begin_sequence<D>(a, c, first + winner,
+                      {__shfl_sync(0xffffffffu, x.length, winner), __shfl_sync(0xffffffffu, x.n_queries, winner)});
     int32_t stripe = (int32_t)(begin - before); // of the sequence's; then of the head group's
-    if (c.sequence.n_queries > 1) {
+    if (MANY && c.sequence.n_queries > 1) {
         const int32_t of_head = (int32_t)__shfl_sync(0xffffffffu, mine, winner), kv_head = stripe / of_head;
         stripe -= kv_head * of_head;
         for (int32_t n; stripe >= (n = groups_of(a, c.row) * c.row.n_stripes);) {
@@ -344,10 +353,11 @@ __device__ __forceinline__ int32_t kv_head_of(const cursor &c)
     return c.per_kv == 1 ? c.group : c.group / c.per_kv;
 }
 
-__device__ __forceinline__ group_columns columns_of(const decode_args &a, const cursor &c)
+template <bool MANY> __device__ __forceinline__ group_columns columns_of(const decode_batch<MANY> &a, const cursor &c)
 {
     const int32_t first = c.in_run * GROUP_HEADS;
-    return {first, min(c.row.n_queries * a.group - first, GROUP_HEADS), c.row.first_query, kv_head_of(c) * a.group};
+    const int32_t n = (MANY ? c.row.n_queries : 1) * a.group - first;
+    return {first, min(n, GROUP_HEADS), MANY ? c.row.first_query : 0, kv_head_of(c) * a.group};
 }
 
 // The splits of one row that are in the share.
@@ -358,7 +368,7 @@ struct decode_run {
     group_columns columns;
 };
 
-__device__ __forceinline__ decode_run run_of(const decode_args &a, const cursor &c)
+template <bool MANY> __device__ __forceinline__ decode_run run_of(const decode_batch<MANY> &a, const cursor &c)
 {
     decode_run run;
     run.n_splits = splits_of(c.row, c.row.n_stripes);
