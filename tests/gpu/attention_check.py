@@ -475,6 +475,9 @@ def few_queries(library, worst):
     heads = Heads(torch.bfloat16, 128, 8, 2)
     yield "many", lambda: few_queries_alike(library, heads, [(random.randrange(1, 9), random.randrange(1, 3000))
                                                             for _ in range(70)], Options(), 64, worst)
+    # a share that begins in a sequence's second run, whose keys end in another page than the first's
+    pairs = [(8, random.randrange(4, 9) * 64 + random.randrange(1, 7)) for _ in range(264)]
+    yield "runs of two pages", lambda: few_queries_alike(library, heads, pairs, Options(left=127), 64, worst)
 
 
 def batch_bits(library, sequences, options, name):
