@@ -30,28 +30,39 @@ struct hopper_row {
     int32_t first, last;  // keys it sees
     int32_t position;
     float slope, per_key; // ALiBi, in units of log2(e), and of the score as it is then
+    uint32_t operand;     // the latter as the tensor cores take it
 };
 
 // Index in an accumulator of element i of the lane's, of one of its rows.
 __device__ __forceinline__ constexpr int element_of(int half, int i) { return i / 2 * 4 + 2 * half + i % 2; }
 
-// Softcap, ALiBi: of the bias of key first + 8 i + j, the part of 8 i + j is added; the rest, the same for all of the lane's
-// elements of the row, is the result.
-template <int N, enum scoring_kind KIND>
-__device__ __forceinline__ float adjust_row(float (&s)[N / 2], int half, int32_t first, const hopper_row &row,
-                                            const struct scoring &scoring)
+// Softcap, and ALiBi's bias of key first + 8 i + j, the part of 8 i + j.
+template <int N>
+__device__ __forceinline__ void adjust_row(float (&s)[N / 2], int half, const hopper_row &row, const struct scoring &scoring)
 {
-    if (KIND == CAPPED) {
-#pragma unroll
-        for (int i = 0; i < N / 4; i++) s[element_of(half, i)] = cap_score(s[element_of(half, i)], scoring);
-        if (!scoring.slopes) return 0;
-    }
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
         float &x = s[element_of(half, i)];
-        x = __fmaf_rn(row.per_key, (float)(i / 2 * 8 + i % 2), x);
+        x = __fmaf_rn(row.per_key, (float)(i / 2 * 8 + i % 2), cap_score(x, scoring));
     }
-    return __fmul_rn(row.slope, (float)(first - row.position));
+}
+
+// ALiBi's bias grows along a step's keys by the same for each: the tensor cores add it to the scores, as one more product [64, 8] x
+// [8, keys]: what it grows by, in three parts that bf16 can hold, times the key's number, 0 to KEYS - 1, which it can.
+template <typename shape> __device__ __forceinline__ void write_key_numbers(hopper_smem<shape> *smem)
+{
+    static_assert(shape::KEYS <= 256, "exact in bf16");
+    for (int i = (int)threadIdx.x; i < shape::KEYS; i += shape::THREADS)
+        smem->key_numbers[i] = make_uint4(pack<__nv_bfloat16>((float)i, (float)i), pack<__nv_bfloat16>((float)i, 0), 0, 0);
+    async_proxy_fence();
+}
+
+// A lane's elements of the first operand.
+__device__ __forceinline__ uint32_t bias_operand(float per_key, int lane)
+{
+    const float high = to_float(from_float<__nv_bfloat16>(per_key)), rest = __fsub_rn(per_key, high);
+    const float middle = to_float(from_float<__nv_bfloat16>(rest)), low = __fsub_rn(rest, middle);
+    return lane % 4 == 0 ? pack<__nv_bfloat16>(high, middle) : lane % 4 == 1 ? pack<__nv_bfloat16>(low, 0) : 0;
 }
 
 // -infinity for keys before `first`, or after `last`, of a row; key: that of the lane's first element.
@@ -127,10 +138,12 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     {
         hold_registers(s);
         wgmma_fence();
+        if (KIND == ALIBI)
+            wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, uniform(narrow_descriptor(shared_address(smem->key_numbers))));
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             wgmma<T, N>::rows(s, q + i / 4 * (shape::ROWS * ROW_BYTES >> 4) + i % 4 * 2,
-                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, i > 0);
+                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, KIND == ALIBI || i > 0);
         wgmma_commit();
     }
 
@@ -145,15 +158,19 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         wgmma_commit();
     }
 
+    // The key whose bias is the same for all of the lane's elements of a row: those of others are in the scores.
+    __device__ __forceinline__ int32_t bias_key() { return step * N + (KIND == CAPPED ? lane % 4 * 2 : 0); }
+
     // Softcap, ALiBi, -infinity for what a row does not see.
     __device__ __forceinline__ void adjust_scores(bool masked)
     {
         const int32_t first = step * N + lane % 4 * 2;
-        bias[0] = bias[1] = 0;
-        if (KIND != PLAIN) {
-            bias[0] = adjust_row<N, KIND>(s, 0, first, row[0], a.scoring);
-            bias[1] = adjust_row<N, KIND>(s, 1, first, row[1], a.scoring);
+        if (KIND == CAPPED) {
+            adjust_row<N>(s, 0, row[0], a.scoring);
+            adjust_row<N>(s, 1, row[1], a.scoring);
         }
+#pragma unroll
+        for (int i = 0; i < 2; i++) bias[i] = KIND == PLAIN ? 0 : __fmul_rn(row[i].slope, (float)(bias_key() - row[i].position));
         if (masked && (step + 1) * N > full_end) {
             mask_after<N>(s, 0, first, row[0].last);
             mask_after<N>(s, 1, first, row[1].last);
@@ -235,7 +252,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             const bool is_seen = is_it && key >= ::max(row[half].first, 0) && key <= row[half].last;
             float x = is_seen ? find_score(token, head, key) : 0;
             if (KIND == CAPPED) x = cap_score(x, a.scoring);
-            if (KIND != PLAIN) x = __fmaf_rn(row[half].per_key, (float)(i / 2 * 8 + i % 2), x);
+            if (KIND != PLAIN) x = __fmaf_rn(row[half].per_key, (float)(key - bias_key()), x);
             t[i] = is_seen ? x : -CUDART_INF_F;
             most = fmaxf(most, t[i]);
         }
@@ -293,7 +310,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (masked) begin_rows();
         find_shifts();
         exponentiate<0, shape::EARLY>(part);
-        store_volatile(shared_address(smem->parts + threadIdx.x), part[1], part[3]);
+        store_volatile(shared_address(smem->parts + lane), part[1], part[3]);
         wgmma_wait<0>();
         hold_registers(o);
         release_slot(values);
@@ -347,6 +364,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (KIND == PLAIN) return;
         row->slope = a.scoring.slopes && head < a.p.n_heads ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0;
         row->per_key = KIND == ALIBI ? __fdividef(row->slope, a.scoring.raw_scale) : row->slope;
+        if (KIND == ALIBI) row->operand = bias_operand(row->per_key, lane);
     }
 
     __device__ __forceinline__ void reset_rows()

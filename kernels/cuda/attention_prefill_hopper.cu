@@ -64,6 +64,7 @@ attention_prefill_hopper_kernel(const __grid_constant__ hopper_args a)
         smem->n_fetched = 0;
         mbarrier_init_fence();
     }
+    if (KIND == ALIBI) write_key_numbers<shape>(smem);
     __syncthreads();
     previous_kernel_wait();
     next_kernel_allow();

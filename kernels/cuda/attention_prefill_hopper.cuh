@@ -97,7 +97,8 @@ template <typename shape> struct hopper_smem {
     found_tile found[N_FOUND];
     uint64_t found_full[N_FOUND], found_empty[N_FOUND];
     int32_t n_fetched; // steps
-    float2 parts[shape::COMPUTE_THREADS]; // written alone: see soften
+    float2 parts[32]; // written alone: see soften
+    uint4 key_numbers[shape::KEYS]; // of a step: see bias_operand
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.

@@ -159,6 +159,12 @@ __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address, int n_ro
 // 8 rows are 1,024 bytes, swizzled by 128.
 #define DESCRIPTOR_UPPER "0x40000040"
 
+// The lower half of that of a `narrow` operand, whose other half along k is the same once more: what it is multiplied by is 0.
+__device__ __forceinline__ uint32_t narrow_descriptor(uint32_t address) { return (address & 0x3FFFF) >> 4; }
+
+// 8 rows are 128 bytes.
+#define NARROW_UPPER "0x00000008"
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -194,7 +200,8 @@ template <typename T, int N> struct wgmma;
                  "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // rows: c [64, N] (+)= a [64, 16] b [16, N], both in shared memory, rows of both along k. columns: c += a b, a in registers as
-// mma has it, b's rows along N.
+// mma has it, b's rows along N. narrow: c = a [64, 8] b [8, N], bf16, a in registers as the first half of mma's, b's rows along k,
+// 16 bytes each, one after the other.
 #define DEFINE_WGMMA(T, NAME, N, R, A0, A1, A2, A3, A4)                                                                       \
     template <> struct wgmma<T, N> {                                                                                          \
         static __device__ __forceinline__ void rows(float (&c)[N / 2], uint32_t a, uint32_t b, int add)                       \
@@ -215,6 +222,15 @@ template <typename T, int N> struct wgmma;
                          ", " A2 ", " A3 "}, b, p, 1, 1, 1;\n\t}"                                                             \
                          : ACC_##R(c, 0)                                                                                      \
                          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b));                                                       \
+        }                                                                                                                     \
+        static __device__ __forceinline__ void narrow(float (&c)[N / 2], uint32_t a0, uint32_t a1, uint32_t b)                \
+        {                                                                                                                     \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 b;\n\tsetp.ne.u32 p, 0, 0;\n\t"                                     \
+                         "mov.b64 b, {" A3 ", " NARROW_UPPER "};\n\t"                                                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS_##R "}, {" A0 ", " A1              \
+                         ", " A2 ", " A2 "}, b, p, 1, 1, 0;\n\t}"                                                             \
+                         : ACC_##R(c, 0)                                                                                      \
+                         : "r"(a0), "r"(a1), "r"(0), "r"(b));                                                                 \
         }                                                                                                                     \
     };
 #define DEFINE_WGMMA_TYPES(...)                      \
