@@ -133,17 +133,18 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         return matrix_descriptor(shared_address(smem->slots[at.at]), N);
     }
 
+    __device__ __forceinline__ uint32_t describe_key_numbers() { return narrow_descriptor(shared_address(smem->key_numbers)); }
+
     // s = Q K'
     __device__ __forceinline__ void begin_scores(uint32_t q, uint32_t k)
     {
         hold_registers(s);
         wgmma_fence();
-        if (KIND == ALIBI)
-            wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, uniform(narrow_descriptor(shared_address(smem->key_numbers))));
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             wgmma<T, N>::rows(s, q + i / 4 * (shape::ROWS * ROW_BYTES >> 4) + i % 4 * 2,
-                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, KIND == ALIBI || i > 0);
+                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, i > 0);
+        if (KIND == ALIBI) wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, uniform(describe_key_numbers()));
         wgmma_commit();
     }
 
