@@ -65,21 +65,27 @@ __device__ __forceinline__ uint32_t bias_operand(float per_key, int lane)
     return lane % 4 == 0 ? pack<__nv_bfloat16>(high, middle) : lane % 4 == 1 ? pack<__nv_bfloat16>(low, 0) : 0;
 }
 
-// -infinity for keys before `first`, or after `last`, of a row; key: that of the lane's first element.
-template <int N> __device__ __forceinline__ void mask_before(float (&s)[N / 2], int half, int32_t key, int32_t first)
+// Of a row's elements of a lane's, how many are of keys before `key`, from that of the first on: they come in pairs, 8 keys apart.
+__device__ __forceinline__ int32_t elements_before(int32_t keys)
 {
+    return keys <= 0 ? 0 : keys / 8 * 2 + min(keys % 8, 2);
+}
+
+// -infinity for elements that are not in `seen`. (ptxas makes predicates of seven bits at a time.)
+template <int N> __device__ __forceinline__ void mask_row(float (&s)[N / 2], int half, uint32_t seen)
+{
+    static_assert(N <= 128, "a bit for each");
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        if (i / 2 * 8 + i % 2 < first - key) s[element_of(half, i)] = -CUDART_INF_F;
+        if (!(seen >> i & 1)) s[element_of(half, i)] = -CUDART_INF_F;
     }
 }
 
-template <int N> __device__ __forceinline__ void mask_after(float (&s)[N / 2], int half, int32_t key, int32_t last)
+// Bits from `from` on, and before `end`.
+__device__ __forceinline__ uint32_t bits_between(int32_t from, int32_t end)
 {
-#pragma unroll
-    for (int i = 0; i < N / 4; i++) {
-        if (i / 2 * 8 + i % 2 > last - key) s[element_of(half, i)] = -CUDART_INF_F;
-    }
+    const uint32_t below = end >= 32 ? 0xffffffffu : (1u << end) - 1;
+    return from >= 32 ? 0 : below >> from << from;
 }
 
 // ---- computing ------------------------------------------------------------------------------------------------------
@@ -172,14 +178,10 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) bias[i] = KIND == PLAIN ? 0 : __fmul_rn(row[i].slope, (float)(bias_key() - row[i].position));
-        if (masked && (step + 1) * N > full_end) {
-            mask_after<N>(s, 0, first, row[0].last);
-            mask_after<N>(s, 1, first, row[1].last);
-        }
-        if (masked && step * N < full_first) {
-            mask_before<N>(s, 0, first, row[0].first);
-            mask_before<N>(s, 1, first, row[1].first);
-        }
+        if (!masked || ((step + 1) * N <= full_end && step * N >= full_first)) return;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            mask_row<N>(s, half, bits_between(elements_before(row[half].first - first), elements_before(row[half].last + 1 - first)));
     }
 
     // Rows that begin to see: what is subtracted from their scores is the maximum of these first ones, until their weights get too
