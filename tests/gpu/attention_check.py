@@ -4,7 +4,7 @@
     attention_check.py [build/libgptd_cuda.so]          every group of cases; a line each, then "N passed, N failed"
 
 Inputs are random and fresh (the seed is printed; --seed repeats a run), outputs poisoned, unused cache slots NaN. The
-error ||out - ref|| / ||ref|| against float64 must be at most 1.25 times that of PyTorch in the same type: SDPA's flash
+error ||out - ref|| / ||ref|| against float64 must be at most 1.25 times that of PyTorch in the same type (1.5 in "peaks"): SDPA's flash
 backend where it has the feature, else a plain softmax in float32 with weights in the type. What must be equal bit for
 bit (alone or in a batch, whole or in chunks, any block table) is compared so.
 """
@@ -21,6 +21,7 @@ import torch
 DEVICE = "cuda"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 ERROR_RATIO = 1.25
+PEAKED_RATIO = 1.5  # rows that one key rules: its weight is rounded like any other, PyTorch's is exactly 1
 LSE_TOLERANCE = 5e-4
 MATRIX_BYTES = 1 << 28  # of one part of a reference's scores
 
@@ -265,7 +266,7 @@ def check(condition, what):
         raise Failure(what)
 
 
-def check_close(run, results, worst):
+def check_close(run, results, worst, limit=ERROR_RATIO):
     """All rows of the batch together against float64; notes the worst ratio to PyTorch's error"""
     outs, exact, other, lse, lse_exact, names = [], [], [], [], [], set()
     for s, (out, sums_) in zip(run.sequences, results):
@@ -284,7 +285,7 @@ def check_close(run, results, worst):
     worst["ratio"] = max(worst.get("ratio", 0), ratio)
     worst["error"] = max(worst.get("error", 0), relative(out, exact))
     worst.setdefault("against", set()).update(names)
-    check(ratio <= ERROR_RATIO, f"error {relative(out, exact):.2e}, PyTorch's {relative(other, exact):.2e}")
+    check(ratio <= limit, f"error {relative(out, exact):.2e}, PyTorch's {relative(other, exact):.2e}")
     empty = torch.isinf(lse_exact)
     check(bool((torch.isinf(lse) == empty).all()), "lse is infinite in other places")
     if bool((~empty).any()):
@@ -322,13 +323,13 @@ def head_dims(library, worst):
             yield f"{dtype} d{dim}", lambda heads=heads: both(library, ragged(heads, EDGES), Options(), 64, worst)
 
 
-def both(library, sequences, options, block_size, worst):
+def both(library, sequences, options, block_size, worst, limit=ERROR_RATIO):
     """Prefill of all, and decode of each one's last query"""
     run = Run(sequences, options, block_size)
-    check_close(run, run.prefill(library), worst)
+    check_close(run, run.prefill(library), worst, limit)
     if options.right < 0 or options.causal:
         run = Run([s.part(s.n - 1, s.n) for s in sequences], options, block_size)
-        check_close(run, run.decode(library), worst)
+        check_close(run, run.decode(library), worst, limit)
 
 
 def gqa(library, worst):
@@ -438,7 +439,7 @@ def climbing(heads, length):
 
 
 def climb(library, s, options, block_size, worst):
-    both(library, [s], options, block_size, worst)
+    both(library, [s], options, block_size, worst, PEAKED_RATIO)
     chunk_bits(library, s, options, block_size)
 
 
