@@ -113,7 +113,8 @@ struct decode_feed {
     cursor at;
     bool values;
     page_window window;
-    size_t head_offset; // elements to the KV head of `at`
+    size_t head_offset;    // elements to the KV head of `at`
+    size_t first, further; // to the stripe's first 16 keys, and to the others, if it has others
 };
 
 __device__ __forceinline__ size_t head_offset(const decode_args &a, const cursor &c)
@@ -121,23 +122,30 @@ __device__ __forceinline__ size_t head_offset(const decode_args &a, const cursor
     return (size_t)kv_head_of(c) * a.p.kv_head_stride;
 }
 
-template <int D, bool MANY> __device__ __forceinline__ void fetch_next(const decode_batch<MANY> &a, decode_feed &f, uint32_t slot)
+// Where the stripe at f.at is.
+template <int D> __device__ __forceinline__ void find_stripe(const decode_args &a, decode_feed &f, int32_t key)
 {
-    constexpr int STRIPE = decode_shape<D>::STRIPE;
-    const int32_t key = (f.at.row.first_stripe + f.at.stripe) * STRIPE, in_block = key & (a.p.block_size - 1);
-    const uint16_t *base = (const uint16_t *)(f.values ? a.p.v : a.p.k) + f.head_offset;
-    const uint16_t *from = base + (size_t)(uint32_t)page_of(a, f.at, key, f.window) * a.p.kv_block_stride +
-                           (uint32_t)in_block * (uint32_t)a.p.kv_stride;
-    const uint16_t *further = from + 16 * (uint32_t)a.p.kv_stride; // the second half of 32 keys
-    if (STRIPE == 32 && a.p.block_size == 16)
-        further = base + (size_t)(uint32_t)page_of(a, f.at, key + 16, f.window) * a.p.kv_block_stride;
+    f.first = f.head_offset + (size_t)(uint32_t)page_of(a, f.at, key, f.window) * a.p.kv_block_stride +
+              (uint32_t)(key & (a.p.block_size - 1)) * (uint32_t)a.p.kv_stride;
+    f.further = f.first + 16 * (uint32_t)a.p.kv_stride;
+    if (decode_shape<D>::STRIPE == 32 && a.p.block_size == 16)
+        f.further = f.head_offset + (size_t)(uint32_t)page_of(a, f.at, key + 16, f.window) * a.p.kv_block_stride;
+}
+
+template <int D, bool MANY>
+__device__ __forceinline__ void fetch_next(const decode_batch<MANY> &a, decode_feed &f, uint32_t slot)
+{
+    constexpr int STRIPE = decode_shape<D>::STRIPE, HALF = 16 * tile_layout<D>::STRIDE;
+    const int32_t key = (f.at.row.first_stripe + f.at.stripe) * STRIPE;
+    if (!f.values) find_stripe<D>(a, f, key);
+    const uint16_t *base = (const uint16_t *)(f.values ? a.p.v : a.p.k);
     if (key >= f.at.row.first_key && key + STRIPE <= f.at.row.length && a.p.head_dim == D) {
-        fetch_all_keys<D>(from, (uint32_t)a.p.kv_stride, slot);
-        if (STRIPE == 32) fetch_all_keys<D>(further, (uint32_t)a.p.kv_stride, slot + 16 * tile_layout<D>::STRIDE);
+        fetch_all_keys<D>(base + f.first, (uint32_t)a.p.kv_stride, slot);
+        if (STRIPE == 32) fetch_all_keys<D>(base + f.further, (uint32_t)a.p.kv_stride, slot + HALF);
     } else {
         int32_t begin = f.at.row.first_key - key, end = f.at.row.length - key;
-        fetch_some_keys<D>(a, from, begin, end, slot);
-        if (STRIPE == 32) fetch_some_keys<D>(a, further, begin - 16, end - 16, slot + 16 * tile_layout<D>::STRIDE);
+        fetch_some_keys<D>(a, base + f.first, begin, end, slot);
+        if (STRIPE == 32) fetch_some_keys<D>(a, base + f.further, begin - 16, end - 16, slot + HALF);
     }
     f.values = !f.values;
     if (f.values) return;
@@ -150,21 +158,23 @@ __device__ __forceinline__ size_t query_row(const decode_args &a, int32_t s)
     return a.p.cu_seqlens_q ? (size_t)a.p.cu_seqlens_q[s] : (size_t)s;
 }
 
-// Q' of a head group as B operands [16, 8]. Columns beyond the group's are zero.
-template <int D, bool MANY>
-__device__ __forceinline__ void load_queries(const decode_batch<MANY> &a, int32_t s, const decode_run &run,
-                                             uint32_t (&q)[D / 16][2])
+// Where a lane's elements of Q' begin; NULL: its column is beyond the group's.
+template <bool MANY>
+__device__ __forceinline__ const uint16_t *queries_at(const decode_batch<MANY> &a, int32_t s, const decode_run &run)
 {
     const int lane = (int)threadIdx.x % 32;
+    if (lane / 4 >= run.columns.n) return nullptr;
     const column_place place = place_of(a, run.columns, lane / 4);
-    const uint16_t *from = (const uint16_t *)a.p.q + (query_row(a, s) + (size_t)place.query) * a.p.q_stride +
-                           (size_t)place.head * a.p.q_head_stride;
+    return (const uint16_t *)a.p.q + (query_row(a, s) + (size_t)place.query) * a.p.q_stride +
+           (size_t)place.head * a.p.q_head_stride + lane % 4 * 2;
+}
+
+// Q' of a head group as B operands [16, 8]. Columns beyond the group's are zero.
+template <int D>
+__device__ __forceinline__ void load_queries(const decode_args &a, const uint16_t *from, uint32_t (&q)[D / 16][2])
+{
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-        int column = i * 8 + lane % 4 * 2;
-        bool there = lane / 4 < run.columns.n && column < a.p.head_dim;
-        q[i / 2][i % 2] = there ? *(const uint32_t *)(from + column) : 0;
-    }
+    for (int i = 0; i < D / 8; i++) q[i / 2][i % 2] = from && i * 8 < a.p.head_dim ? *(const uint32_t *)(from + i * 8) : 0;
 }
 
 // ---- one step -------------------------------------------------------------------------------------------------------
@@ -355,20 +365,30 @@ template <int D> __device__ __forceinline__ float *partials_of(const decode_args
     return a.partial + row * (size_t)a.max_splits * decode_shape<D>::PARTIAL;
 }
 
+// Elements lie in the order in which lanes have them: see element_at.
 template <int D, bool MANY>
 __device__ __forceinline__ void store_partial(const decode_batch<MANY> &a, int32_t s, const decode_run &run,
                                               const decode_state<D> &part)
 {
+    constexpr int N = D / 8; // of a lane's, of a column
     int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         if (lane % 4 * 2 + i >= run.columns.n) continue;
         float *to = partials_of<D>(a, s, place_of(a, run.columns, lane % 4 * 2 + i)) + run.split * decode_shape<D>::PARTIAL;
+        float *elements = to + lane / 4 * N;
+        auto element = [&](int m) { return part.o[m / 2][i + m % 2 * 2]; };
 #pragma unroll
-        for (int m = 0; m < D / 8; m++) store_kept(to + m * 8 + lane / 4, part.o[m / 2][i + m % 2 * 2]);
+        for (int m = 0; m < N; m += N % 4 ? 2 : 4) {
+            if constexpr (N % 4 != 0) store_kept(elements + m, make_float2(element(m), element(m + 1)));
+            else store_kept(elements + m, make_float4(element(m), element(m + 1), element(m + 2), element(m + 3)));
+        }
         if (lane < 4) *(float2 *)(to + D) = make_float2(part.max[i], part.sum[i]);
     }
 }
+
+// The element of the result that lies so far on in a partial one.
+template <int D> __device__ __forceinline__ int element_at(int i) { return i % (D / 8) * 8 + i / (D / 8); }
 
 // Whether this run brings the last splits of its row; what others stored is then visible: to lane 0, and to whoever meets it
 // at a barrier.
@@ -424,7 +444,7 @@ __device__ __forceinline__ void fetch_splits(const decode_args &a, const combine
         cp_async_16(to + (uint32_t)i * 16, from + i * 4);
 }
 
-// What a warp has of a row: a lane of the columns from round * 128 + lane * 4.
+// What a warp has of a row: a lane of what lies from round * 128 + lane * 4 on.
 template <int D> struct combine_state {
     float max, sum;
     float4 x[(D + 127) / 128];
@@ -453,7 +473,7 @@ __device__ __forceinline__ void combine_splits(const decode_args &a, const combi
     __syncwarp();
 #pragma unroll
     for (int round = 0; round < (D + 127) / 128; round++) {
-        int column = round * 128 + lane * 4;
+        int column = round * 128 + lane * 4; // in a partial result's order
         if (column >= D) continue;
         float4 x = row.x[round];
 #pragma unroll 8
@@ -469,10 +489,13 @@ __device__ __forceinline__ void combine_splits(const decode_args &a, const combi
         }
         row.x[round] = x;
         if (!is_last) continue;
-        float factor = inverse(row.sum);
-        uint2 packed = make_uint2(pack<T>(__fmul_rn(x.x, factor), __fmul_rn(x.y, factor)),
-                                  pack<T>(__fmul_rn(x.z, factor), __fmul_rn(x.w, factor)));
-        if (column < a.p.head_dim) *(uint2 *)(result_of<T>(a, item.s, item.place) + column) = packed;
+        const float factor = inverse(row.sum), result[4] = {x.x, x.y, x.z, x.w};
+        T *to = result_of<T>(a, item.s, item.place);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int element = element_at<D>(column + i);
+            if (element < a.p.head_dim) to[element] = from_float<T>(__fmul_rn(result[i], factor));
+        }
         if (column == 0) store_lse(a, item.s, item.place, row.max, row.sum);
     }
 }
@@ -554,10 +577,11 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
     }
 
     cursor item = find_share<D>(a);
-    decode_feed feed = {item, false, {-1, 0, 0}, head_offset(a, item)};
+    decode_feed feed = {item, false, {-1, 0, 0}, head_offset(a, item), 0, 0};
     uint32_t q[D / 16][2], p[M][2], slot = ring;
     decode_state<D> part, row;
     decode_run run = {};
+    const uint16_t *queries = nullptr;
     int empty = n_slots; // slots that nothing has been sent to
     auto send = [&] { // one more
         if (!done(feed.at)) fetch_next<D>(a, feed, slot);
@@ -568,43 +592,49 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
     if (!done(item)) {
         move_window(a, item, (item.row.first_stripe + item.stripe) * shape::STRIPE >> a.block_shift, feed.window);
         run = run_of(a, item);
+        queries = queries_at(a, item.s, run);
     }
     if (a.p.settled) {
-        while (empty > 1 && !done(feed.at) && !has_new_key<D>(feed.at)) send();
+        while (empty > 0 && !done(feed.at) && !has_new_key<D>(feed.at)) send();
         previous_kernel_wait();
     }
-    if (!done(item)) load_queries<D>(a, item.s, run, q); // before the first keys: it would wait behind them
-    clear<D>(row);
-    bool begins = true, values = false; // a split; what is oldest in the ring
-    while (!done(item)) {
-        send();
-        if (empty > 0) continue;
+    load_queries<D>(a, queries, q); // before the other keys: it would wait behind them
+    while (empty > 0) send();
+    auto wait = [&] { // for what is oldest in the ring: `slot`
         if (a.few) cp_async_wait<shape::FEW_SLOTS - 1>();
         else cp_async_wait<shape::SLOTS - 1>();
         __syncwarp(); // every lane's part
-        if (!values) {
-            if (begins) clear<D>(part);
+    };
+    auto refill = [&] {
+        __syncwarp(); // all lanes have read the slot
+        send();
+    };
+    clear<D>(row);
+    while (!done(item)) { // a split
+        clear<D>(part);
+        int32_t first = (item.row.first_stripe + item.stripe) * shape::STRIPE; // key of the stripe
+        const int32_t more = MANY ? item.row.n_queries - 1 : 0; // the last sees from so many keys further on
+        const int32_t full_first = item.row.first_key + more, full_end = item.row.length - more; // keys that all see
+#pragma unroll 1
+        for (int32_t left = item.left; left > 0; left--, first += shape::STRIPE) {
             float s[M][4];
-            int32_t first = (item.row.first_stripe + item.stripe) * shape::STRIPE;
+            wait();
             multiply_keys<T, D, M>(s, q, slot + lane_of_rows<D>(lane));
-            const int32_t more = MANY ? item.row.n_queries - 1 : 0; // the last sees from so many keys further on
-            if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < item.row.first_key + more ||
-                first + shape::STRIPE > item.row.length - more)
+            refill();
+            if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < full_first || first + shape::STRIPE > full_end)
                 adjust_stripe<M>(s, a, item.row, run, first);
             soften<T, D, M>(s, part, p, a.scoring.multiplier);
-        } else {
+            wait();
             add_values<T, D, M>(part, p, slot + lane_of_keys<D>(lane));
-            begins = item.left == 1;
-            if (begins) finish_split<T, D>(a, item, run, part, row, jobs + warp * WARP_JOBS);
-            advance<D>(a, item);
-            if (begins && run.split == run.first + run.n && !done(item)) {
-                run = run_of(a, item);
-                load_queries<D>(a, item.s, run, q);
-                clear<D>(row);
-            }
+            refill();
         }
-        values = !values;
-        __syncwarp(); // all lanes have read the slot
+        finish_split<T, D>(a, item, run, part, row, jobs + warp * WARP_JOBS);
+        leave_split<D>(a, item);
+        if (run.split == run.first + run.n && !done(item)) {
+            run = run_of(a, item);
+            load_queries<D>(a, queries_at(a, item.s, run), q);
+            clear<D>(row);
+        }
     }
     store_empty_rows<T>(a);
     bool has_job = lane == 0 && jobs[warp * WARP_JOBS].n_splits + jobs[warp * WARP_JOBS + 1].n_splits > 0;

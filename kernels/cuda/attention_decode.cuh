@@ -263,6 +263,14 @@ template <int D, bool MANY> __device__ __forceinline__ void advance(const decode
     if (--c.left == 0) settle<D>(a, c);
 }
 
+// To the next split.
+template <int D, bool MANY> __device__ __forceinline__ void leave_split(const decode_batch<MANY> &a, cursor &c)
+{
+    c.stripe += c.left;
+    c.unit += (uint32_t)c.left;
+    settle<D>(a, c);
+}
+
 // Where a warp's share of the list begins and ends, in stripes: equal shares, but for rounding. Where the rows divide
 // among nearly all warps, or nearly all warps among the rows, some warps get none, for rows that are alike are then not
 // cut, or only where a share ends, and the others read as fast as all. Where a row has 2 or 4 pieces, warps of one block

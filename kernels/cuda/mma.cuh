@@ -49,9 +49,16 @@ __device__ __forceinline__ void cp_async_16_once(uint32_t to, const void *from, 
                  : "memory");
 }
 
-__device__ __forceinline__ void store_kept(float *to, float x)
+__device__ __forceinline__ void store_kept(float *to, const float2 &x)
 {
-    asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(evict_last()) : "memory");
+    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x.x), "f"(x.y), "l"(evict_last()) : "memory");
+}
+
+__device__ __forceinline__ void store_kept(float *to, const float4 &x)
+{
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;"
+                 ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "l"(evict_last())
+                 : "memory");
 }
 
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, int n_bytes)

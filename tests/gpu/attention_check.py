@@ -4,9 +4,9 @@
     attention_check.py [build/libgptd_cuda.so]          every group of cases; a line each, then "N passed, N failed"
 
 Inputs are random and fresh (the seed is printed; --seed repeats a run), outputs poisoned, unused cache slots NaN. The
-error ||out - ref|| / ||ref|| against float64 must be at most 1.25 times that of PyTorch in the same type (1.5 in "peaks"): SDPA's flash
-backend where it has the feature, else a plain softmax in float32 with weights in the type. What must be equal bit for
-bit (alone or in a batch, whole or in chunks, any block table) is compared so.
+error ||out - ref|| / ||ref|| against float64 must be at most 1.25 times (in "peaks" 1.5 times) that of PyTorch in the same
+type: SDPA's flash backend where it has the feature, else a plain softmax in float32 with weights in the type. What must be
+equal bit for bit (alone or in a batch, whole or in chunks, any block table) is compared so.
 """
 import argparse
 import ctypes
