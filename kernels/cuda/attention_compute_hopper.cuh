@@ -313,7 +313,8 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (masked) begin_rows();
         find_shifts();
         exponentiate<0, shape::EARLY>(part);
-        store_volatile(shared_address(smem->parts + lane), part[1], part[3]);
+        if (KIND == ALIBI) store_if_negative(shared_address(smem->parts), __fadd_rn(part[1], part[3])); // never
+        else store_volatile(shared_address(smem->parts + threadIdx.x), part[1], part[3]);
         wgmma_wait<0>();
         hold_registers(o);
         release_slot(values);
@@ -400,6 +401,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             step = uniform(tile.end_step) - 1;
             if (step < first_step) {
                 store_nothing(found);
+                __syncwarp();
                 continue;
             }
             rows = found;
@@ -416,6 +418,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             full_end = min(position + query_of(a, first_row) + a.scoring.right + 1, length);
             last_full = ::max(first_step, (full_first + N - 1) / N); // rounded down where negative: first_step counts
             n_valid = min(length - (step - n_skipped) * N, N);
+            __syncwarp(); // all lanes have read what the tile is: it may be released
             return true;
         }
     }

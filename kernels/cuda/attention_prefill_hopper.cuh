@@ -97,8 +97,10 @@ template <typename shape> struct hopper_smem {
     found_tile found[N_FOUND];
     uint64_t found_full[N_FOUND], found_empty[N_FOUND];
     int32_t n_fetched; // steps
-    float2 parts[32]; // written alone: see soften
-    uint4 key_numbers[shape::KEYS]; // of a step: see bias_operand
+    union {
+        float2 parts[shape::COMPUTE_THREADS]; // written alone: see soften
+        uint4 key_numbers[shape::KEYS];       // of a step, where there is ALiBi: see bias_operand
+    };
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
@@ -167,7 +169,7 @@ template <typename shape> __device__ __forceinline__ void find_tiles(const hoppe
         at.advance();
         if (!is_tile) break;
         n_steps += t.tile.end_step - t.tile.first_step;
-        while (n_steps - load_volatile(shared_address(&smem->n_fetched)) > STEPS_AHEAD) __nanosleep(100);
+        while (n_steps - atomicAdd(&smem->n_fetched, 0) > STEPS_AHEAD) __nanosleep(100);
         int32_t next = lane == 0 ? atomicAdd(place_counters + a.counter, 1) : 0;
         place = (int32_t)gridDim.x + __shfl_sync(0xffffffffu, next, 0);
     }
@@ -229,7 +231,7 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
     };
     ring_place<N_FOUND> place;
     int2 last = {}; // where values are that are still to be brought, and of which KV head
-    int32_t last_head = 0, n_fetched = 0;
+    int32_t last_head = 0;
     bool is_owed = false;
     for (;; place.advance()) {
         mbarrier_wait(shared_address(smem->found_full + place.at), place.parity);
@@ -256,8 +258,7 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
         for (int32_t step = uniform(t.end_step) - 1; step >= first_step; step--) {
             int2 from = feed.find(a, f, step);
             bring(&a.k, f.kv_head, from);
-            n_fetched++;
-            if (lane == 0) store_volatile(shared_address(&smem->n_fetched), n_fetched);
+            if (lane == 0) atomicAdd(&smem->n_fetched, 1);
             if (is_owed) bring(&a.v, last_head, last);
             last = from;
             last_head = f.kv_head;

@@ -81,16 +81,10 @@ __device__ __forceinline__ void store_volatile(uint32_t address, float x, float 
     asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-__device__ __forceinline__ void store_volatile(uint32_t address, int32_t x)
+__device__ __forceinline__ void store_if_negative(uint32_t address, float x)
 {
-    asm volatile("st.volatile.shared.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
-__device__ __forceinline__ int32_t load_volatile(uint32_t address)
-{
-    int32_t x;
-    asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-    return x;
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.lt.f32 p, %1, 0f00000000;\n\t@p st.volatile.shared.f32 [%0], %1;\n\t}" ::"r"(address), "f"(x)
+                 : "memory");
 }
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
