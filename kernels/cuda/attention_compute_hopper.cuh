@@ -313,7 +313,8 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (masked) begin_rows();
         find_shifts();
         exponentiate<0, shape::EARLY>(part);
-        if (KIND == ALIBI) store_if_negative(shared_address(smem->parts), __fadd_rn(part[1], part[3])); // never
+        if (KIND == ALIBI) store_volatile(shared_address(smem->key_numbers) + threadIdx.x / 2 * 16 + 8 + threadIdx.x % 2 * 4,
+                                          fminf(fminf(fminf(part[0], part[1]), fminf(part[2], part[3])), 0)); // a zero, as was there
         else store_volatile(shared_address(smem->parts + threadIdx.x), part[1], part[3]);
         wgmma_wait<0>();
         hold_registers(o);
@@ -393,7 +394,8 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             q_at = q_next;
             mbarrier_wait(shared_address(smem->q_full + q_at.at), q_at.parity);
             q_next.advance();
-            const hopper_tile &tile = smem->tiles[q_at.at];
+            hopper_tile tile = {};
+            if (lane == 0) tile = smem->tiles[q_at.at];
             hopper_rows found = {uniform(tile.rows.query_row), uniform(tile.rows.n_queries), uniform(tile.rows.first_head),
                                  uniform(tile.rows.n_heads)};
             if (found.n_heads == 0) return false;
@@ -401,11 +403,10 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             step = uniform(tile.end_step) - 1;
             if (step < first_step) {
                 store_nothing(found);
-                __syncwarp();
                 continue;
             }
             rows = found;
-            context = tile.context;
+            context = uniform(tile.context);
             const int32_t position = uniform(tile.position), length = uniform(tile.length), first_row = warpgroup * 64;
             const int32_t r = first_row + (int)threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
             find_row(r, position, length, row);
@@ -418,7 +419,6 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             full_end = min(position + query_of(a, first_row) + a.scoring.right + 1, length);
             last_full = ::max(first_step, (full_first + N - 1) / N); // rounded down where negative: first_step counts
             n_valid = min(length - (step - n_skipped) * N, N);
-            __syncwarp(); // all lanes have read what the tile is: it may be released
             return true;
         }
     }

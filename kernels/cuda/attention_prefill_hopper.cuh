@@ -98,8 +98,8 @@ template <typename shape> struct hopper_smem {
     uint64_t found_full[N_FOUND], found_empty[N_FOUND];
     int32_t n_fetched; // steps
     union {
-        float2 parts[shape::COMPUTE_THREADS]; // written alone: see soften
-        uint4 key_numbers[shape::KEYS];       // of a step, where there is ALiBi: see bias_operand
+        float2 parts[shape::COMPUTE_THREADS];          // written alone: see soften
+        uint4 key_numbers[shape::COMPUTE_THREADS / 2]; // of a step, where there is ALiBi: see bias_operand
     };
 };
 

@@ -75,16 +75,15 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int n_threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
-// Two numbers to shared memory, in the order of the program.
+// To shared memory, in the order of the program.
 __device__ __forceinline__ void store_volatile(uint32_t address, float x, float y)
 {
     asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-__device__ __forceinline__ void store_if_negative(uint32_t address, float x)
+__device__ __forceinline__ void store_volatile(uint32_t address, float x)
 {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.lt.f32 p, %1, 0f00000000;\n\t@p st.volatile.shared.f32 [%0], %1;\n\t}" ::"r"(address), "f"(x)
-                 : "memory");
+    asm volatile("st.volatile.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
