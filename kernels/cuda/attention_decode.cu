@@ -390,44 +390,45 @@ __device__ __forceinline__ void store_partial(const decode_batch<MANY> &a, int32
 // The element of the result that lies so far on in a partial one.
 template <int D> __device__ __forceinline__ int element_at(int i) { return i % (D / 8) * 8 + i / (D / 8); }
 
-// Whether this run brings the last splits of its row; what others stored is then visible: to lane 0, and to whoever meets it
-// at a barrier.
-__device__ __forceinline__ bool is_last_run(const decode_args &a, const cursor &c, const decode_run &run)
+// How many splits the row's first run has added up, if this run is the last to come, else 0; what others stored is then visible:
+// to lane 0, and to whoever meets it at a barrier.
+__device__ __forceinline__ int32_t finish_run(const decode_args &a, const cursor &c, const decode_run &run)
 {
-    int32_t before = 0;
+    int32_t upto = run.first == 0 ? run.n << 16 | run.n : run.n;
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
         int32_t *ticket = (a.tickets ? a.tickets : library_tickets) + (size_t)c.s * (size_t)a.max_groups + c.group;
-        before = add_acq_rel(ticket, run.n);
-        if (before + run.n == run.n_splits) *ticket = 0;
+        upto += add_acq_rel(ticket, upto);
+        if ((upto & 0xffff) == run.n_splits) *ticket = 0;
     }
-    return __shfl_sync(0xffffffffu, before, 0) + run.n == run.n_splits;
+    upto = __shfl_sync(0xffffffffu, upto, 0);
+    return (upto & 0xffff) == run.n_splits ? upto >> 16 : 0;
 }
 
-// The end of the split at c: `part`; `row`: what the run has so far.
+// The end of the split at c: `part`; `row`: what the run has so far, if it is the row's first, which is stored as its last split.
 template <typename T, int D, bool MANY>
 __device__ __forceinline__ void finish_split(const decode_batch<MANY> &a, const cursor &c, decode_run &run,
                                              decode_state<D> &part, decode_state<D> &row, decode_job *job)
 {
     part.sum[0] = column_sum(part.sum[0]);
     part.sum[1] = column_sum(part.sum[1]);
-    bool ends = run.split == run.first + run.n - 1;
-    if (run.n == run.n_splits) {
-        add_split<D>(row, part);
-        if (ends) store_row<T, D>(a, c.s, run, row);
-    } else {
-        store_partial<D>(a, c.s, run, part);
-        if (ends && is_last_run(a, c, run) && threadIdx.x % 32 == 0)
-            job[run.first == 0] = {c.s, run.n_splits, run.columns}; // two at most: see WARP_JOBS
-    }
+    const bool ends = run.split == run.first + run.n - 1, is_cut = run.n < run.n_splits;
+    if (run.first == 0) add_split<D>(row, part);
+    if (ends && !is_cut) store_row<T, D>(a, c.s, run, row);
+    if (is_cut && run.first > 0) store_partial<D>(a, c.s, run, part);
+    if (is_cut && run.first == 0 && ends) store_partial<D>(a, c.s, run, row);
     run.split++;
+    if (!ends || !is_cut) return;
+    const int32_t n_added = finish_run(a, c, run);
+    if (n_added > 0 && threadIdx.x % 32 == 0) // two at most: see WARP_JOBS
+        job[run.first == 0] = {c.s, run.n_splits - n_added + 1, n_added - 1, run.columns};
 }
 
 // ---- rows that were in several shares --------------------------------------------------------------------------------
 
 // Some splits of one q head's row, from `first` on.
 struct combine_item {
-    int32_t s, n_splits, first;
+    int32_t s, n_splits, before, first; // before: these, in scratch
     column_place place;
 };
 
@@ -439,7 +440,7 @@ template <int D> __device__ __forceinline__ int32_t splits_in(const combine_item
 template <int D>
 __device__ __forceinline__ void fetch_splits(const decode_args &a, const combine_item &item, uint32_t to)
 {
-    const float *from = partials_of<D>(a, item.s, item.place) + item.first * decode_shape<D>::PARTIAL;
+    const float *from = partials_of<D>(a, item.s, item.place) + (item.before + item.first) * decode_shape<D>::PARTIAL;
     for (int i = (int)threadIdx.x % 32; i < splits_in<D>(item) * (decode_shape<D>::PARTIAL / 4); i += 32)
         cp_async_16(to + (uint32_t)i * 16, from + i * 4);
 }
@@ -515,7 +516,7 @@ __device__ __forceinline__ void combine_jobs(const decode_batch<MANY> &a, const 
         cp_async_wait<0>();
         __syncwarp(); // every lane's part
         for (int i = 0, at = 0; i < n_fetched; i++) {
-            combine_item item = {__shfl_sync(0xffffffffu, mine.s, i), __shfl_sync(0xffffffffu, mine.n_splits, i),
+            combine_item item = {__shfl_sync(0xffffffffu, mine.s, i), __shfl_sync(0xffffffffu, mine.n_splits, i), 0,
                                  __shfl_sync(0xffffffffu, mine.first, i),
                                  {__shfl_sync(0xffffffffu, mine.place.query, i), __shfl_sync(0xffffffffu, mine.place.head, i)}};
             combine_splits<T, D>(a, item, room + at, row);
@@ -528,7 +529,7 @@ __device__ __forceinline__ void combine_jobs(const decode_batch<MANY> &a, const 
         const decode_job job = jobs[__ffs((int)left) - 1];
         for (int h = (warp - n_before) & (n_warps - 1); h < job.columns.n; h += n_warps) {
             for (int32_t first = 0; first < job.n_splits; first += AT_ONCE) {
-                combine_item item = {job.s, job.n_splits, first, place_of(a, job.columns, h)};
+                combine_item item = {job.s, job.n_splits, job.before, first, place_of(a, job.columns, h)};
                 int floats = splits_in<D>(item) * PARTIAL;
                 if (n_fetched == 32 || n_floats + floats > n_room) add_fetched();
                 fetch_splits<D>(a, item, shared_address(room + n_floats));

@@ -66,7 +66,8 @@ __device__ __forceinline__ column_place place_of(const decode_batch<MANY> &a, co
 
 // A head group whose last split a warp of the block has brought.
 struct decode_job {
-    int32_t s, n_splits; // n_splits 0: none
+    int32_t s, n_splits; // to be added up, 0: none
+    int32_t before;      // so many lie before them in scratch, added to the first of them
     group_columns columns;
 };
 
