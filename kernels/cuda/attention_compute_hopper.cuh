@@ -360,6 +360,11 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             named_barrier_arrive(1 + (warpgroup + 1 == shape::WARPGROUPS ? 0 : warpgroup + 1), 2 * WARPGROUP);
     }
 
+    __device__ __forceinline__ float find_slope(int32_t head)
+    {
+        return a.p.n_heads <= N_SLOPES ? smem->slopes[head] : __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F);
+    }
+
     __device__ __forceinline__ void find_row(int32_t r, int32_t position, int32_t length, hopper_row *row)
     {
         int32_t query = query_of(a, r), head = rows.first_head + r - query * a.n_packed;
@@ -367,7 +372,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         row->first = row->position - a.scoring.left;
         row->last = min(row->position + a.scoring.right, length - 1);
         if (KIND == PLAIN) return;
-        row->slope = a.scoring.slopes && head < a.p.n_heads ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0;
+        row->slope = a.scoring.slopes && head < a.p.n_heads ? find_slope(head) : 0;
         row->per_key = KIND == ALIBI ? __fdividef(row->slope, a.scoring.raw_scale) : row->slope;
         if (KIND == ALIBI) row->operand = bias_operand(row->per_key, lane);
     }

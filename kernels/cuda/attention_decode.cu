@@ -413,10 +413,13 @@ __device__ __forceinline__ void finish_split(const decode_batch<MANY> &a, const 
     part.sum[0] = column_sum(part.sum[0]);
     part.sum[1] = column_sum(part.sum[1]);
     const bool ends = run.split == run.first + run.n - 1, is_cut = run.n < run.n_splits;
-    if (run.first == 0) add_split<D>(row, part);
-    if (ends && !is_cut) store_row<T, D>(a, c.s, run, row);
-    if (is_cut && run.first > 0) store_partial<D>(a, c.s, run, part);
-    if (is_cut && run.first == 0 && ends) store_partial<D>(a, c.s, run, row);
+    const bool adds_up = run.first == 0 && (run.n > 1 || !is_cut);
+    if (adds_up) {
+        add_split<D>(row, part);
+        if (ends) part = row;
+    }
+    if (ends && !is_cut) store_row<T, D>(a, c.s, run, part);
+    if (is_cut && (ends || !adds_up)) store_partial<D>(a, c.s, run, part);
     run.split++;
     if (!ends || !is_cut) return;
     const int32_t n_added = finish_run(a, c, run);

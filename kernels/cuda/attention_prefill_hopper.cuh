@@ -17,6 +17,7 @@ namespace {
 enum {
     N_COUNTERS = 256,
     N_FOUND = 4,     // tiles that may be found ahead
+    N_SLOPES = 64,
     STEPS_AHEAD = 3, // a tile is asked for when at most so many steps are left to be fetched
 };
 
@@ -90,17 +91,18 @@ struct found_tile {
 };
 
 template <typename shape> struct hopper_smem {
-    unsigned char q[shape::Q_BUFFERS][shape::Q_BYTES];
+    union {
+        float2 parts[shape::COMPUTE_THREADS];          // written alone: see soften
+        uint4 key_numbers[shape::COMPUTE_THREADS / 2]; // of a step, where there is ALiBi: see bias_operand
+    };
+    alignas(1024) unsigned char q[shape::Q_BUFFERS][shape::Q_BYTES];
     unsigned char slots[shape::SLOTS][shape::SLOT];
     uint64_t q_full[shape::Q_BUFFERS], q_empty[shape::Q_BUFFERS], full[shape::SLOTS], empty[shape::SLOTS];
     hopper_tile tiles[shape::Q_BUFFERS];
     found_tile found[N_FOUND];
     uint64_t found_full[N_FOUND], found_empty[N_FOUND];
     int32_t n_fetched; // steps
-    union {
-        float2 parts[shape::COMPUTE_THREADS];          // written alone: see soften
-        uint4 key_numbers[shape::COMPUTE_THREADS / 2]; // of a step, where there is ALiBi: see bias_operand
-    };
+    float slopes[N_SLOPES]; // ALiBi's, in units of log2(e), where there are no more
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
@@ -156,12 +158,16 @@ template <typename shape> __device__ __forceinline__ void find_tiles(const hoppe
     ring_place<N_FOUND> at;
     tile_search search = {};
     int32_t place = (int32_t)blockIdx.x, n_steps = 0;
+    if (a.scoring.slopes) // here, so that those who compute find them with their first tile
+        for (int i = lane; i < min(a.p.n_heads, (int32_t)N_SLOPES); i += 32)
+            smem->slopes[i] = __fmul_rn(a.scoring.slopes[i], CUDART_L2E_F);
     for (;;) {
         tile_place found;
         found_tile t = {};
         const bool is_tile = find_tile(a.p, a.order, place, &search, &found);
         if (is_tile) describe_tile<shape>(a, found, &t.tile, &t.fetch);
         mbarrier_wait(shared_address(smem->found_empty + at.at), at.parity ^ 1);
+        __syncwarp(); // slopes are there
         if (lane == 0) {
             smem->found[at.at] = t;
             mbarrier_arrive(shared_address(smem->found_full + at.at));
