@@ -10,21 +10,28 @@
  * Grid: one block of 4 or 8 warps per multiprocessor, whatever the lengths. Every warp works alone, on a contiguous share of
  * the list of splits, in order of (sequence, head group, split), which it finds from context_lens: one launch serves every
  * length. K and V come through a ring of the warp's own, which runs on over the ends of splits.
- * A row that is all in one share is added up in registers. Of others, splits (fp32, with maximum and sum) go to scratch;
- * the block of the warp that is last to bring its part adds them in the end.
+ * A row that is all in one share is added up in registers, as are the first splits of one that is cut. The others (fp32, with
+ * maximum and sum) go to scratch; the block of the warp that is last to bring its part adds them in the end.
+ * Of sequences with several queries those whose splits are the same come together: attention_decode.cuh.
  *
  * FLOPs: 4 D per (q head, key seen). Bytes: K and V of what is seen, once per head group, + 8 (D + 4) per (q head, split)
- * of a row that is in two shares: from 13 % (64 keys a split, contexts up to 1k) to 3 % (256 keys, beyond 4k) at 4 q heads
+ * beyond a row's first share: of all from 13 % (64 keys a split, contexts up to 1k) to 3 % (256 keys, beyond 4k) at 4 q heads
  * of a KV head, most of it to L2 alone. Bound by memory: a multiprocessor has 160 KB in flight (head_dim 128). Bound by
  * latency where there is little work: hence few instructions before the first fetch, and no barrier before the end.
  * Of up to 8 sequences the rings are smaller, so that the next kernel's blocks, which hold weights, come beside this one's.
  * Keys of earlier steps are on their way while the kernel before still runs, if the caller says that they are there: a block's
  * as soon as one of that kernel's makes room.
- * A warp's work on a stripe is a chain of some 600 (head_dim 64) to 800 instructions (128) that hardly overlap; at 64, four
+ * A warp's work on a stripe is a chain of some 500 (head_dim 64) to 700 instructions (128) that hardly overlap, 1.2 us at 128:
+ * what one sequence of some thousand tokens takes is this, not memory (as long where all is in L2). At 64, four
  * warps were too slow for an H200 (3.3 TB/s), eight are not (4.3). At 128 eight are not faster where rows are not cut (+1 to
  * +2 %), and slower by a tenth where they make two pieces of a row (64 sequences).
  * Keys and values leave L2 first and partial results last: else these go to memory and back (8 % at 16 sequences of 8k).
- * Tried, no better: a row's pieces on several multiprocessors; rings so small that two calls' blocks fit one.
+ * Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md): 92 to 98 % of the read bandwidth from 512 MB on, 90 to
+ * 94 % from 256 MB, 1.05 to 1.99 times FlashAttention-3; one sequence of 1k, 4k, 8k, 32k: 5.9, 9.2, 13.6, 36 us.
+ * Tried, no better: a row's pieces on several multiprocessors; rings so small that two calls' blocks fit one; stripes by bulk
+ * tensor copies (fewer instructions, but longer on their way: +0 to +10 %, and 8 % of bandwidth lost where these promote to 256 bytes in
+ * L2); splits from scratch by one bulk copy (+0.3 us); half the warps with rings twice as long (+10 to +50 %); splits added up in
+ * spans of 256 keys first (+20 % for one sequence). What did help: one loop over the stripes of a split (-11 % at 8k).
  */
 #include "kernels/cuda/attention_decode.cuh"
 

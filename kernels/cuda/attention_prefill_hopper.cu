@@ -12,9 +12,10 @@
  * these is a warpgroup's own chain: 700 cycles until its scores are there, 1,450 of softmax (512 are what exponentials take, but
  * the other's products use the same ports of the register file), 200 to the next products. At head_dim 64 by the exponentials: 16
  * a cycle. Where sequences are short, by what comes between tiles: 3,500 cycles (masks 600, the next tile's notice 600, the store
- * 1,300). Measured on an H200 (2026-11-28), causal, bf16, against FlashAttention-3 in the same run: 1.05, 0.94, 0.99 and 1.03 with
- * 32 q heads of 8 KV heads at 512, 1k, 2k, 8k tokens; 1.07, 0.99, 1.00 with 16 heads at 512, 4k, 16k (maxima moved at 2^8 then, not
- * yet at MOST_WEIGHTS).
+ * 1,300). Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md), causal, bf16, against FlashAttention-3 in one run:
+ * 1.15, 0.97, 1.02, 1.03, 1.03, 1.02, 1.04 with 32 q heads of 8 KV heads at 512, 1k, 2k, 4k, 8k, 32k, 128k tokens; 1.08, 1.01,
+ * 1.00, 1.00, 1.00, 0.99 with 16 heads at 512 to 16k; over pages of 64 1.11 to 1.18, in a window 1.06. head_dim 64 and 256: 0.98
+ * and 0.97 of cuDNN at 512 tokens, more beyond; 0.92 to 1.13 and 0.93 to 1.01 of FlashAttention-3.
  *
  * A step: scores of this step and values of the one before are begun together; the softmax of the scores runs while the values are
  * added. At head_dim 128 the warpgroups take turns to begin (named barriers): one's softmax falls into the other's products.
@@ -27,10 +28,13 @@
  * -4 %) and 256 (no difference); asking for the next tile at the begin of this one (one multiprocessor worked 13 % longer than
  * another); passing the turn before the last products are begun (no difference); one exponential in eight by a polynomial (-5 %:
  * every instruction lengthens the chain); keys kept until the weights are final (-13 %: the ring is too short); results by way of
- * shared memory, in whole rows (-2 to -10 %: 1,900 cycles instead of 1,300); storing them beside the next scores (-3 to -15 %).
+ * shared memory, in whole rows (-2 to -10 %: 1,900 cycles instead of 1,300) or beside the next scores (-3 to -15 %);
+ * one loop for all steps, masked or not (4,650 instructions instead of 7,120: -3 to -25 %); asking for the arguments' lines of the
+ * constant cache at the begin (no difference).
  * What did: descriptors from uniform registers (+5 %), a warp of its own that finds tiles (+20 % at 512 tokens, +4 % at 4k), no
  * search for maxima (+5 %), asking for the next step's slots beside this one's products (+3 %), one elected lane that asks for
- * copies (over pages +7 %).
+ * copies (over pages +7 %), masks by bits (+1 to +2 % at 512 and 1k). ALiBi, over plain: 13 % more time by a multiply-add a score,
+ * 10 % (13 at 2k) where the tensor cores add the bias, 6 % (9 at 2k) with the slopes in shared memory.
  */
 #include <atomic>
 
