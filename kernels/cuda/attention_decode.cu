@@ -29,7 +29,7 @@
  * Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md): 92 to 98 % of the read bandwidth from 512 MB on, 90 to
  * 94 % from 256 MB, 1.05 to 1.99 times FlashAttention-3; one sequence of 1k, 4k, 8k, 32k: 5.9, 9.2, 13.6, 36 us.
  * Tried, no better: a row's pieces on several multiprocessors; rings so small that two calls' blocks fit one; stripes by bulk
- * tensor copies (fewer instructions, but longer on their way: +0 to +10 %, and 8 % of bandwidth lost where these promote to 256 bytes in
+ * tensor copies (fewer instructions, but longer on their way: +0 to +10 %; -8 % of bandwidth where they promote to 256 bytes in
  * L2); splits from scratch by one bulk copy (+0.3 us); half the warps with rings twice as long (+10 to +50 %); splits added up in
  * spans of 256 keys first (+20 % for one sequence). What did help: one loop over the stripes of a split (-11 % at 8k).
  */

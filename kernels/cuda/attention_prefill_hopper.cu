@@ -12,7 +12,7 @@
  * these is a warpgroup's own chain: 700 cycles until its scores are there, 1,450 of softmax (512 are what exponentials take, but
  * the other's products use the same ports of the register file), 200 to the next products. At head_dim 64 by the exponentials: 16
  * a cycle. Where sequences are short, by what comes between tiles: 3,500 cycles (masks 600, the next tile's notice 600, the store
- * 1,300). Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md), causal, bf16, against FlashAttention-3 in one run:
+ * 1,300). Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md), causal, bf16, beside FlashAttention-3:
  * 1.15, 0.97, 1.02, 1.03, 1.03, 1.02, 1.04 with 32 q heads of 8 KV heads at 512, 1k, 2k, 4k, 8k, 32k, 128k tokens; 1.08, 1.01,
  * 1.00, 1.00, 1.00, 0.99 with 16 heads at 512 to 16k; over pages of 64 1.11 to 1.18, in a window 1.06. head_dim 64 and 256: 0.98
  * and 0.97 of cuDNN at 512 tokens, more beyond; 0.92 to 1.13 and 0.93 to 1.01 of FlashAttention-3.
