@@ -62,7 +62,7 @@ class Model:
 
 
 class Ceilings:
-    """bandwidth in bytes/s, or None; gemm {T: {linear's name: seconds}}; flash {s: FLOP/s of FlashAttention-2}."""
+    """bandwidth in bytes/s, or None; gemm {T: {linear's name: seconds}}; attention {s: FLOP/s of whoever is the fastest}."""
 
     def __init__(self, tables=None):
         """From the tables of bench_gpu.py's section `ceilings`."""
@@ -70,7 +70,8 @@ class Ceilings:
         self.bandwidth = max((row["GB/s"] * 1e9 for row in tables.get("bandwidth", [])), default=None)
         self.gemm = {row["T"]: {k[:-3]: v * 1e-6 for k, v in row.items() if k.endswith(" us")}
                      for row in tables.get("gemm", [])}
-        self.flash = {row["s"]: row["FA2 TFLOP/s"] * 1e12 for row in tables.get("attention", []) if row["FA2 TFLOP/s"]}
+        rates = {row["s"]: [v for k, v in row.items() if k.endswith(" TFLOP/s") and v] for row in tables.get("attention", [])}
+        self.attention = {s: max(all_of_s) * 1e12 for s, all_of_s in rates.items() if all_of_s}
 
     def layers_seconds(self, model, tokens):
         """All layers' linears over so many tokens, at the rate of the largest measured T up to it."""
@@ -87,9 +88,9 @@ class Ceilings:
             return None
         return self.layers_seconds(model, n_seqs) + times["lm_head"]
 
-    def flash_rate(self, s):
+    def attention_rate(self, s):
         """at the measured length nearest to s, by ratio"""
-        return self.flash[min(self.flash, key=lambda m: max(m / s, s / m))] if self.flash else None
+        return self.attention[min(self.attention, key=lambda m: max(m / s, s / m))] if self.attention else None
 
 
 def family_token_bytes(path):
@@ -136,8 +137,8 @@ def decode_roofline(ceilings, model, n_seqs, context):
 
 def prefill_roofline(ceilings, model, n_prompts, length, chunk):
     """Seconds for n_prompts of so many tokens, computed `chunk` tokens a step: GEMMs at cuBLAS's rate for the chunk,
-    attention at FlashAttention-2's for the length."""
-    tokens, rate = n_prompts * length, ceilings.flash_rate(length)
+    attention at the fastest kernel's for the length."""
+    tokens, rate = n_prompts * length, ceilings.attention_rate(length)
     step = min(chunk, tokens)
     linear = ceilings.layers_seconds(model, step)
     if linear is None or not rate:

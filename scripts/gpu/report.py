@@ -2,7 +2,7 @@
 
 # (number, what is asked of it): printed beside the figure.
 DECODE_SHARE, PREFILL_RATIO, DECODE_US = 0.85, 0.95, {1024: 9.0, 4096: 12.0}
-BATCH1_SHARE, STREAMS_SHARE, TTFT_RATIO = (0.80, 0.65), 0.70, 1.10
+BATCH1_SHARE, STREAMS_SHARE, TTFT_RATIO = (0.80, 0.65), 0.70, 1.08
 PLAIN_SPEED, PLAIN_MEMORY, PLAIN_S = 10.0, 20.0, 8192
 LARGE_KV_MB = 256
 
@@ -170,7 +170,7 @@ def markdown_table(rows):
 EXPLAINED = {
     "bandwidth": "Read bandwidth; the best counts.",
     "gemm": "cuBLAS through torch.matmul, BF16, weights in turn beyond twice L2; TFLOP/s over a layer's four products.",
-    "attention": "PyTorch SDPA, causal, the model's heads, keys and values repeated beforehand.",
+    "attention": "Causal, the model's heads. FA2 and cuDNN: PyTorch SDPA, keys and values repeated beforehand.",
     "prefill": "Causal, BF16; FlashAttention-2 and cuDNN are PyTorch SDPA's, in the same run.",
     "plain": "Batch 4, 16 heads of 64. Standard: scores in full. Memory: what a call takes beside its inputs.",
     "decode": "CUDA graphs of launches over caches in turn, pages of 64. Settled: as the engine calls it, the kernel before does "
@@ -178,8 +178,8 @@ EXPLAINED = {
     "batch1": "Over HTTP. Share: bytes of all weights but the embedding's and of KV, by TPOT, of the read bandwidth.",
     "itl": "Small batches over HTTP.",
     "streams": "Over HTTP. Roofline step: max(weights / bandwidth, FLOPs / GEMM rate at that T) + KV / bandwidth; whole: the "
-               "prompts' GEMMs at the rate for a chunk, their attention at FA2's rate, then full decode steps.",
-    "ttft": "One request at a time, random ids. Floor: GEMMs at cuBLAS's rate for a chunk, attention at FA2's for the length.",
+               "prompts' GEMMs at the rate for a chunk, their attention at the fastest kernel's rate, then full decode steps.",
+    "ttft": "One request at a time, random ids. Floor: GEMMs at cuBLAS's rate for a chunk, attention at the fastest kernel's.",
     "deterministic": "With --deterministic; without: batch1's or streams' in this run.",
     "families": "Over HTTP, random weights, 128 tokens in and out. GB a token: layers (of experts the chosen) and output layer.",
     "idle": "From a trace of the end of a run. A graph counts as busy as a whole.",

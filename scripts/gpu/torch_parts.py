@@ -143,11 +143,26 @@ def sdpa_rate(heads, n_seqs, s, backend):
     return 2 * s * s * heads.q * heads.dim * n_seqs / ms * 1e3
 
 
-def attention_rates(heads, s):
+def our_rate(library, heads, n_seqs, s):
+    """The same of our prefill attention"""
+    q = torch.randn(n_seqs * s, heads.q, heads.dim, device="cuda").to(heads.dtype)
+    k, v = (torch.randn(n_seqs * s, heads.kv, heads.dim, device="cuda").to(heads.dtype) for _ in range(2))
+    out, cu = torch.empty_like(q), ac.device_ints([i * s for i in range(n_seqs + 1)])
+    p = attention_times.dense_params(q, k, v, out, n_seqs, cu, heads)
+
+    def call(_=0):
+        library.run("prefill", p)
+    ms = graph_ms(call, 1, once(call))
+    return 2 * s * s * heads.q * heads.dim * n_seqs / ms * 1e3
+
+
+def attention_rates(library, heads, s):
     n_seqs, rates = max(1, 8192 // s), {}
-    for name, backend in (("FA2", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")):
+    for name, rate in (("ours", lambda: our_rate(library, heads, n_seqs, s)),
+                       ("FA2", lambda: sdpa_rate(heads, n_seqs, s, "FLASH_ATTENTION")),
+                       ("cuDNN", lambda: sdpa_rate(heads, n_seqs, s, "CUDNN_ATTENTION"))):
         try:
-            rates[f"{name} TFLOP/s"] = sdpa_rate(heads, n_seqs, s, backend) / 1e12
+            rates[f"{name} TFLOP/s"] = rate() / 1e12
         except Exception as error:
             rates[f"{name} TFLOP/s"] = None
             print(f"FAILED attention {name} s {s}: {str(error)[:120]!r}", flush=True)
@@ -160,9 +175,9 @@ def ceilings(arguments, model):
     sizes = {1, 64, 256, 2048, 8192} if arguments.quick else set(GEMM_TOKENS)
     for t in sorted(sizes | set(arguments.tokens)):
         attempt("gemm", f"T {t}", gemm, model, t, t <= MOST_LOGITS)
-    heads = ac.Heads(DTYPE, model.head_dim, model.n_heads, model.n_kv_heads)
+    heads, library = ac.Heads(DTYPE, model.head_dim, model.n_heads, model.n_kv_heads), ac.Library(arguments.library)
     for s in (1024, 8192, 32768) if arguments.quick else (512, 1024, 2048, 8192, 32768, 131072):
-        attempt("attention", f"s {s}", attention_rates, heads, s)
+        attempt("attention", f"s {s}", attention_rates, library, heads, s)
 
 
 # ---- our attention --------------------------------------------------------------------------------------------------
