@@ -217,7 +217,7 @@ check-asan:
 
 # Thread sanitizer over what has threads.
 THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,\
-  thread_pool load engine engine_life engine_requests notifier workers log tokenizer)
+  thread_pool load engine engine_life engine_requests listener notifier workers log tokenizer)
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded

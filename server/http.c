@@ -1,13 +1,13 @@
 #include "server/http.h"
 
 #include "server/http_check.h"
+#include "server/listener.h"
 
 #include <microhttpd.h>
 
-#include <errno.h>
+#include <limits.h>
 #include <math.h>
-#include <netdb.h>
-#include <netinet/in.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,11 +36,14 @@ struct http {
     struct metrics *metrics;
     struct notifier *notifier;
     struct watchdog *watchdog;
+    struct listener *listener;
     struct MHD_Daemon *daemon;
-    int listen_fd;
-    uint16_t port;
-    atomic_int n_connections, n_active;
-    atomic_size_t body_bytes; // in memory, of all exchanges
+    pthread_mutex_t lock;           // of handed_over
+    struct connection *handed_over; // to libmicrohttpd, which has not begun them yet
+    atomic_int n_connections;       // accepted and not closed
+    atomic_int n_new;               // those of them whose first request has not come
+    atomic_int n_active;
+    atomic_size_t body_bytes;       // in memory, of all exchanges
     atomic_bool quiesced;
 };
 
@@ -50,6 +53,8 @@ struct connection {
     struct http *http;
     struct MHD_Connection *mhd;
     struct exchange *exchange; // valid while watch.phase is WATCH_RUNNING
+    struct connection *next;   // among those handed over
+    bool is_new;               // its first request has not come: counted in n_new
     bool refused;              // one too many
     bool timed_out;            // answered 408 by the watchdog
 };
@@ -400,6 +405,63 @@ static enum exchange_next reply_refusal(struct exchange *x)
     return exchange_reply(x, 204, NULL, &(struct text_buffer){0});
 }
 
+// ---- connections ----
+
+static void connection_heard(struct connection *c)
+{
+    if (c->is_new) atomic_fetch_sub(&c->http->n_new, 1);
+    c->is_new = false;
+}
+
+static void connection_end(struct connection *c)
+{
+    connection_heard(c);
+    atomic_fetch_sub(&c->http->n_connections, 1);
+    free(c);
+}
+
+static struct connection *take_handed_over(struct http *h, int fd)
+{
+    pthread_mutex_lock(&h->lock);
+    struct connection **at = &h->handed_over, *c;
+    while (*at && (*at)->watch.fd != fd) at = &(*at)->next;
+    c = *at;
+    if (c) *at = c->next;
+    pthread_mutex_unlock(&h->lock);
+    return c;
+}
+
+// libmicrohttpd closes what it has no memory for, mostly without a word to on_connection; we learn of it here: from its
+// result, or later, when the descriptor comes again. Everyone else has been taken from the list before his socket is closed.
+static void end_unbegun(struct http *h, int fd)
+{
+    struct connection *c = take_handed_over(h, fd);
+    if (c) connection_end(c);
+}
+
+// On the listener's thread, which alone counts up: the limits are exact, however late libmicrohttpd begins a connection.
+static void on_accept(void *context, int fd, const struct sockaddr *address, socklen_t length)
+{
+    struct http *h = context;
+    end_unbegun(h, fd);
+    bool room = atomic_load(&h->n_connections) < h->options->max_connections + CONNECTIONS_TO_REFUSE;
+    struct connection *c = room ? calloc(1, sizeof *c) : NULL;
+    if (!c) {
+        close(fd);
+        return;
+    }
+    c->http = h;
+    c->watch.fd = fd;
+    c->refused = atomic_fetch_add(&h->n_connections, 1) >= h->options->max_connections;
+    c->is_new = true;
+    atomic_fetch_add(&h->n_new, 1);
+    pthread_mutex_lock(&h->lock);
+    c->next = h->handed_over;
+    h->handed_over = c;
+    pthread_mutex_unlock(&h->lock);
+    if (MHD_add_connection(h->daemon, fd, address, length) != MHD_YES) end_unbegun(h, fd); // fd has been closed
+}
+
 // ---- libmicrohttpd's callbacks ----
 
 // The path of a target that names the host as well (RFC 9112, 3.2.2: proxies send it so, servers must take it).
@@ -427,7 +489,7 @@ static struct exchange *exchange_begin(struct http *h, struct MHD_Connection *mh
                                        const char *method, const char *version)
 {
     struct connection *c = connection_of(mhd);
-    struct exchange *x = c ? calloc(1, sizeof *x) : NULL;
+    struct exchange *x = calloc(1, sizeof *x);
     if (!x) return NULL;
     x->http = h;
     x->server = h->server;
@@ -439,6 +501,7 @@ static struct exchange *exchange_begin(struct http *h, struct MHD_Connection *mh
     x->log = (struct log_request){.method = constant_method(method), .path = path, .prompt_tokens = -1,
                                   .cached_tokens = -1, .completion_tokens = -1, .queue = -1, .ttft = -1, .total = -1};
     atomic_fetch_add(&h->n_active, 1);
+    connection_heard(c);
     watchdog_set(h->watchdog, &x->connection->watch, WATCH_BODY, watchdog_now() + h->options->body_timeout);
     admit(x, method, version);
     return x;
@@ -505,7 +568,7 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
     struct connection *c = connection_of(mhd);
     struct exchange *x = *context;
     *context = NULL;
-    if (c) watchdog_set(h->watchdog, &c->watch, WATCH_IDLE, watchdog_now() + h->options->idle_timeout);
+    watchdog_set(h->watchdog, &c->watch, WATCH_IDLE, watchdog_now() + h->options->idle_timeout);
     if (!x) return;
     if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) atomic_store(&x->gone, true);
     if (c->timed_out && !x->status) {
@@ -531,19 +594,13 @@ static void on_connection(void *cls, struct MHD_Connection *mhd, void **context,
     struct http *h = cls;
     struct connection *c = *context;
     if (what == MHD_CONNECTION_NOTIFY_CLOSED) {
-        atomic_fetch_sub(&h->n_connections, 1);
-        if (c) watchdog_remove(h->watchdog, &c->watch);
-        free(c);
+        watchdog_remove(h->watchdog, &c->watch);
+        connection_end(c);
         *context = NULL;
         return;
     }
-    int32_t n = atomic_fetch_add(&h->n_connections, 1) + 1;
-    *context = c = calloc(1, sizeof *c);
-    if (!c) return;
-    c->http = h;
+    *context = c = take_handed_over(h, MHD_get_connection_info(mhd, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd);
     c->mhd = mhd;
-    c->refused = n > h->options->max_connections;
-    c->watch.fd = MHD_get_connection_info(mhd, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
     c->watch.phase = WATCH_HEADERS;
     c->watch.deadline = watchdog_now() + h->options->header_timeout;
     watchdog_add(h->watchdog, &c->watch);
@@ -563,17 +620,9 @@ static void *on_request_line(void *cls, const char *uri, struct MHD_Connection *
     (void)uri;
     struct http *h = cls;
     struct connection *c = connection_of(mhd);
-    if (c && c->watch.phase == WATCH_IDLE) // set by this thread alone
+    if (c->watch.phase == WATCH_IDLE) // set by this thread alone
         watchdog_set(h->watchdog, &c->watch, WATCH_HEADERS, watchdog_now() + h->options->header_timeout);
     return NULL;
-}
-
-static enum MHD_Result on_accept(void *cls, const struct sockaddr *address, socklen_t length)
-{
-    (void)address;
-    (void)length;
-    struct http *h = cls;
-    return atomic_load(&h->n_connections) < h->options->max_connections + CONNECTIONS_TO_REFUSE ? MHD_YES : MHD_NO;
 }
 
 static void on_log(void *cls, const char *format, va_list args)
@@ -587,43 +636,6 @@ static void on_log(void *cls, const char *format, va_list args)
 
 // ---- life ----
 
-static int listen_on(int *out, const struct addrinfo *a)
-{
-    int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0) return -1;
-    int one = 1, zero = 0;
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    if (a->ai_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero); // "::" takes IPv4 too
-    if (bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, SOMAXCONN)) {
-        int failed = errno;
-        close(fd);
-        errno = failed;
-        return -1;
-    }
-    *out = fd;
-    return 0;
-}
-
-static int bind_port(struct http *h, struct error *e)
-{
-    const struct server_options *o = h->options;
-    char port[8];
-    snprintf(port, sizeof port, "%u", o->port);
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV}, *list;
-    int failed = getaddrinfo(o->host, port, &hints, &list);
-    if (failed) return error_set(e, ERR_INVALID, "host %s: %s", o->host, gai_strerror(failed));
-    failed = -1;
-    for (struct addrinfo *a = list; a && failed; a = a->ai_next) failed = listen_on(&h->listen_fd, a);
-    freeaddrinfo(list);
-    if (failed) return error_set(e, ERR_IO, "cannot listen on %s port %s: %s", o->host, port, strerror(errno));
-    struct sockaddr_storage bound;
-    socklen_t length = sizeof bound;
-    getsockname(h->listen_fd, (struct sockaddr *)&bound, &length);
-    h->port = ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
-                                                : ((struct sockaddr_in *)&bound)->sin_port);
-    return 0;
-}
-
 int http_create(struct http **out, const struct server_options *options, const struct route *routes, size_t n_routes,
                 struct server *server, struct metrics *metrics, struct error *e)
 {
@@ -634,10 +646,10 @@ int http_create(struct http **out, const struct server_options *options, const s
     h->n_routes = n_routes;
     h->server = server;
     h->metrics = metrics;
-    h->listen_fd = -1;
+    pthread_mutex_init(&h->lock, NULL);
     int failed = notifier_create(&h->notifier, suspend, resume, e);
     if (!failed) failed = watchdog_create(&h->watchdog, on_watch, e);
-    if (!failed) failed = bind_port(h, e);
+    if (!failed) failed = listener_create(&h->listener, options->host, options->port, on_accept, h, e);
     if (failed) {
         http_destroy(h);
         return failed;
@@ -651,13 +663,12 @@ int http_start(struct http *h, struct error *e)
     int failed = watchdog_start(h->watchdog, e);
     if (failed) return failed;
     unsigned n_threads = (unsigned)h->options->http_threads;
-    // libmicrohttpd divides its limit among its threads, and one of them that is full stops accepting while clients
-    // hang. So its limit is out of reach for every one of them, and on_accept keeps ours.
-    unsigned limit = n_threads * (unsigned)(h->options->max_connections + 2 * CONNECTIONS_TO_REFUSE);
+    // libmicrohttpd never listens (listener.h). Its limit, divided among its threads and counted late, is out of reach: on_accept
+    // keeps ours.
     h->daemon = MHD_start_daemon(
-        MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0, on_accept, h, on_request, h,
-        MHD_OPTION_EXTERNAL_LOGGER, on_log, NULL, MHD_OPTION_LISTEN_SOCKET, h->listen_fd,
-        MHD_OPTION_THREAD_POOL_SIZE, n_threads > 1 ? n_threads : 0, MHD_OPTION_CONNECTION_LIMIT, limit,
+        MHD_USE_EPOLL_INTERNAL_THREAD | MHD_USE_NO_LISTEN_SOCKET | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0,
+        NULL, NULL, on_request, h, MHD_OPTION_EXTERNAL_LOGGER, on_log, NULL,
+        MHD_OPTION_THREAD_POOL_SIZE, n_threads > 1 ? n_threads : 0, MHD_OPTION_CONNECTION_LIMIT, (unsigned)INT_MAX,
         MHD_OPTION_CONNECTION_TIMEOUT, 0u, MHD_OPTION_SIGPIPE_HANDLED_BY_APP, 1,
         MHD_OPTION_NOTIFY_COMPLETED, on_completed, h, MHD_OPTION_NOTIFY_CONNECTION, on_connection, h,
         MHD_OPTION_URI_LOG_CALLBACK, on_request_line, h, MHD_OPTION_UNESCAPE_CALLBACK, on_unescape, NULL,
@@ -665,7 +676,7 @@ int http_start(struct http *h, struct error *e)
         MHD_OPTION_CLIENT_DISCIPLINE_LVL, 1, // no bare line feeds, no folded lines
 #endif
         MHD_OPTION_END);
-    return h->daemon ? 0 : error_set(e, ERR_IO, "cannot start the HTTP threads");
+    return h->daemon ? listener_start(h->listener, e) : error_set(e, ERR_IO, "cannot start the HTTP threads");
 }
 
 int http_notify_from(struct http *h, int event_fd, struct error *e)
@@ -673,14 +684,15 @@ int http_notify_from(struct http *h, int event_fd, struct error *e)
     return notifier_start(h->notifier, event_fd, e);
 }
 
-uint16_t http_port(const struct http *h) { return h->port; }
+uint16_t http_port(const struct http *h) { return listener_port(h->listener); }
 
 void http_quiesce(struct http *h)
 {
-    if (atomic_exchange(&h->quiesced, true) || !h->daemon) return;
-    MHD_quiesce_daemon(h->daemon);
-    shutdown(h->listen_fd, SHUT_RDWR); // closed in http_stop: a thread may be about to use it
+    atomic_store(&h->quiesced, true);
+    listener_stop(h->listener);
 }
+
+int32_t http_n_new(const struct http *h) { return atomic_load(&h->n_new); }
 
 int32_t http_n_active(const struct http *h) { return atomic_load(&h->n_active); }
 
@@ -699,6 +711,11 @@ void http_destroy(struct http *h)
     http_stop(h);
     notifier_destroy(h->notifier);
     watchdog_destroy(h->watchdog);
-    if (h->listen_fd >= 0) close(h->listen_fd);
+    listener_destroy(h->listener);
+    for (struct connection *c; (c = h->handed_over);) {
+        h->handed_over = c->next;
+        connection_end(c);
+    }
+    pthread_mutex_destroy(&h->lock);
     free(h);
 }

@@ -6,7 +6,7 @@
 
 enum { AHEAD_PER_WORKER = 16 << 20 }; // bytes: a second or a few
 
-static const double LAST_WORDS = 1.0; // seconds that a stop waits for answers to go out
+static const double LAST_WORDS = 1.0; // seconds that a stop waits for new clients to ask, and for answers to go out
 
 static size_t longest_token(const struct tokenizer *t)
 {
@@ -93,7 +93,9 @@ void server_stop(struct server *s)
     http_quiesce(s->http);
     if (s->workers) workers_close(s->workers);
     http_wake_all(s->http);
-    for (double end = watchdog_now() + LAST_WORDS; http_n_active(s->http) > 0 && watchdog_now() < end;) usleep(1000);
+    for (double end = watchdog_now() + LAST_WORDS;
+         (http_n_new(s->http) > 0 || http_n_active(s->http) > 0) && watchdog_now() < end;)
+        usleep(1000);
     http_stop(s->http);
 }
 

@@ -1,7 +1,7 @@
 /* server.h: the HTTP server: its life, from options to drained.
  *
- * Called by main.c alone. It borrows the engine, the tokenizer and its template, which must outlive it, and owns its threads: HTTP
- * (libmicrohttpd's pool), tokenizer workers, notifier, watchdog. Order of a life:
+ * Called by main.c alone. It borrows the engine, the tokenizer and its template, which must outlive it, and owns its threads: the
+ * listener, HTTP (libmicrohttpd's pool), tokenizer workers, notifier, watchdog. Order of a life:
  *
  *   engine_create, server_create, server_start   requests get 503 and /ready says no, /health and /metrics answer
  *   engine_start, server_open                    requests are taken

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import time
@@ -304,6 +305,25 @@ class Connections(unittest.TestCase):
         for s in idle:
             s.close()
         wait_until(lambda: not self.full(server), 5, "there is room again")
+        server.check_stopped()
+
+    def test_limit_in_a_burst(self):
+        # The limit is exact however fast they come, and again when they have gone.
+        server = Server("--max-connections", "8")
+
+        def n_files():
+            return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+        before = n_files()
+        for _ in range(2):
+            burst = [server.socket() for _ in range(60)]
+            for s in burst:
+                s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            statuses = [read_until(s, b"\r\n\r\n").split(b" ", 2)[1] for s in burst]
+            self.assertEqual(statuses, [b"200"] * 8 + [b"503"] * 52)
+            for s in burst:
+                s.close()
+            wait_until(lambda: n_files() <= before, 10, "all have gone")
         server.check_stopped()
 
     @staticmethod

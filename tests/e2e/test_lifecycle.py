@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
 
 import harness
-from harness import Server, not_on_a_gpu, parse_events, read_to_end, read_until, scale, tiny_model, wait_until
+from harness import Server, in_threads, not_on_a_gpu, parse_events, read_to_end, read_until, scale, tiny_model, wait_until
 from test_sameness import dechunk
 
 
@@ -298,6 +299,59 @@ class End(unittest.TestCase):
                 pass  # closed already
         self.finish(streams, scale(1500, 300))
         self.assertEqual(server.stop(None), 0)
+
+    @staticmethod
+    def ask_until_refused(server):
+        """The answers of one connection after the other, (status, whole text), until no further one is taken."""
+        answers = []
+        while True:
+            with socket.socket() as s:
+                s.settimeout(0.1)
+                try:
+                    s.connect(("127.0.0.1", server.port))
+                except OSError:  # the server drops handshakes just before it closes its socket
+                    return answers
+                s.settimeout(15 * scale(1, 4))
+                s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                answers.append(read_to_end(s)[:2])
+
+    @not_on_a_gpu("which takes seconds to start")
+    def test_sigterm_amid_new_clients(self):
+        # Who is connected is answered, also at the very end; libmicrohttpd's own way to stop listening aborts now and then.
+        n_answers = 0
+        with tiny_model() as path:
+            for i in range(scale(40, 8)):
+                server = Server("--load-format", "dummy", "--http-threads", "16", model=path)
+                end = threading.Timer(0.002 * (i % 8), server.process.send_signal, [signal.SIGTERM])
+                end.start()
+                for answers in in_threads(self.ask_until_refused, [(server,)] * 4):
+                    n_answers += len(answers)
+                    for status, text in answers:
+                        self.assertEqual(status, 200, text)
+                        self.assertTrue(text.endswith(b"}"), text)
+                end.join()
+                server.check_stopped(None)
+        self.assertGreater(n_answers, 0)
+
+    def test_silent_client(self):
+        # It has a second to ask, and no longer.
+        server = Server()
+        with server.socket() as s:
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            s.sendall(server.completion_bytes(prompt="Once", max_tokens=1))
+            status, text, closed = read_to_end(s)
+            self.assertEqual(status, 503, text)
+            self.assertIn(b"connection: close", text.lower())
+            self.assertTrue(closed)
+        self.assertEqual(server.stop(None), 0)
+        server = Server()
+        with server.socket() as s:
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            self.assertTrue(read_to_end(s)[2])
+        self.assertEqual(server.stop(None), 0)
+        self.assertLess(time.monotonic() - began, scale(3, 10) + END_OF_CUDA[harness.BACKEND])
 
     def test_second_signal(self):
         server = Server()
