@@ -18,7 +18,10 @@ namespace {
 template <typename T> __device__ constexpr float MOST_WEIGHTS = 0x1p32f;
 template <> __device__ constexpr float MOST_WEIGHTS<__half> = 0x1p15f;
 
-enum { MAX_CHAINS = 4 /* of maxima of a row that a lane keeps: they do not wait for each other */ };
+enum {
+    MAX_CHAINS = 4,  // of maxima of a row that a lane keeps: they do not wait for each other
+    KEPT_SLOPES = 2, // a lane's, of heads 32 apart
+};
 
 // ---- one step -------------------------------------------------------------------------------------------------------
 
@@ -105,18 +108,25 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     int32_t full_first, full_end; // keys that all rows of the warpgroup see
     int32_t last_full;            // step of which they see all
     int32_t n_skipped;            // steps from the tile's first on of which they see nothing
-    bool is_pending;              // p holds weights of values that are still to be added
-    bool has_values;              // such values are in the ring, after the next keys
+    bool has_values;              // values of a skipped step are in the ring, after the next keys
     hopper_row row[2];
     float o[D / 2], s[N / 2];
     uint32_t p[N / 4];
     float max[2], sum[2], shift[2], bias[2];
     const float multiplier;
+    float slopes[KEPT_SLOPES]; // ALiBi's, in units of log2(e): lane i has those of heads i, i + 32
 
     __device__ __forceinline__ computer(const hopper_args &a, hopper_smem<shape> *smem)
         : a(a), smem(smem), lane((int)threadIdx.x % 32), warpgroup(uniform((int)threadIdx.x / WARPGROUP)),
           multiplier(KIND == CAPPED ? 1.0f : a.scoring.raw_scale)
     {
+#pragma unroll
+        for (int i = 0; i < KEPT_SLOPES; i++) slopes[i] = KIND == PLAIN ? 0 : slope_of(lane + 32 * i);
+    }
+
+    __device__ __forceinline__ float slope_of(int32_t head)
+    {
+        return a.scoring.slopes && head < a.p.n_heads ? __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F) : 0;
     }
 
     __device__ __forceinline__ void wait_slot(const ring_place<shape::SLOTS> &at)
@@ -141,16 +151,24 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
 
     __device__ __forceinline__ uint32_t describe_key_numbers() { return narrow_descriptor(shared_address(smem->key_numbers)); }
 
-    // s = Q K'
+    // s = what ALiBi adds along the step: before the scores' turn, for it needs no keys.
+    __device__ __forceinline__ void begin_bias()
+    {
+        if (KIND != ALIBI) return;
+        hold_registers(s);
+        wgmma_fence();
+        wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, uniform(describe_key_numbers()));
+    }
+
+    // s = Q K', or, with ALiBi, s += Q K'
     __device__ __forceinline__ void begin_scores(uint32_t q, uint32_t k)
     {
-        hold_registers(s);
+        if (KIND != ALIBI) hold_registers(s);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
             wgmma<T, N>::rows(s, q + i / 4 * (shape::ROWS * ROW_BYTES >> 4) + i % 4 * 2,
-                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, i > 0);
-        if (KIND == ALIBI) wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, uniform(describe_key_numbers()));
+                              k + i / 4 * (N * ROW_BYTES >> 4) + i % 4 * 2, KIND == ALIBI || i > 0);
         wgmma_commit();
     }
 
@@ -362,7 +380,9 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
 
     __device__ __forceinline__ float find_slope(int32_t head)
     {
-        return a.p.n_heads <= N_SLOPES ? smem->slopes[head] : __fmul_rn(a.scoring.slopes[head], CUDART_L2E_F);
+        if (a.p.n_heads > 32 * KEPT_SLOPES) return slope_of(head);
+        const float first = __shfl_sync(0xffffffffu, slopes[0], head & 31), second = __shfl_sync(0xffffffffu, slopes[1], head & 31);
+        return head < 32 ? first : second;
     }
 
     __device__ __forceinline__ void find_row(int32_t r, int32_t position, int32_t length, hopper_row *row)
@@ -372,7 +392,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         row->first = row->position - a.scoring.left;
         row->last = min(row->position + a.scoring.right, length - 1);
         if (KIND == PLAIN) return;
-        row->slope = a.scoring.slopes && head < a.p.n_heads ? find_slope(head) : 0;
+        row->slope = find_slope(head);
         row->per_key = KIND == ALIBI ? __fdividef(row->slope, a.scoring.raw_scale) : row->slope;
         if (KIND == ALIBI) row->operand = bias_operand(row->per_key, lane);
     }
@@ -419,7 +439,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             const int32_t last = position + min(query_of(a, first_row + 63), rows.n_queries - 1);
             const int32_t own_end = query_of(a, first_row) >= rows.n_queries
                                         ? first_step : (min(last + a.scoring.right + 1, length) + N - 1) / N;
-            n_skipped = shape::RUNS_ON ? step + 1 - ::max(own_end, first_step) : 0;
+            n_skipped = step + 1 - ::max(own_end, first_step);
             full_first = last - a.scoring.left;
             full_end = min(position + query_of(a, first_row) + a.scoring.right + 1, length);
             last_full = ::max(first_step, (full_first + N - 1) / N); // rounded down where negative: first_step counts
@@ -438,61 +458,49 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     {
         hold_registers(s);
         release_slot(keys);
-        if (step == first_step) release_q();
+        if (step > first_step) return;
+        if (shape::RELEASES_EARLY) keep_branch();
+        release_q();
     }
 
-    __device__ __forceinline__ void add_values(const ring_place<shape::SLOTS> &at, int32_t n_values)
+    // The last values of a tile, alone and out of turn; they are added while the next tile begins.
+    __device__ __forceinline__ void begin_last_values()
     {
-        if (n_values < N) clear_values(at, n_values);
-        begin_values(uniform(describe_slot(at)));
-        wgmma_wait<0>();
+        take_slot(&values);
+        wait_slot(values);
+        if (n_valid < N) clear_values(values, n_valid);
+        begin_values(uniform(describe_slot(values)));
+    }
+
+    // They are there, where one group of products has begun since: the results go to memory.
+    __device__ __forceinline__ void end_last_values(const hopper_rows &of)
+    {
+        wgmma_wait<1>();
         hold_registers(o);
+        release_slot(values);
+        store_tile(of);
     }
 
-    // The last values of a tile, alone.
-    __device__ __forceinline__ void finish_tile(const hopper_rows &of)
+    // Values that nothing is made of.
+    __device__ __forceinline__ void drop_values()
     {
+        if (!has_values) return;
         wait_slot(slot);
-        add_values(slot, n_valid);
         release_slot(slot);
         slot.advance();
-        store_tile(of, max, sum);
+        has_values = false;
     }
 
-    // The first scores of a tile, alone.
-    __device__ __forceinline__ void start_tile()
+    // A step of which the warpgroup sees nothing.
+    __device__ __forceinline__ void skip_step()
     {
-        clear_result();
-        reset_rows();
         take_slot(&keys);
         wait_slot(keys);
-        begin_scores(uniform(describe_q()), uniform(describe_slot(keys)));
-        wgmma_wait<0>();
-        end_scores();
-        adjust_scores(true);
-        soften_first();
-        is_pending = true;
-    }
-
-    // A step of which the warpgroup sees nothing: the values that are still to be added, if there are any, are.
-    __device__ __forceinline__ void skip_step(const hopper_rows &of, int32_t n_values)
-    {
-        const ring_place<shape::SLOTS> k = slot;
-        slot.advance();
-        wait_slot(k);
         if (has_values) wait_slot(slot);
         take_turn();
-        if (is_pending) {
-            add_values(slot, n_values);
-            store_tile(of, max, sum);
-        }
         pass_turn();
-        release_slot(k);
-        if (has_values) {
-            release_slot(slot);
-            slot.advance();
-        }
-        is_pending = false;
+        release_slot(keys);
+        drop_values();
         has_values = true;
     }
 
@@ -525,6 +533,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             wait_slot(values);
             clear_values(values, n_values);
         }
+        begin_bias();
         take_turn();
         begin_scores(q, k);
         begin_values(v);
@@ -544,6 +553,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             take_slot(&keys);
             take_slot(&values);
             const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys)), v = uniform(describe_slot(values));
+            begin_bias();
             take_turn();
             begin_scores(q, k);
             if (shape::WAITS_EARLY && fetches_first() && step > last_full) wait_next_slots();
@@ -556,23 +566,46 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         }
     }
 
-    // Scores where no values are to be added, though the slot may be there.
-    __device__ __forceinline__ void multiply_keys()
+    // The first scores of a tile; any, if there is none, for ptxas wants no condition on products.
+    __device__ __forceinline__ void begin_first_scores(bool is_tile)
     {
-        take_slot(&keys);
-        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys));
-        wait_slot(keys);
-        take_turn();
-        begin_scores(q, k);
-        if (has_values) wait_slot(slot);
-        pass_turn();
-        wgmma_wait<0>();
-        end_scores();
-        if (has_values) {
-            release_slot(slot);
-            slot.advance();
+        if (is_tile) {
+            take_slot(&keys);
+            wait_slot(keys);
         }
-        has_values = true;
+        const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys));
+        begin_bias();
+        if (is_tile) take_turn();
+        begin_scores(q, k);
+        if (has_values) wait_slot(slot); // the others take turns after this one
+        if (is_tile) pass_turn();
+    }
+
+    // They are there, and o is free.
+    __device__ __forceinline__ void end_first_scores()
+    {
+        clear_result();
+        reset_rows();
+        wgmma_wait<0>();
+    }
+
+    // From the first step's scores to the last step's weights. Then the last values are being added.
+    __device__ __forceinline__ void run_tile()
+    {
+        end_scores();
+        adjust_scores(true);
+        soften_first();
+        for (;;) {
+            if (n_valid == N && step * N < full_end && step > last_full) run_full();
+            if (step == first_step) break;
+            const int32_t n_values = n_valid;
+            n_valid = N;
+            step--;
+            multiply(n_values);
+            adjust_scores(true);
+            soften(true);
+        }
+        begin_last_values();
     }
 
     // Rows of out that the lane has of a tile: half 0 or 1. False: beyond the tile's.
@@ -596,14 +629,14 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     }
 
     // Divides by the sums and stores. Two lanes exchange half of what they have, so that a quad writes 32 bytes together.
-    __device__ __forceinline__ void store_tile(const hopper_rows &t, const float (&row_max)[2], const float (&row_sum)[2])
+    __device__ __forceinline__ void store_tile(const hopper_rows &t)
     {
         const bool odd = lane % 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int32_t token, head;
             const bool is_row = find_output(t, half, &token, &head);
-            const float total = quad_sum(row_sum[half]), scale = total == 0 ? 0.0f : reciprocal_approx(total);
+            const float total = quad_sum(sum[half]), scale = total == 0 ? 0.0f : reciprocal_approx(total);
             uint16_t *to = output_of(token, head) + lane % 4 / 2 * 4 + (odd ? 8 : 0);
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
@@ -612,7 +645,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
                 uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
                 if (is_row) *(uint2 *)(to + 16 * i) = odd ? make_uint2(other, high) : make_uint2(low, other);
             }
-            if (a.p.lse && is_row) store_lse(token, head, log_sum(row_max[half], total));
+            if (a.p.lse && is_row) store_lse(token, head, log_sum(max[half], total));
         }
     }
 
@@ -632,51 +665,30 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     __device__ __forceinline__ void run()
     {
         if (shape::TAKES_TURNS && warpgroup == shape::WARPGROUPS - 1) named_barrier_arrive(1, 2 * WARPGROUP); // the first's turn
-        is_pending = has_values = false;
-        for (;;) { // is_pending: p holds the weights of `step`
-            if (is_pending && n_valid == N && step * N < full_end && step > last_full) run_full();
-            const bool ends = !is_pending || step == first_step;
-            const hopper_rows of = rows;
-            const int32_t n_values = n_valid;
-            if (!ends) {
-                step--;
-                n_valid = N;
-            } else {
-                if (!shape::RUNS_ON && is_pending) finish_tile(of);
-                if (!begin_tile()) {
-                    if (shape::RUNS_ON && is_pending) finish_tile(of);
-                    return;
-                }
-                if constexpr (!shape::RUNS_ON) {
-                    start_tile();
-                    continue;
-                } else {
-                    for (; n_skipped > 0; n_skipped--, step--) skip_step(of, n_values);
-                    if (step < first_step) {
-                        store_nothing(rows); // those there are, if any, see no key
-                        release_q();
-                        continue;
-                    }
-                }
-            }
-            const bool stores = ends && is_pending;
-            const float last_max[2] = {max[0], max[1]}, last_sum[2] = {sum[0], sum[1]};
-            if (ends) reset_rows();
-            if (!is_pending) {
-                clear_result();
-                multiply_keys();
-                adjust_scores(true);
-                soften_first();
-                is_pending = true;
+        has_values = false;
+        for (bool is_found = false;;) {
+            if (!is_found && !begin_tile()) return;
+            for (; n_skipped > 0; n_skipped--, step--) skip_step();
+            if (step < first_step) {
+                drop_values();
+                store_nothing(rows); // those there are, if any, see no key
+                release_q();
+                is_found = false;
                 continue;
             }
-            multiply(n_values);
-            adjust_scores(true);
-            soften(true);
-            if (stores) {
-                store_tile(of, last_max, last_sum);
-                clear_result();
+            begin_first_scores(true);
+            drop_values();
+            end_first_scores();
+            for (bool follows = true; follows;) { // each tile begins while the results of the one before go to memory
+                run_tile();
+                const hopper_rows of = rows;
+                is_found = begin_tile();
+                follows = is_found && n_skipped == 0;
+                begin_first_scores(follows);
+                end_last_values(of);
+                end_first_scores();
             }
+            if (!is_found) return;
         }
     }
 };

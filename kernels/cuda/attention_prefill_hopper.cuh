@@ -2,9 +2,8 @@
  * find the tiles and fill the rings.
  *
  * One warp finds the block's next tile and describes it. Another runs ahead of those who compute: it has Q and, for every step, K
- * and V of 128 keys (80 at head_dim 256) copied, by one box for each page and column of 64, through the block table as through
- * dense rows. K of a step comes before V of the step before, also from tile to tile (RUNS_ON), for that is the order in which they
- * are used.
+ * and V of 128 keys (64 at head_dim 256) copied, by one box for each page and column of 64, through the block table as through
+ * dense rows. K of a step comes before V of the step before, for that is the order in which they are used.
  */
 #ifndef GPTD_KERNELS_CUDA_ATTENTION_PREFILL_HOPPER_CUH
 #define GPTD_KERNELS_CUDA_ATTENTION_PREFILL_HOPPER_CUH
@@ -17,7 +16,6 @@ namespace {
 enum {
     N_COUNTERS = 256,
     N_FOUND = 4,     // tiles that may be found ahead
-    N_SLOPES = 64,
     STEPS_AHEAD = 3, // a tile is asked for when at most so many steps are left to be fetched
 };
 
@@ -43,18 +41,18 @@ template <int DIM, int N_WARPGROUPS> struct hopper_shape {
     static constexpr int D = DIM;
     static constexpr int WARPGROUPS = N_WARPGROUPS;  // that compute, 64 rows each
     static constexpr int ROWS = WARPGROUPS * 64;
-    static constexpr int KEYS = D == 256 ? 80 : 128; // of a step; steps start at multiples of it, whatever the batch
+    static constexpr int KEYS = D == 256 ? 64 : 128; // of a step; steps start at multiples of it, whatever the batch
     static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP;
     static constexpr int THREADS = COMPUTE_THREADS + WARPGROUP; // one warp fetches; registers are dealt out by warpgroups
     static constexpr int COLUMNS = D / 64;
     static constexpr int Q_BUFFERS = D == 256 ? 1 : 2;
     static constexpr int Q_BYTES = COLUMNS * ROWS * ROW_BYTES;
     static constexpr int SLOT = COLUMNS * KEYS * ROW_BYTES; // bytes: K or V of a step
-    static constexpr int SLOTS = D == 64 ? 8 : D == 128 ? 5 : 4;
+    static constexpr int SLOTS = D == 64 ? 8 : 5;
     static constexpr bool TAKES_TURNS = D == 128;
     static constexpr bool WAITS_EARLY = D == 128;  // for the slots of the next step, beside the products of this one
     static constexpr int EARLY = KEYS * 3 / 8;     // weights of a lane's that are there before the values are waited for
-    static constexpr bool RUNS_ON = Q_BUFFERS > 1; // the next tile's first scores are computed beside a tile's last results
+    static constexpr bool RELEASES_EARLY = D > 64; // the keys, before the exponentials of their step: ptxas would move them after
     static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
     static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
     static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8; // of a thread; they are dealt out in eights
@@ -102,7 +100,6 @@ template <typename shape> struct hopper_smem {
     found_tile found[N_FOUND];
     uint64_t found_full[N_FOUND], found_empty[N_FOUND];
     int32_t n_fetched; // steps
-    float slopes[N_SLOPES]; // ALiBi's, in units of log2(e), where there are no more
 };
 
 // A place in a ring of N, and the parity of the round: those who fill wait for the round before, those who empty for this one.
@@ -158,16 +155,12 @@ template <typename shape> __device__ __forceinline__ void find_tiles(const hoppe
     ring_place<N_FOUND> at;
     tile_search search = {};
     int32_t place = (int32_t)blockIdx.x, n_steps = 0;
-    if (a.scoring.slopes) // here, so that those who compute find them with their first tile
-        for (int i = lane; i < min(a.p.n_heads, (int32_t)N_SLOPES); i += 32)
-            smem->slopes[i] = __fmul_rn(a.scoring.slopes[i], CUDART_L2E_F);
     for (;;) {
         tile_place found;
         found_tile t = {};
         const bool is_tile = find_tile(a.p, a.order, place, &search, &found);
         if (is_tile) describe_tile<shape>(a, found, &t.tile, &t.fetch);
         mbarrier_wait(shared_address(smem->found_empty + at.at), at.parity ^ 1);
-        __syncwarp(); // slopes are there
         if (lane == 0) {
             smem->found[at.at] = t;
             mbarrier_arrive(shared_address(smem->found_full + at.at));
@@ -236,9 +229,6 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
         slot.advance();
     };
     ring_place<N_FOUND> place;
-    int2 last = {}; // where values are that are still to be brought, and of which KV head
-    int32_t last_head = 0;
-    bool is_owed = false;
     for (;; place.advance()) {
         mbarrier_wait(shared_address(smem->found_full + place.at), place.parity);
         const hopper_tile t = smem->found[place.at].tile;
@@ -260,20 +250,17 @@ template <typename shape> __device__ __forceinline__ void fetch(const hopper_arg
                      lane, f.kv_head, t.rows.query_row, barrier);
         buffer.advance();
         feed.window = -64;
-        const int32_t first_step = uniform(t.first_step);
-        for (int32_t step = uniform(t.end_step) - 1; step >= first_step; step--) {
+        const int32_t first_step = uniform(t.first_step), end_step = uniform(t.end_step);
+        int2 last = {}; // where the values are that are still to be brought
+        for (int32_t step = end_step - 1; step >= first_step; step--) {
             int2 from = feed.find(a, f, step);
             bring(&a.k, f.kv_head, from);
             if (lane == 0) atomicAdd(&smem->n_fetched, 1);
-            if (is_owed) bring(&a.v, last_head, last);
+            if (step < end_step - 1) bring(&a.v, f.kv_head, last);
             last = from;
-            last_head = f.kv_head;
-            is_owed = true;
         }
-        if (!shape::RUNS_ON && is_owed) bring(&a.v, last_head, last);
-        is_owed &= shape::RUNS_ON;
+        if (end_step > first_step) bring(&a.v, f.kv_head, last);
     }
-    if (is_owed) bring(&a.v, last_head, last);
 }
 
 } // namespace

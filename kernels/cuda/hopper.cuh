@@ -75,6 +75,10 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int n_threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
+// Nothing, in the order of the program, and not under a predicate: where it is conditional there is a branch, over which ptxas moves
+// nothing.
+__device__ __forceinline__ void keep_branch() { asm volatile("membar.cta;" ::: "memory"); }
+
 // To shared memory, in the order of the program.
 __device__ __forceinline__ void store_volatile(uint32_t address, float x, float y)
 {
@@ -193,7 +197,7 @@ template <typename T, int N> struct wgmma;
                  "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // rows: c [64, N] (+)= a [64, 16] b [16, N], both in shared memory, rows of both along k. columns: c += a b, a in registers as
-// mma has it, b's rows along N. narrow: c += a [64, 8] b [8, N], bf16, a in registers as the first half of mma's, b's rows along k,
+// mma has it, b's rows along N. narrow: c = a [64, 8] b [8, N], bf16, a in registers as the first half of mma's, b's rows along k,
 // 16 bytes each, one after the other.
 #define DEFINE_WGMMA(T, NAME, N, R, A0, A1, A2, A3, A4)                                                                       \
     template <> struct wgmma<T, N> {                                                                                          \
@@ -218,7 +222,7 @@ template <typename T, int N> struct wgmma;
         }                                                                                                                     \
         static __device__ __forceinline__ void narrow(float (&c)[N / 2], uint32_t a0, uint32_t a1, uint32_t b)                \
         {                                                                                                                     \
-            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 b;\n\tsetp.eq.u32 p, 0, 0;\n\t"                                     \
+            asm volatile("{\n\t.reg .pred p;\n\t.reg .b64 b;\n\tsetp.ne.u32 p, 0, 0;\n\t"                                     \
                          "mov.b64 b, {" A3 ", " NARROW_UPPER "};\n\t"                                                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS_##R "}, {" A0 ", " A1              \
                          ", " A2 ", " A2 "}, b, p, 1, 1, 0;\n\t}"                                                             \
