@@ -30,10 +30,10 @@ enum scoring_kind { PLAIN, ALIBI, CAPPED };
 
 // What a lane knows of one of its two rows.
 struct hopper_row {
-    int32_t first, last;  // keys it sees
     int32_t position;
-    float slope, per_key; // ALiBi, in units of log2(e), and of the score as it is then
-    uint32_t operand;     // the latter as the tensor cores take it
+    int32_t last;     // key that it sees
+    float slope;      // ALiBi's, in units of log2(e)
+    uint32_t operand; // what it is in scores, as the tensor cores take it
 };
 
 // Index in an accumulator of element i of the lane's, of one of its rows.
@@ -46,7 +46,7 @@ __device__ __forceinline__ void adjust_row(float (&s)[N / 2], int half, const ho
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
         float &x = s[element_of(half, i)];
-        x = __fmaf_rn(row.per_key, (float)(i / 2 * 8 + i % 2), cap_score(x, scoring));
+        x = __fmaf_rn(row.slope, (float)(i / 2 * 8 + i % 2), cap_score(x, scoring));
     }
 }
 
@@ -157,7 +157,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (KIND != ALIBI) return;
         hold_registers(s);
         wgmma_fence();
-        wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, uniform(describe_key_numbers()));
+        wgmma<T, N>::narrow(s, row[0].operand, row[1].operand, describe_key_numbers());
     }
 
     // s = Q K', or, with ALiBi, s += Q K'
@@ -199,7 +199,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (!masked || ((step + 1) * N <= full_end && step * N >= full_first)) return;
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            mask_row<N>(s, half, bits_between(elements_before(row[half].first - first), elements_before(row[half].last + 1 - first)));
+            mask_row<N>(s, half, bits_between(elements_before(row[half].position - a.scoring.left - first), elements_before(row[half].last + 1 - first)));
     }
 
     // Rows that begin to see: what is subtracted from their scores is the maximum of these first ones, until their weights get too
@@ -270,10 +270,10 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
 #pragma unroll 1
         for (int i = 0; i < N / 4; i++) {
             const int32_t key = step * N + i / 2 * 8 + i % 2 + lane % 4 * 2;
-            const bool is_seen = is_it && key >= ::max(row[half].first, 0) && key <= row[half].last;
+            const bool is_seen = is_it && key >= ::max(row[half].position - a.scoring.left, 0) && key <= row[half].last;
             float x = is_seen ? find_score(token, head, key) : 0;
             if (KIND == CAPPED) x = cap_score(x, a.scoring);
-            if (KIND != PLAIN) x = __fmaf_rn(row[half].per_key, (float)(key - bias_key()), x);
+            if (KIND != PLAIN) x = __fmaf_rn(in_score(row[half].slope), (float)(key - bias_key()), x);
             t[i] = is_seen ? x : -CUDART_INF_F;
             most = fmaxf(most, t[i]);
         }
@@ -385,16 +385,17 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         return head < 32 ? first : second;
     }
 
+    // What is multiplied by the scale later.
+    __device__ __forceinline__ float in_score(float slope) { return KIND == ALIBI ? __fdividef(slope, a.scoring.raw_scale) : slope; }
+
     __device__ __forceinline__ void find_row(int32_t r, int32_t position, int32_t length, hopper_row *row)
     {
         int32_t query = query_of(a, r), head = rows.first_head + r - query * a.n_packed;
         row->position = position + query;
-        row->first = row->position - a.scoring.left;
         row->last = min(row->position + a.scoring.right, length - 1);
         if (KIND == PLAIN) return;
         row->slope = find_slope(head);
-        row->per_key = KIND == ALIBI ? __fdividef(row->slope, a.scoring.raw_scale) : row->slope;
-        if (KIND == ALIBI) row->operand = bias_operand(row->per_key, lane);
+        if (KIND == ALIBI) row->operand = bias_operand(in_score(row->slope), lane);
     }
 
     __device__ __forceinline__ void reset_rows()

@@ -42,8 +42,6 @@
 
 namespace {
 
-enum { LONG_SEQUENCE = 4096 /* queries, on average */ };
-
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, typename shape, enum scoring_kind KIND>
@@ -157,11 +155,9 @@ template <typename T, typename shape> cudaError_t launch_scoring(const hopper_ar
 
 template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cudaStream_t stream)
 {
-    if (a.p.head_dim == 128) return launch_scoring<T, hopper_shape<128, 2>>(a, n_sms, stream);
-    if (a.p.head_dim == 256) return launch_scoring<T, hopper_shape<256, 2>>(a, n_sms, stream);
-    // Of short sequences tiles of 192 rows leave too much empty.
-    if (a.p.n_tokens / a.p.n_seqs < LONG_SEQUENCE) return launch_scoring<T, hopper_shape<64, 2>>(a, n_sms, stream);
-    return launch_scoring<T, hopper_shape<64, 3>>(a, n_sms, stream);
+    if (a.p.head_dim == 128) return launch_scoring<T, hopper_shape<128>>(a, n_sms, stream);
+    if (a.p.head_dim == 256) return launch_scoring<T, hopper_shape<256>>(a, n_sms, stream);
+    return launch_scoring<T, hopper_shape<64>>(a, n_sms, stream);
 }
 
 } // namespace
@@ -170,7 +166,7 @@ template <typename T> cudaError_t launch_dim(const hopper_args &a, int n_sms, cu
 static bool has_code()
 {
     cudaFuncAttributes code;
-    const void *kernel = (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128, 2>, PLAIN>;
+    const void *kernel = (const void *)attention_prefill_hopper_kernel<__half, hopper_shape<128>, PLAIN>;
     if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return true;
     (void)cudaGetLastError();
     return false;

@@ -37,9 +37,9 @@ struct hopper_args {
     int32_t counter;    // which of place_counters
 };
 
-template <int DIM, int N_WARPGROUPS> struct hopper_shape {
+template <int DIM> struct hopper_shape {
     static constexpr int D = DIM;
-    static constexpr int WARPGROUPS = N_WARPGROUPS;  // that compute, 64 rows each
+    static constexpr int WARPGROUPS = 2;             // that compute, 64 rows each
     static constexpr int ROWS = WARPGROUPS * 64;
     static constexpr int KEYS = D == 256 ? 64 : 128; // of a step; steps start at multiples of it, whatever the batch
     static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP;
@@ -53,8 +53,8 @@ template <int DIM, int N_WARPGROUPS> struct hopper_shape {
     static constexpr bool WAITS_EARLY = D == 128;  // for the slots of the next step, beside the products of this one
     static constexpr int EARLY = KEYS * 3 / 8;     // weights of a lane's that are there before the values are waited for
     static constexpr bool RELEASES_EARLY = D > 64; // the keys, before the exponentials of their step: ptxas would move them after
-    static constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : D == 256 ? 24 : 40;
-    static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 3 ? 160 : D == 256 ? 240 : 232;
+    static constexpr int FETCH_REGISTERS = D == 256 ? 24 : 40;
+    static constexpr int COMPUTE_REGISTERS = D == 256 ? 240 : 232;
     static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8; // of a thread; they are dealt out in eights
     static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= LAUNCH_REGISTERS * (WARPGROUPS + 1),
                   "dealt out anew, they are no more than the block has: else those who grow wait for ever");
