@@ -72,24 +72,23 @@ __device__ __forceinline__ int32_t page_of(const decode_args &a, const cursor &c
     return __shfl_sync(0xffffffffu, w.entry, block - w.first);
 }
 
-// 16 rows of K or V, all of them.
-template <int D> __device__ __forceinline__ void fetch_all_keys(const uint16_t *from, uint32_t stride, uint32_t to)
+// 16 rows of K or V, all of them, which lie one after the other.
+template <int D> __device__ __forceinline__ void fetch_all_keys(const uint16_t *from, uint32_t to)
 {
     constexpr int CHUNKS = tile_layout<D>::CHUNKS;
     static_assert(16 * CHUNKS % 32 == 0, "whole rounds");
     const int lane = (int)threadIdx.x % 32;
     if constexpr (tile_layout<D>::SWIZZLED && 32 % CHUNKS == 0) { // rounds of whole rows
         constexpr int ROWS = 32 / CHUNKS;
-        from += (uint32_t)(lane / CHUNKS) * stride + (uint32_t)(lane % CHUNKS) * 8;
         to += tile_layout<D>::offset(lane / CHUNKS, lane % CHUNKS);
 #pragma unroll
-        for (int row = 0; row < 16; row += ROWS, from += ROWS * stride)
-            cp_async_16_once((to ^ (uint32_t)((row & 7) * 16)) + (uint32_t)(row * tile_layout<D>::STRIDE), from);
+        for (int row = 0; row < 16; row += ROWS)
+            cp_async_16_once((to ^ (uint32_t)((row & 7) * 16)) + (uint32_t)(row * tile_layout<D>::STRIDE), from + lane * 8 + row * D);
     } else {
 #pragma unroll
         for (int i = 0; i < CHUNKS / 2; i++) {
             int row = (lane + i * 32) / CHUNKS, chunk = (lane + i * 32) % CHUNKS;
-            cp_async_16_once(to + tile_layout<D>::offset(row, chunk), from + ((uint32_t)row * stride + (uint32_t)chunk * 8));
+            cp_async_16_once(to + tile_layout<D>::offset(row, chunk), from + (row * D + chunk * 8));
         }
     }
 }
@@ -115,10 +114,9 @@ template <int D> __device__ __forceinline__ bool has_new_key(const cursor &c)
     return (c.row.first_stripe + c.stripe + 1) * decode_shape<D>::STRIPE > c.sequence.length - c.sequence.n_queries;
 }
 
-// What a warp fetches next: V of the stripe at `at` if `values`, else K.
+// What a warp fetches next: K of the stripe at `at`, or then its V.
 struct decode_feed {
     cursor at;
-    bool values;
     page_window window;
     size_t head_offset;    // elements to the KV head of `at`
     size_t first, further; // to the stripe's first 16 keys, and to the others, if it has others
@@ -140,22 +138,21 @@ template <int D> __device__ __forceinline__ void find_stripe(const decode_args &
 }
 
 template <int D, bool MANY>
-__device__ __forceinline__ void fetch_next(const decode_batch<MANY> &a, decode_feed &f, uint32_t slot)
+__device__ __forceinline__ void fetch_next(const decode_batch<MANY> &a, decode_feed &f, bool values, uint32_t slot)
 {
     constexpr int STRIPE = decode_shape<D>::STRIPE, HALF = 16 * tile_layout<D>::STRIDE;
     const int32_t key = (f.at.row.first_stripe + f.at.stripe) * STRIPE;
-    if (!f.values) find_stripe<D>(a, f, key);
-    const uint16_t *base = (const uint16_t *)(f.values ? a.p.v : a.p.k);
-    if (key >= f.at.row.first_key && key + STRIPE <= f.at.row.length && a.p.head_dim == D) {
-        fetch_all_keys<D>(base + f.first, (uint32_t)a.p.kv_stride, slot);
-        if (STRIPE == 32) fetch_all_keys<D>(base + f.further, (uint32_t)a.p.kv_stride, slot + HALF);
+    if (!values) find_stripe<D>(a, f, key);
+    const uint16_t *base = (const uint16_t *)(values ? a.p.v : a.p.k);
+    if (key >= f.at.row.first_key && key + STRIPE <= f.at.row.length && a.has_whole_rows) {
+        fetch_all_keys<D>(base + f.first, slot);
+        if (STRIPE == 32) fetch_all_keys<D>(base + f.further, slot + HALF);
     } else {
         int32_t begin = f.at.row.first_key - key, end = f.at.row.length - key;
         fetch_some_keys<D>(a, base + f.first, begin, end, slot);
         if (STRIPE == 32) fetch_some_keys<D>(a, base + f.further, begin - 16, end - 16, slot + HALF);
     }
-    f.values = !f.values;
-    if (f.values) return;
+    if (!values) return;
     advance<D>(a, f.at);
     if (f.at.stripe == 0) f.head_offset = head_offset(a, f.at);
 }
@@ -588,17 +585,16 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
     }
 
     cursor item = find_share<D>(a);
-    decode_feed feed = {item, false, {-1, 0, 0}, head_offset(a, item), 0, 0};
+    decode_feed feed = {item, {-1, 0, 0}, head_offset(a, item), 0, 0};
     uint32_t q[D / 16][2], p[M][2], slot = ring;
     decode_state<D> part, row;
     decode_run run = {};
     const uint16_t *queries = nullptr;
-    int empty = n_slots; // slots that nothing has been sent to
-    auto send = [&] { // one more
-        if (!done(feed.at)) fetch_next<D>(a, feed, slot);
+    int n_sent = 0; // to a ring that was empty
+    auto send = [&](bool values) {
+        if (!done(feed.at)) fetch_next<D>(a, feed, values, slot);
         cp_async_commit();
         slot = slot + shape::SLOT == ring + ring_bytes ? ring : slot + shape::SLOT;
-        empty--;
     };
     if (!done(item)) {
         move_window(a, item, (item.row.first_stripe + item.stripe) * shape::STRIPE >> a.block_shift, feed.window);
@@ -606,19 +602,19 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
         queries = queries_at(a, item.s, run);
     }
     if (a.p.settled) {
-        while (empty > 0 && !done(feed.at) && !has_new_key<D>(feed.at)) send();
+        for (; n_sent < n_slots && !done(feed.at) && !has_new_key<D>(feed.at); n_sent++) send(n_sent % 2);
         previous_kernel_wait();
     }
     load_queries<D>(a, queries, q); // before the other keys: it would wait behind them
-    while (empty > 0) send();
+    for (; n_sent < n_slots; n_sent++) send(n_sent % 2);
     auto wait = [&] { // for what is oldest in the ring: `slot`
         if (a.few) cp_async_wait<shape::FEW_SLOTS - 1>();
         else cp_async_wait<shape::SLOTS - 1>();
         __syncwarp(); // every lane's part
     };
-    auto refill = [&] {
+    auto refill = [&](bool values) {
         __syncwarp(); // all lanes have read the slot
-        send();
+        send(values);
     };
     clear<D>(row);
     while (!done(item)) { // a split
@@ -631,13 +627,13 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
             float s[M][4];
             wait();
             multiply_keys<T, D, M>(s, q, slot + lane_of_rows<D>(lane));
-            refill();
+            refill(true); // a ring's slots are an odd number
             if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < full_first || first + shape::STRIPE > full_end)
                 adjust_stripe<M>(s, a, item.row, run, first);
             soften<T, D, M>(s, part, p, a.scoring.multiplier);
             wait();
             add_values<T, D, M>(part, p, slot + lane_of_keys<D>(lane));
-            refill();
+            refill(false);
         }
         finish_split<T, D>(a, item, run, part, row, jobs + warp * WARP_JOBS);
         leave_split<D>(a, item);
@@ -749,6 +745,7 @@ cudaError_t launch_decode(const struct flash_attention_params *p, cudaStream_t s
         a.max_groups = p->n_kv_heads * ((a.max_queries * a.group + GROUP_HEADS - 1) / GROUP_HEADS + MAX_RUNS - 1);
     a.max_splits = need.max_splits;
     a.block_shift = p->block_size == 16 ? 4 : p->block_size == 32 ? 5 : 6;
+    a.has_whole_rows = p->head_dim == need.padded_dim && p->kv_stride == (size_t)p->head_dim;
     a.partial = (float *)p->scratch;
     a.tickets = p->tickets;
     size_t at_once = p->scratch_bytes / need.bytes;

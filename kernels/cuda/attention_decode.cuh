@@ -36,6 +36,7 @@ struct decode_args {
     int32_t max_groups;    // head groups of any sequence
     int32_t max_splits;    // of any row
     int32_t block_shift;   // log2 of the block size
+    bool has_whole_rows;   // K and V of a block's tokens lie one after the other
     uint32_t share_step;   // 2^32 / warps of the grid
     bool few;              // up to FEW_ROWS sequences: the next kernel's blocks find room beside this one's
     float *partial;        // [S, max_queries, H, max_splits, D + 4]: result, maximum (in units of log2(e)), sum, nothing
@@ -78,10 +79,11 @@ template <int D> struct decode_shape {
     static constexpr int SLOT = STRIPE * tile_layout<D>::STRIDE; // bytes: K or V of a stripe
     // Of a block. A stripe of short heads is few bytes and hardly fewer instructions: four warps would wait for these.
     static constexpr int WARPS = D > 96 ? 4 : MAX_WARPS;
+    // An odd number: where keys were, values come next.
     static constexpr int fitting(int room, int n_warps)
     {
         int n = (room - 1024) / (n_warps * SLOT);
-        return n < MAX_SLOTS ? n : MAX_SLOTS;
+        return ((n < MAX_SLOTS ? n : MAX_SLOTS) - 1) / 2 * 2 + 1;
     }
     static constexpr int SLOTS = fitting(MAX_BLOCK_SMEM, WARPS); // of a warp's ring
     static constexpr int FEW_SLOTS = fitting(ROOM_BESIDE, FEW_WARPS);
