@@ -52,7 +52,7 @@ SECTIONS = {
     "kernels": Section(40, 0, serving.kernels),
     "start": Section(60, 40, serving.start),
     "sizes": Section(5, 5, serving.sizes),
-    "transformers": Section(60, 0, in_torch("transformers")),
+    "transformers": Section(100, 0, in_torch("transformers")),
 }
 
 

@@ -101,7 +101,7 @@ def streams_lines(rows, asked_streams):
             yield line
 
 
-def ttft_lines(rows):
+def ttft_lines(rows, theirs):
     for r in rows or [None]:
         line = Line(f"TTFT, {r['tokens']} tokens" if r else "TTFT", f"<= {TTFT_RATIO:.2f}x floor")
         if r:
@@ -110,6 +110,13 @@ def ttft_lines(rows):
                 line.measured, line.met = f"{r['times the floor']:.2f}x, {line.measured}", r["times the floor"] <= TTFT_RATIO
                 line.against = f"floor {r['floor s']:.3f} s"
         yield line
+    for r in rows:
+        for other in theirs:
+            if other["tokens"] == r["tokens"]:
+                times = other["TTFT s"] / r["TTFT s"]
+                line = Line(f"TTFT, {r['tokens']} tokens, transformers' over ours", "> 1.00")
+                line.measured, line.met, line.against = f"{times:.2f}", times > 1, f"transformers {other['TTFT s']:.3f} s"
+                yield line
 
 
 def other_lines(tables):
@@ -147,7 +154,7 @@ def summary(tables, ceilings, models, asked_streams):
     for name, asked in zip(models, BATCH1_SHARE):
         yield batch1_line(tables.get("batch1", []), name, asked)
     yield from streams_lines(tables.get("streams", []), asked_streams)
-    yield from ttft_lines(tables.get("ttft", []))
+    yield from ttft_lines(tables.get("ttft", []), tables.get("transformers_ttft", []))
     yield from other_lines(tables)
 
 
@@ -180,6 +187,7 @@ EXPLAINED = {
     "streams": "Over HTTP. Roofline step: max(weights / bandwidth, FLOPs / GEMM rate at that T) + KV / bandwidth; whole: the "
                "prompts' GEMMs at the rate for a chunk, their attention at the fastest kernel's rate, then full decode steps.",
     "ttft": "One request at a time, random ids. Floor: GEMMs at cuBLAS's rate for a chunk, attention at the fastest kernel's.",
+    "transformers_ttft": "transformers' generate of one token, eager but for PyTorch SDPA, the same model and lengths.",
     "deterministic": "With --deterministic; without: batch1's or streams' in this run.",
     "families": "Over HTTP, random weights, 128 tokens in and out. GB a token: layers (of experts the chosen) and output layer.",
     "idle": "From a trace of the end of a run. A graph counts as busy as a whole.",

@@ -24,6 +24,7 @@ from gpu import cost  # noqa: E402
 
 DTYPE = torch.bfloat16
 GEMM_TOKENS = (1, 64, 128, 256, 512, 2048, 4096, 8192)
+TTFT_TOKENS = (8192, 32768, 131064)
 MOST_LOGITS = 512  # rows that lm_head is timed with
 
 
@@ -293,6 +294,17 @@ def transformers(arguments, _model):
     seconds(4)
     step = (min(seconds(n_tokens + 1) for _ in range(2)) - seconds(1)) / n_tokens
     row("transformers", **{"streams": 1, "in": 128, "out": n_tokens, "TPOT ms": step * 1e3, "tokens/s": 1 / step})
+
+    def first_token(length):
+        nonlocal prompt
+        prompt = torch.randint(0, config.vocab_size, (1, length), device=prompt.device)
+        n = 3 if length <= 8192 else 1
+        if n > 1:
+            seconds(1)  # warms up
+        row("transformers_ttft", tokens=length, requests=n, **{"TTFT s": min(seconds(1) for _ in range(n))})
+    for length in TTFT_TOKENS[:2] if arguments.quick else TTFT_TOKENS:
+        if length <= config.max_position_embeddings:
+            attempt("transformers_ttft", f"{length} tokens", first_token, length)
 
 
 PARTS = {f.__name__: f for f in (ceilings, prefill, plain, decode, transformers)}
