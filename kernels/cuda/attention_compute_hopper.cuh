@@ -199,7 +199,8 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         if (!masked || ((step + 1) * N <= full_end && step * N >= full_first)) return;
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            mask_row<N>(s, half, bits_between(elements_before(row[half].position - a.scoring.left - first), elements_before(row[half].last + 1 - first)));
+            mask_row<N>(s, half, bits_between(elements_before(row[half].position - a.scoring.left - first),
+                                              elements_before(row[half].last + 1 - first)));
     }
 
     // Rows that begin to see: what is subtracted from their scores is the maximum of these first ones, until their weights get too

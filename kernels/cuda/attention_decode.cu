@@ -21,17 +21,20 @@
  * Of up to 8 sequences the rings are smaller, so that the next kernel's blocks, which hold weights, come beside this one's.
  * Keys of earlier steps are on their way while the kernel before still runs, if the caller says that they are there: a block's
  * as soon as one of that kernel's makes room.
- * A warp's work on a stripe is a chain of some 500 (head_dim 64) to 700 instructions (128) that hardly overlap, 1.2 us at 128:
+ * A warp's work on a stripe is a chain of some 400 (head_dim 64) to 600 instructions (128) that hardly overlap, about 1 us at 128:
  * what one sequence of some thousand tokens takes is this, not memory (as long where all is in L2). At 64, four
  * warps were too slow for an H200 (3.3 TB/s), eight are not (4.3). At 128 eight are not faster where rows are not cut (+1 to
  * +2 %), and slower by a tenth where they make two pieces of a row (64 sequences).
  * Keys and values leave L2 first and partial results last: else these go to memory and back (8 % at 16 sequences of 8k).
- * Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md): 92 to 98 % of the read bandwidth from 512 MB on, 90 to
- * 94 % from 256 MB, 1.05 to 1.99 times FlashAttention-3; one sequence of 1k, 4k, 8k, 32k: 5.9, 9.2, 13.6, 36 us.
+ * Measured on an H200 (tests/bench/results/2026-11-29-attention-h200.md): 92 to 98 % of the read bandwidth from 512 MB on, 90 to
+ * 94 % from 256 MB, 1.05 to 2.08 times FlashAttention-3; one sequence of 1k, 4k, 8k, 32k: 5.6, 8.7, 12.5, 36 us.
  * Tried, no better: a row's pieces on several multiprocessors; rings so small that two calls' blocks fit one; stripes by bulk
  * tensor copies (fewer instructions, but longer on their way: +0 to +10 %; -8 % of bandwidth where they promote to 256 bytes in
- * L2); splits from scratch by one bulk copy (+0.3 us); half the warps with rings twice as long (+10 to +50 %); splits added up in
- * spans of 256 keys first (+20 % for one sequence). What did help: one loop over the stripes of a split (-11 % at 8k).
+ * L2); splits from scratch by one bulk copy (+0.3 us); half the warps with rings twice as long (+10 to +50 %); splits added up
+ * in spans of 256 keys first (+20 % for one sequence); shorter splits (64 keys up to 2k: -17 % for one sequence, +5 to +20 % for
+ * 4 to 16; up to 4k +10 %; 128 up to 8k +2 %: what they save goes into adding them up). What did help: one loop over the stripes
+ * of a split (-11 % at 8k), constant offsets from a block's first row, K and V each in code of its own, L2 policies as numbers
+ * (-7 %).
  */
 #include "kernels/cuda/attention_decode.cuh"
 
@@ -83,7 +86,8 @@ template <int D> __device__ __forceinline__ void fetch_all_keys(const uint16_t *
         to += tile_layout<D>::offset(lane / CHUNKS, lane % CHUNKS);
 #pragma unroll
         for (int row = 0; row < 16; row += ROWS)
-            cp_async_16_once((to ^ (uint32_t)((row & 7) * 16)) + (uint32_t)(row * tile_layout<D>::STRIDE), from + lane * 8 + row * D);
+            cp_async_16_once((to ^ (uint32_t)((row & 7) * 16)) + (uint32_t)(row * tile_layout<D>::STRIDE),
+                             from + lane * 8 + row * D);
     } else {
 #pragma unroll
         for (int i = 0; i < CHUNKS / 2; i++) {

@@ -1,40 +1,46 @@
 /* attention_prefill_hopper.cu: Flash Attention of many query rows on Hopper (Shah et al., "FlashAttention-3", 2024): wgmma, bulk
  * tensor copies straight from the pages, warp specialisation. head_dim 64, 128, 256; the rest is attention_prefill.cu's.
  *
- * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). A tile is 64 rows for each of two warpgroups (three at
- * head_dim 64, where sequences are long): as many q heads of one KV head as fit, of some queries.
+ * Shapes: q, out [T, H, D], k, v by strides (kernels/flash_attention.h). A tile is 64 rows for each of two warpgroups: as many q
+ * heads of one KV head as fit, of some queries.
  * Grid: one block a multiprocessor, which asks a counter for tiles, in the order of attention_tiles.cuh, until there are none: one
- * warp finds them, one fetches (attention_prefill_hopper.cuh), two or three warpgroups compute, each on its own rows
+ * warp finds them, one fetches (attention_prefill_hopper.cuh), two warpgroups compute, each on its own rows
  * (attention_compute_hopper.cuh).
- * Shared memory: Q of two tiles (of one at head_dim 256), a ring of 4 to 8 slots for K or V of a step.
+ * Shared memory: Q of two tiles (of one at head_dim 256), a ring of 5 or 8 slots for K or V of a step.
  * FLOPs: 4 D per (query row, key seen). Bytes: q and out once, K and V once per tile (mostly from L2).
  * Bound by the tensor cores: at head_dim 128 a step of both warpgroups takes 2,450 cycles, the products 2,048. What keeps it from
  * these is a warpgroup's own chain: 700 cycles until its scores are there, 1,450 of softmax (512 are what exponentials take, but
  * the other's products use the same ports of the register file), 200 to the next products. At head_dim 64 by the exponentials: 16
- * a cycle. Where sequences are short, by what comes between tiles: 3,500 cycles (masks 600, the next tile's notice 600, the store
- * 1,300). Measured on an H200 (tests/bench/results/2026-11-28-attention-h200.md), causal, bf16, beside FlashAttention-3:
- * 1.15, 0.97, 1.02, 1.03, 1.03, 1.02, 1.04 with 32 q heads of 8 KV heads at 512, 1k, 2k, 4k, 8k, 32k, 128k tokens; 1.08, 1.01,
- * 1.00, 1.00, 1.00, 0.99 with 16 heads at 512 to 16k; over pages of 64 1.11 to 1.18, in a window 1.06. head_dim 64 and 256: 0.98
- * and 0.97 of cuDNN at 512 tokens, more beyond; 0.92 to 1.13 and 0.93 to 1.01 of FlashAttention-3.
+ * a cycle. Where sequences are short, by what comes between tiles: masks (600 cycles), the next tile's notice (600), the store
+ * (1,300), of which the latter two fall beside products.
+ * Measured on an H200 (tests/bench/results/2026-11-29-attention-h200.md), causal, bf16, over FlashAttention-3: 1.13, 1.00, 1.03,
+ * 1.04, 1.03, 1.01, 1.03 with 32 q heads of 8 KV heads at 512, 1k, 2k, 4k, 8k, 32k, 128k tokens; 1.10, 1.03, 1.02, 1.01, 0.99, 0.98
+ * with 16 heads at 512 to 16k; over pages of 64 1.10 to 1.23, in a window 1.06. head_dim 64 and 256: 1.02 and 1.05 of cuDNN at 512
+ * tokens, more beyond; 0.96 to 1.20 and 0.96 to 1.03 of FlashAttention-3.
  *
  * A step: scores of this step and values of the one before are begun together; the softmax of the scores runs while the values are
  * added. At head_dim 128 the warpgroups take turns to begin (named barriers): one's softmax falls into the other's products.
- * From tile to tile it goes on so: the first scores of the next tile are begun with the last values of this one.
+ * From tile to tile: the last values are begun, the next tile is taken notice of, its first scores are begun, and while these are
+ * computed the results go to memory.
  * The same bits for a row in any batch, chunk or shape: steps begin at multiples of KEYS and are taken in descending order; of a
  * step of which a row sees nothing all weights are 0, and its maximum, sum and result stay as they are.
  *
  * Tried, and of no use: fewer scores where a tile's first step is half masked (products of another width beside those in flight
- * are serialised by ptxas); two blocks a multiprocessor at head_dim 64 (112 registers do not do); turns at head_dim 64 (-2 to
- * -4 %) and 256 (no difference); asking for the next tile at the begin of this one (one multiprocessor worked 13 % longer than
- * another); passing the turn before the last products are begun (no difference); one exponential in eight by a polynomial (-5 %:
- * every instruction lengthens the chain); keys kept until the weights are final (-13 %: the ring is too short); results by way of
- * shared memory, in whole rows (-2 to -10 %: 1,900 cycles instead of 1,300) or beside the next scores (-3 to -15 %);
- * one loop for all steps, masked or not (4,650 instructions instead of 7,120: -3 to -25 %); asking for the arguments' lines of the
- * constant cache at the begin (no difference).
+ * are serialised by ptxas), or half their softmax alone (-2 %, spills; in the first step alone +-1 %); two blocks a
+ * multiprocessor at head_dim 64 (112 registers do not do), or three warpgroups (-10 % at 4k, spills); turns at head_dim 64 (-2
+ * to -4 %) and 256 (no difference); asking for the next tile at the begin of this one (one multiprocessor worked 13 % longer
+ * than another); passing the turn before the last products are begun (no difference); one exponential in eight by a polynomial
+ * (-5 %: every instruction lengthens the chain); keys kept until the weights are final (-13 %: the ring is too short); results
+ * by way of shared memory, in whole rows (-2 to -10 %: 1,900 cycles instead of 1,300), where Q was and from there by bulk copies
+ * (-1 to -5 %: they end late), or from registers beside the next softmax (-3 to -15 %); one loop for all steps, masked or not
+ * (-3 to -25 %); asking for the arguments' lines of the constant cache at the begin (no difference); values released in the
+ * midst of the exponentials (-5 %).
  * What did: descriptors from uniform registers (+5 %), a warp of its own that finds tiles (+20 % at 512 tokens, +4 % at 4k), no
  * search for maxima (+5 %), asking for the next step's slots beside this one's products (+3 %), one elected lane that asks for
- * copies (over pages +7 %), masks by bits (+1 to +2 % at 512 and 1k). ALiBi, over plain: 13 % more time by a multiply-add a score,
- * 10 % (13 at 2k) where the tensor cores add the bias, 6 % (9 at 2k) with the slopes in shared memory.
+ * copies (over pages +7 %), masks by bits (+1 to +2 % at 512 and 1k), results stored beside the next scores (+5 % at 1k,
+ * head_dim 64 +5 to +9 %: no register is spilled since), the keys' release before the exponentials (head_dim 128 20 %, 64 -8 %),
+ * steps of 64 keys at head_dim 256 (+8 % at 512, +5 % at 1k, none beyond 4k). ALiBi, over plain: 13 % more time by a
+ * multiply-add a score, 10 % (13 at 2k) where the tensor cores add the bias after the scores, 4 % (5 at 2k) before their turn.
  */
 #include <atomic>
 
