@@ -39,7 +39,7 @@ struct flash_attention_params {
     size_t out_stride, out_head_stride, q_stride, q_head_stride;
     size_t kv_block_stride;     // elements from block to block, below 2^31; dense: not used
     size_t kv_head_stride;      // from head to head
-    size_t kv_stride;           // from token to token, below 2^26
+    size_t kv_stride;           // from token to token, below 2^26 (decode is tuned for head_dim)
     const int32_t *cu_seqlens_q; // device [S + 1]; decode: may be NULL when row s is the one query of sequence s
     const int32_t *cu_seqlens_k; // device [S + 1], dense; paged: NULL
     const int32_t *context_lens; // device [S], paged, new tokens included; dense: NULL

@@ -293,7 +293,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     }
 
     // The maximum of rows whose weights are large, as their sums (added) tell, moves: the largest sum of a lane's comes to be from 1
-    // to 2, by a power of two, which is exact. (Never in a tile's first step, when o is another tile's: weights are at most 1.)
+    // to 2, by a power of two, which is exact. (Never in a tile's first step: weights are at most 1.)
     __device__ __forceinline__ void move_maxima(float (&added)[2])
     {
         float factor[2];
@@ -544,8 +544,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         end_scores();
     }
 
-    // Steps until last_full: no row of the warpgroup sees less than all keys, nor did in the step before. The slots of the next
-    // step are waited for beside the products.
+    // Steps until last_full: no row of the warpgroup sees less than all keys, nor did in the step before.
     __device__ __forceinline__ void run_full()
     {
         if (shape::WAITS_EARLY && fetches_first()) wait_next_slots();
@@ -568,22 +567,22 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
         }
     }
 
-    // The first scores of a tile; any, if there is none, for ptxas wants no condition on products.
-    __device__ __forceinline__ void begin_first_scores(bool is_tile)
+    // The first scores of a tile; of anything, where none begins, for ptxas wants no condition on products.
+    __device__ __forceinline__ void begin_first_scores(bool begins)
     {
-        if (is_tile) {
+        if (begins) {
             take_slot(&keys);
             wait_slot(keys);
         }
         const uint32_t q = uniform(describe_q()), k = uniform(describe_slot(keys));
         begin_bias();
-        if (is_tile) take_turn();
+        if (begins) take_turn();
         begin_scores(q, k);
         if (has_values) wait_slot(slot); // the others take turns after this one
-        if (is_tile) pass_turn();
+        if (begins) pass_turn();
     }
 
-    // They are there, and o is free.
+    // They are there, and o is cleared for what comes.
     __device__ __forceinline__ void end_first_scores()
     {
         clear_result();
@@ -668,8 +667,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
     {
         if (shape::TAKES_TURNS && warpgroup == shape::WARPGROUPS - 1) named_barrier_arrive(1, 2 * WARPGROUP); // the first's turn
         has_values = false;
-        for (bool is_found = false;;) {
-            if (!is_found && !begin_tile()) return;
+        for (bool is_found = false; is_found || begin_tile();) {
             for (; n_skipped > 0; n_skipped--, step--) skip_step();
             if (step < first_step) {
                 drop_values();
@@ -681,7 +679,8 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
             begin_first_scores(true);
             drop_values();
             end_first_scores();
-            for (bool follows = true; follows;) { // each tile begins while the results of the one before go to memory
+            bool follows;
+            do { // each tile begins while the results of the one before go to memory
                 run_tile();
                 const hopper_rows of = rows;
                 is_found = begin_tile();
@@ -689,7 +688,7 @@ template <typename T, typename shape, enum scoring_kind KIND> struct computer {
                 begin_first_scores(follows);
                 end_last_values(of);
                 end_first_scores();
-            }
+            } while (follows);
             if (!is_found) return;
         }
     }

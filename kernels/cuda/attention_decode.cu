@@ -91,8 +91,8 @@ template <int D> __device__ __forceinline__ void fetch_all_keys(const uint16_t *
     } else {
 #pragma unroll
         for (int i = 0; i < CHUNKS / 2; i++) {
-            int row = (lane + i * 32) / CHUNKS, chunk = (lane + i * 32) % CHUNKS;
-            cp_async_16_once(to + tile_layout<D>::offset(row, chunk), from + (row * D + chunk * 8));
+            const int number = lane + i * 32;
+            cp_async_16_once(to + tile_layout<D>::offset(number / CHUNKS, number % CHUNKS), from + number * 8);
         }
     }
 }

@@ -94,6 +94,7 @@ template <int D> struct decode_shape {
     static constexpr int AT_ONCE = D > 128 ? 16 : 32;    // splits that are added up at once
     static constexpr int MOST_SMEM = (RING_BYTES > FEW_RING_BYTES ? RING_BYTES : FEW_RING_BYTES) + JOB_BYTES;
     static_assert(MOST_SMEM <= MAX_BLOCK_SMEM, "fits sm_80");
+    static_assert(FEW_RING_BYTES + JOB_BYTES <= ROOM_BESIDE, "the next kernel's block finds room");
     static_assert(AT_ONCE * PARTIAL * 4 <= FEW_SLOTS * SLOT && AT_ONCE * PARTIAL * 4 <= SLOTS * SLOT,
                   "they fit where a ring was");
 };

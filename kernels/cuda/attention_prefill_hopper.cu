@@ -115,7 +115,7 @@ cudaError_t make_maps(hopper_args *a, int32_t keys)
                             {(uint64_t)a->group, columns, kv_heads, (uint64_t)p->n_tokens},
                             {p->q_head_stride, 64, (uint64_t)a->group * p->q_head_stride, p->q_stride},
                             {(uint32_t)a->n_packed, (uint32_t)a->n_queries}};
-    a->box_tokens = !p->block_table ? keys : keys % p->block_size == 0 ? p->block_size : 16;
+    a->box_tokens = p->block_table ? p->block_size : keys;
     struct tensor_view k = {p->k,
                             {p->block_table ? (uint64_t)p->block_size : n_kv, columns, kv_heads, p->block_table ? n_kv : 1},
                             {p->kv_stride, 64, p->kv_head_stride, p->block_table ? p->kv_block_stride : 8},

@@ -43,7 +43,7 @@ template <int DIM> struct hopper_shape {
     static constexpr int ROWS = WARPGROUPS * 64;
     static constexpr int KEYS = D == 256 ? 64 : 128; // of a step; steps start at multiples of it, whatever the batch
     static constexpr int COMPUTE_THREADS = WARPGROUPS * WARPGROUP;
-    static constexpr int THREADS = COMPUTE_THREADS + WARPGROUP; // one warp fetches; registers are dealt out by warpgroups
+    static constexpr int THREADS = COMPUTE_THREADS + WARPGROUP; // one warp finds, one fetches; registers are dealt out by warpgroups
     static constexpr int COLUMNS = D / 64;
     static constexpr int Q_BUFFERS = D == 256 ? 1 : 2;
     static constexpr int Q_BYTES = COLUMNS * ROWS * ROW_BYTES;
@@ -56,6 +56,7 @@ template <int DIM> struct hopper_shape {
     static constexpr int FETCH_REGISTERS = D == 256 ? 24 : 40;
     static constexpr int COMPUTE_REGISTERS = D == 256 ? 240 : 232;
     static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8; // of a thread; they are dealt out in eights
+    static_assert(KEYS % 64 == 0, "whole pages");
     static_assert(FETCH_REGISTERS + COMPUTE_REGISTERS * WARPGROUPS <= LAUNCH_REGISTERS * (WARPGROUPS + 1),
                   "dealt out anew, they are no more than the block has: else those who grow wait for ever");
 };

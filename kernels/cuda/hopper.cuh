@@ -75,8 +75,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int n_threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
-// Nothing, in the order of the program, and not under a predicate: where it is conditional there is a branch, over which ptxas moves
-// nothing.
+// A fence that nothing needs: ptxas gives it a branch of its own where it is conditional, and moves nothing over that.
 __device__ __forceinline__ void keep_branch() { asm volatile("membar.cta;" ::: "memory"); }
 
 // To shared memory, in the order of the program.
