@@ -171,8 +171,9 @@ def poisoned(*shape, dtype):
 
 
 class Run:
-    """A batch in device memory, paged (block_size > 0) or dense, q in fused rows; keeps what the pointers point to"""
-    def __init__(self, sequences, options, block_size=64, spare=3):
+    """A batch in device memory, paged (block_size > 0) or dense, q in fused rows; keeps what the pointers point to. by_token:
+    a page has the heads of a token together, not the tokens of a head"""
+    def __init__(self, sequences, options, block_size=64, spare=3, by_token=False):
         self.sequences, self.options, heads = sequences, options, sequences[0].heads
         self.heads, self.block_size = heads, block_size
         n_tokens, p = sum(s.n for s in sequences), Params()
@@ -195,16 +196,19 @@ class Run:
         p.settled = random.randint(0, 1)
         self.p = p
         if block_size:
-            self.place_pages(spare)
+            self.place_pages(spare, by_token)
         else:
             self.place_dense()
 
-    def place_pages(self, spare):
+    def place_pages(self, spare, by_token):
         heads, size, p = self.heads, self.block_size, self.p
         counts = [(s.length + size - 1) // size for s in self.sequences]
         n_blocks, max_blocks = sum(counts) + spare, max(counts) + 2
         ids = torch.randperm(n_blocks).tolist()
-        self.k, self.v = (poisoned(n_blocks, heads.kv, size, heads.dim, dtype=heads.dtype) for _ in range(2))
+        shape = (n_blocks, size, heads.kv, heads.dim) if by_token else (n_blocks, heads.kv, size, heads.dim)
+        self.k, self.v = (poisoned(*shape, dtype=heads.dtype) for _ in range(2))
+        if by_token:
+            self.k, self.v = self.k.transpose(1, 2), self.v.transpose(1, 2)
         table = [[-1] * max_blocks for _ in self.sequences]
         for row, s, count in zip(table, self.sequences, counts):
             mine = [ids.pop() for _ in range(count)]
@@ -220,8 +224,8 @@ class Run:
                 self.k[mine[i]], self.v[mine[i]] = float("nan"), float("nan")
         self.table, self.lens = device_ints(table), device_ints([s.length for s in self.sequences])
         p.k, p.v = self.k.data_ptr(), self.v.data_ptr()
-        p.kv_stride, p.kv_head_stride = heads.dim, size * heads.dim
-        p.kv_block_stride, p.block_size, p.max_blocks = heads.kv * size * heads.dim, size, max_blocks
+        p.kv_block_stride, p.kv_head_stride, p.kv_stride, _ = self.k.stride()
+        p.block_size, p.max_blocks = size, max_blocks
         p.block_table, p.context_lens, p.n_kv = self.table.data_ptr(), self.lens.data_ptr(), n_blocks
 
     def place_dense(self):
@@ -323,12 +327,12 @@ def head_dims(library, worst):
             yield f"{dtype} d{dim}", lambda heads=heads: both(library, ragged(heads, EDGES), Options(), 64, worst)
 
 
-def both(library, sequences, options, block_size, worst, limit=ERROR_RATIO):
+def both(library, sequences, options, block_size, worst, limit=ERROR_RATIO, by_token=False):
     """Prefill of all, and decode of each one's last query"""
-    run = Run(sequences, options, block_size)
+    run = Run(sequences, options, block_size, by_token=by_token)
     check_close(run, run.prefill(library), worst, limit)
     if options.right < 0 or options.causal:
-        run = Run([s.part(s.n - 1, s.n) for s in sequences], options, block_size)
+        run = Run([s.part(s.n - 1, s.n) for s in sequences], options, block_size, by_token=by_token)
         check_close(run, run.decode(library), worst, limit)
 
 
@@ -346,6 +350,8 @@ def block_sizes(library, worst):
             heads = Heads(random.choice(list(DTYPES)), dim, 8, 2)
             yield f"blocks of {size} d{dim}", lambda heads=heads, pairs=pairs, size=size: \
                 both(library, ragged(heads, pairs), Options(), size, worst)
+            yield f"blocks of {size} by token d{dim}", lambda heads=heads, pairs=pairs, size=size: \
+                both(library, ragged(heads, pairs), Options(), size, worst, by_token=True)
 
 
 def lengths(library, worst):
@@ -382,6 +388,11 @@ def scores(library, worst):
             yield f"{name} d{heads.dim}", lambda heads=heads, make=make: both(
                 library, ragged(heads, EDGES + [(300, 900)], 3.0), make(heads), 64, worst)
 
+    for dim, q, kv in ((64, 71, 1), (128, 80, 8)):  # more slopes than a warp's lanes keep
+        heads = Heads(torch.bfloat16, dim, q, kv)
+        yield f"alibi {q}/{kv} d{dim}", lambda heads=heads: \
+            both(library, ragged(heads, EDGES, 3.0), Options(slopes=alibi(heads.q)), 64, worst)
+
 
 def not_causal(library, worst):
     for dim in (64, 128, 256):
@@ -401,8 +412,14 @@ def dense(library, worst):
             heads = Heads(random.choice(list(DTYPES)), dim, 8, random.choice((8, 2)))
             yield f"d{dim} causal {causal}", lambda heads=heads, causal=causal: \
                 prefill_only(library, ragged(heads, pairs), Options(causal), 0, worst)
-    options = Options(left=50, slopes=alibi(8))
-    yield "window, alibi", lambda: prefill_only(library, ragged(Heads(), pairs), options, 0, worst)
+    for dim in (64, 128, 256):
+        heads = Heads(torch.bfloat16, dim, 8, 2)
+        yield f"window, alibi d{dim}", lambda heads=heads: \
+            prefill_only(library, ragged(heads, pairs), Options(left=50, slopes=alibi(8)), 0, worst)
+        # Queries without keys between others, in blocks that have several tiles.
+        heads = Heads(torch.bfloat16, dim, 16, 16)
+        yield f"gaps d{dim}", lambda heads=heads: \
+            prefill_only(library, ragged(heads, [(130, 333), (5, 0), (300, 40), (70, 70)] * 10), Options(), 0, worst)
 
 
 def chunk_bits(library, s, options, block_size):
