@@ -578,6 +578,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
     constexpr int M = shape::STRIPE / 16;
     extern __shared__ __align__(1024) unsigned char smem[];
     const int n_slots = a.few ? shape::FEW_SLOTS : shape::SLOTS, ring_bytes = n_slots * shape::SLOT; // of a warp
+    const bool alternates = n_slots % 2; // in a slot: values after keys (known to the compiler, but at head_dim 96)
     const uint32_t warp = threadIdx.x / 32, ring = shared_address(smem) + warp * ring_bytes;
     const int lane = (int)threadIdx.x % 32;
     decode_job *jobs = (decode_job *)(smem + (a.few ? shape::FEW_RING_BYTES : shape::RING_BYTES));
@@ -631,13 +632,13 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1) attention_decode_kernel(con
             float s[M][4];
             wait();
             multiply_keys<T, D, M>(s, q, slot + lane_of_rows<D>(lane));
-            refill(true); // a ring's slots are an odd number
+            refill(alternates);
             if (a.scoring.softcap_in != 0 || a.scoring.slopes || first < full_first || first + shape::STRIPE > full_end)
                 adjust_stripe<M>(s, a, item.row, run, first);
             soften<T, D, M>(s, part, p, a.scoring.multiplier);
             wait();
             add_values<T, D, M>(part, p, slot + lane_of_keys<D>(lane));
-            refill(false);
+            refill(!alternates);
         }
         finish_split<T, D>(a, item, run, part, row, jobs + warp * WARP_JOBS);
         leave_split<D>(a, item);

@@ -79,11 +79,10 @@ template <int D> struct decode_shape {
     static constexpr int SLOT = STRIPE * tile_layout<D>::STRIDE; // bytes: K or V of a stripe
     // Of a block. A stripe of short heads is few bytes and hardly fewer instructions: four warps would wait for these.
     static constexpr int WARPS = D > 96 ? 4 : MAX_WARPS;
-    // An odd number: where keys were, values come next.
     static constexpr int fitting(int room, int n_warps)
     {
         int n = (room - 1024) / (n_warps * SLOT);
-        return ((n < MAX_SLOTS ? n : MAX_SLOTS) - 1) / 2 * 2 + 1;
+        return n < MAX_SLOTS ? n : MAX_SLOTS;
     }
     static constexpr int SLOTS = fitting(MAX_BLOCK_SMEM, WARPS); // of a warp's ring
     static constexpr int FEW_SLOTS = fitting(ROOM_BESIDE, FEW_WARPS);
