@@ -425,7 +425,7 @@ START_TEST(test_window_holds_constant_memory)
 {
     enum { WINDOW = 40, BLOCK = 16, N = 5000, MOST = (WINDOW + BLOCK - 1) / BLOCK + 1 };
     struct engine_options o = options_default();
-    o.model_dir = "fake:len=6000,window=40";
+    o.model_dir = "fake:len=6000,window=40,us=20"; // slow enough to be seen at work
     o.backend = _i == 0 ? "fake" : "fake-async";
     o.kv_cache_memory_bytes = 12 * 256; // bytes; the whole text would take 313 blocks
     struct engine *engine = engine_begin(&o);
