@@ -9,6 +9,8 @@ import json
 import os
 
 BYTES = 2
+PROMPTS = (8192, 32768, 131072)  # tokens, of which the time to first token is measured
+LEFT_FREE = 8  # tokens of a context that a prompt is to fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Model:
         return cls(path, c["num_hidden_layers"], hidden, c["intermediate_size"], n_heads,
                    c.get("num_key_value_heads") or n_heads, c.get("head_dim") or hidden // n_heads, c["vocab_size"],
                    c["max_position_embeddings"])
+
+    def prompt_lengths(self, quick):
+        """PROMPTS, as far as the model's context goes"""
+        return [min(n, self.max_positions - LEFT_FREE) for n in PROMPTS[:2 if quick else 3] if n <= 2 * self.max_positions]
 
     def name(self):
         return os.path.basename(os.path.normpath(self.path))

@@ -22,8 +22,6 @@ BENCH_CPU = importlib.util.spec_from_file_location("bench_cpu", os.path.join(ROO
 bench_cpu = importlib.util.module_from_spec(BENCH_CPU)
 BENCH_CPU.loader.exec_module(bench_cpu)
 
-LAST_ID = 8  # tokens left free of a context that a prompt is to fill
-
 
 def library_path(bundle):
     """LD_LIBRARY_PATH for our programs alone, as scripts/check_gpu.sh has it: Python has libraries of its own."""
@@ -289,7 +287,6 @@ def deterministic(bench):
 
 def ttft_of(bench, server, length):
     model = bench.model
-    length = min(length, model.max_positions - LAST_ID)
     n = 3 if length <= 8192 else 2 if length <= 32768 else 1
     run = load(bench, server, model, 1, n, length, 1, warmup=1 if length <= 8192 else 0)
     measured = run["ttft_ms"]["p50"] * 1e-3
@@ -300,11 +297,9 @@ def ttft_of(bench, server, length):
 
 
 def ttft(bench):
-    wanted = (8192, 32768) if bench.arguments.quick else (8192, 32768, 131072)
     server = dummy_server(bench, bench.model, bench.model.max_positions, 8)
-    for length in wanted:
-        if length <= 2 * bench.model.max_positions:
-            bench.attempt(f"{length} tokens", ttft_of, bench, server, length)
+    for length in bench.model.prompt_lengths(bench.arguments.quick):
+        bench.attempt(f"{length} tokens", ttft_of, bench, server, length)
 
 
 def traced(bench, start, cases, **env):

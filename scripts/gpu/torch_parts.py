@@ -24,7 +24,6 @@ from gpu import cost  # noqa: E402
 
 DTYPE = torch.bfloat16
 GEMM_TOKENS = (1, 64, 128, 256, 512, 2048, 4096, 8192)
-TTFT_TOKENS = (8192, 32768, 131064)
 MOST_LOGITS = 512  # rows that lm_head is timed with
 
 
@@ -272,7 +271,7 @@ def decode(arguments, _model):
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
-def transformers(arguments, _model):
+def transformers(arguments, model):
     from transformers import LlamaConfig, LlamaForCausalLM
     with open(os.path.join(arguments.model, "config.json")) as f:
         config = LlamaConfig(**json.load(f))
@@ -302,9 +301,8 @@ def transformers(arguments, _model):
         if n > 1:
             seconds(1)  # warms up
         row("transformers_ttft", tokens=length, requests=n, **{"TTFT s": min(seconds(1) for _ in range(n))})
-    for length in TTFT_TOKENS[:2] if arguments.quick else TTFT_TOKENS:
-        if length <= config.max_position_embeddings:
-            attempt("transformers_ttft", f"{length} tokens", first_token, length)
+    for length in model.prompt_lengths(arguments.quick):
+        attempt("transformers_ttft", f"{length} tokens", first_token, length)
 
 
 PARTS = {f.__name__: f for f in (ceilings, prefill, plain, decode, transformers)}
