@@ -26,7 +26,7 @@
  * step of which a row sees nothing all weights are 0, and its maximum, sum and result stay as they are.
  *
  * Tried, and of no use: fewer scores where a tile's first step is half masked (products of another width beside those in flight
- * are serialised by ptxas), or half their softmax alone (-2 %, spills; in the first step alone +-1 %); two blocks a
+ * are serialised by ptxas), or half their softmax alone (-1 to -30 %, spills; in the first step alone +-1 %); two blocks a
  * multiprocessor at head_dim 64 (112 registers do not do), or three warpgroups (-10 % at 4k, spills); turns at head_dim 64 (-2
  * to -4 %) and 256 (no difference); asking for the next tile at the begin of this one (one multiprocessor worked 13 % longer
  * than another); passing the turn before the last products are begun (no difference); one exponential in eight by a polynomial
