@@ -83,7 +83,8 @@ def all_cases():
     groups["window"] = [Case("window", gqa, 1, s, window_left=WINDOW - 1) for s in (8192, 32768)]
     groups["alibi"] = [Case("alibi", gqa, 1, s) for s in (2048, 8192)]
     groups["decode"] = [Case("decode", gqa, *shape, 1) for shape in DECODE]
-    groups["decode"] += [Case("decode", (dim, 32, 8), *shape, 1) for dim in (64, 256) for shape in ((128, 4096), (64, 2048))]
+    groups["decode"] += [Case("decode", heads, *shape, 1) for heads in ((64, 32, 8), (96, 32, 32), (256, 32, 8))
+                         for shape in ((128, 4096), (64, 2048))]
     return groups
 
 
