@@ -33,7 +33,8 @@ attention() {
     ours "$bundle/test_cuda_attention" && python3 tests/gpu/attention_check.py "$bundle/libgptd_cuda.so"
 }
 demo() {
-    ours "$bundle/gptd" --model models/demo --backend cuda --port 8123 --log-level warning &
+    (LD_LIBRARY_PATH=$libraries exec timeout "${LIMIT:-300}" "$bundle/gptd" --model models/demo --backend cuda --port 8123 \
+        --log-level warning) & # exec: the signal below must reach it
     local server=$!
     sleep 3
     python3 scripts/demo/measure.py --url http://127.0.0.1:8123 --check --sums 200 --repeats 1 --lengths 300 2040
