@@ -64,7 +64,7 @@ SIMD_OBJ := $(foreach isa,$(ISAS),$(patsubst kernels/cpu/simd/%.c,$(BUILD)/obj/k
 LIBS_GPTD := $(addprefix $(BUILD)/lib,$(addsuffix .a,server engine models tokenizer kernels))
 # As unpacked from the tarball, with libraries of its own; an RPATH, for it also holds for the libraries' libraries.
 RPATH := -Wl,--disable-new-dtags,-rpath,'$$ORIGIN/lib'
-LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd sentencepiece libpcre2-8 libutf8proc) -lcjson -lstdc++ -lm -ldl
+LIBS_SYSTEM = $(shell pkg-config --libs libmicrohttpd gnutls sentencepiece libpcre2-8 libutf8proc) -lcjson -lstdc++ -lm -ldl
 
 # ---- the CUDA backend: a library of its own beside the program, where there is nvcc ----
 
@@ -217,7 +217,7 @@ check-asan:
 
 # Thread sanitizer over what has threads.
 THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,\
-  thread_pool load engine engine_life engine_requests listener notifier workers log tokenizer)
+  thread_pool load engine engine_life engine_requests listener notifier workers log api_keys tokenizer)
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded

@@ -5,7 +5,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-packages="gcc g++ libc6-dev make pkg-config curl libmicrohttpd-dev libcjson-dev libsentencepiece-dev libpcre2-dev libutf8proc-dev"
+packages="gcc g++ libc6-dev make pkg-config curl libmicrohttpd-dev libgnutls28-dev libcjson-dev libsentencepiece-dev"
+packages="$packages libpcre2-dev libutf8proc-dev"
 if [ "${1:-run}" = check ]; then
     # Sanitizers and fuzzing need clang's runtime; the end-to-end tests are Python.
     packages="$packages check clang libclang-rt-dev python3 python3-venv"
@@ -20,7 +21,7 @@ if command -v dpkg-query >/dev/null 2>&1; then
         dpkg-query -W -f='${Status}\n' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
     done
 else
-    for p in libmicrohttpd libcjson sentencepiece libpcre2-8 libutf8proc; do
+    for p in libmicrohttpd gnutls libcjson sentencepiece libpcre2-8 libutf8proc; do
         pkg-config --exists $p 2>/dev/null || missing="$missing $p"
     done
     [ -z "$missing" ] && exit 0

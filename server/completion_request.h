@@ -48,6 +48,9 @@ struct completion_request {
 // What one request may come to, in tokens: see struct server_options.
 int64_t completion_max_tokens(const struct completion_limits *limits);
 
+// Those that it comes to if no choice ends early.
+int64_t completion_request_tokens(const struct completion_request *r);
+
 // Parses body ([length] bytes and a NUL), which it may change. api_key (may be NULL) keeps the prefix cache of its
 // owner apart. Slow for long prompts. On failure there is nothing to free.
 int completion_request_parse(struct completion_request *r, char *body, size_t length, const char *api_key,

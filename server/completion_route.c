@@ -30,6 +30,8 @@ struct call {
     struct http_error error;
     struct completion completion;
     bool submitted, told; // told: the last event but [DONE] is out
+    bool limited;         // its API key's limit has it running
+    int64_t n_charged;    // tokens
     double last_sent;     // CLOCK_MONOTONIC seconds
     struct text_buffer head;
 };
@@ -37,8 +39,43 @@ struct call {
 static void parse_body(struct exchange *x)
 {
     struct call *call = x->state;
-    call->kind->parse(&call->completion.request, x->body.data ? x->body.data : "", x->body.length, x->api_key,
-                      &x->server->limits, &call->error);
+    call->kind->parse(&call->completion.request, x->body.data ? x->body.data : "", x->body.length,
+                      x->api_key ? api_key_id(x->api_key) : NULL, &x->server->limits, &call->error);
+}
+
+// ---- limits of the API key ----
+
+static int limit_begin(struct exchange *x, struct call *call)
+{
+    if (!x->api_key) return 0;
+    int failed = rate_limit_begin(api_key_limit(x->api_key), watchdog_now(), &call->error);
+    call->limited = !failed;
+    return failed;
+}
+
+static int limit_charge(struct exchange *x, struct call *call)
+{
+    if (!call->limited) return 0;
+    int64_t n = completion_request_tokens(&call->completion.request);
+    int failed = rate_limit_charge(api_key_limit(x->api_key), n, watchdog_now(), &call->error);
+    if (!failed) call->n_charged = n;
+    return failed;
+}
+
+// Before the last of an answer goes out: who has read it may ask again at once.
+static void limit_end(struct exchange *x, struct call *call)
+{
+    const struct completion *c = &call->completion;
+    if (!call->limited) return;
+    int64_t n_used = call->submitted ? completion_prompt_tokens(c) + completion_tokens(c) : 0;
+    rate_limit_end(api_key_limit(x->api_key), call->n_charged, n_used);
+    call->limited = false;
+}
+
+static enum exchange_next reply_error(struct exchange *x, struct call *call)
+{
+    limit_end(x, call);
+    return exchange_reply_error(x, &call->error);
 }
 
 // ---- answered whole ----
@@ -48,8 +85,9 @@ static enum exchange_next answer_whole(struct exchange *x, struct call *call)
     struct completion *c = &call->completion;
     x->deadline = request_deadline(x);
     if (completion_collect(c, &call->error) || (!completion_done(c) && request_check_time(x, &call->error)))
-        return exchange_reply_error(x, &call->error);
+        return reply_error(x, call);
     if (!completion_done(c)) return EXCHANGE_WAIT;
+    limit_end(x, call);
     call->kind->write_whole(&call->head, c);
     return exchange_reply_json(x, &call->head);
 }
@@ -58,8 +96,8 @@ static enum exchange_next submit(struct exchange *x, struct call *call)
 {
     struct server *s = x->server;
     exchange_drop_body(x);
-    if (completion_start(&call->completion, s->engine, s->tokenizer, s->metrics, &call->error))
-        return exchange_reply_error(x, &call->error);
+    if (limit_charge(x, call) || completion_start(&call->completion, s->engine, s->tokenizer, s->metrics, &call->error))
+        return reply_error(x, call);
     call->submitted = true;
     call->last_sent = watchdog_now();
     call->kind->write_head(&call->head, s->options.served_model_names[0], call->completion.request.stream);
@@ -76,16 +114,20 @@ static enum exchange_next handle(struct exchange *x, const struct call_kind *kin
             return exchange_reply_error(x, &e);
         }
         x->state = call = calloc(1, sizeof *call);
-        if (call) call->kind = kind;
-        if (!call || !work_begin(&call->work, x, kind->short_body, parse_body)) {
-            http_error_set(&e, 503, NULL, NULL, call ? "too many long prompts at once" : "out of memory");
+        if (!call) {
+            http_error_set(&e, 503, NULL, NULL, "out of memory");
             return exchange_reply_error(x, &e);
+        }
+        call->kind = kind;
+        if (limit_begin(x, call)) return reply_error(x, call);
+        if (!work_begin(&call->work, x, kind->short_body, parse_body)) {
+            http_error_set(&call->error, 503, NULL, NULL, "too many long prompts at once");
+            return reply_error(x, call);
         }
     }
     if (!work_over(&call->work)) return EXCHANGE_WAIT;
     if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
-    if (call->error.status || (!call->submitted && request_check_time(x, &call->error)))
-        return exchange_reply_error(x, &call->error);
+    if (call->error.status || (!call->submitted && request_check_time(x, &call->error))) return reply_error(x, call);
     return call->submitted ? answer_whole(x, call) : submit(x, call);
 }
 
@@ -120,8 +162,10 @@ static void write_chunks(struct text_buffer *out, struct call *call)
     }
 }
 
-static enum exchange_next write_end(struct text_buffer *out, struct call *call)
+static enum exchange_next write_end(struct exchange *x, struct call *call)
 {
+    struct text_buffer *out = &x->out;
+    limit_end(x, call);
     if (call->completion.request.include_usage) {
         begin_event(out, call);
         text_string(out, "],\"usage\":");
@@ -133,12 +177,13 @@ static enum exchange_next write_end(struct text_buffer *out, struct call *call)
 }
 
 // The status is out already: the error goes in band, and no [DONE] follows.
-static enum exchange_next write_error(struct exchange *x, const struct http_error *e)
+static enum exchange_next write_error(struct exchange *x, struct call *call)
 {
+    limit_end(x, call);
     text_string(&x->out, "data: ");
-    http_error_write(&x->out, e);
+    http_error_write(&x->out, &call->error);
     text_string(&x->out, "\n\n");
-    x->error = *e;
+    x->error = call->error;
     return EXCHANGE_END;
 }
 
@@ -150,9 +195,9 @@ enum exchange_next completion_stream(struct exchange *x)
     if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
     int failed = completion_collect(c, &call->error);
     write_chunks(&x->out, call);
-    if (failed) return write_error(x, &call->error);
-    if (completion_done(c)) return write_end(&x->out, call);
-    if (request_check_time(x, &call->error)) return write_error(x, &call->error);
+    if (failed) return write_error(x, call);
+    if (completion_done(c)) return write_end(x, call);
+    if (request_check_time(x, &call->error)) return write_error(x, call);
     if (x->out.length == 0 && now >= call->last_sent + interval) text_string(&x->out, ": keep-alive\n\n");
     if (x->out.length) call->last_sent = now;
     x->deadline = fmin(request_deadline(x), call->last_sent + interval);
@@ -183,6 +228,7 @@ void completion_done_with(struct exchange *x)
     struct call *call = x->state;
     work_end(&call->work);
     if (call->submitted) fill_log(x, &call->completion);
+    limit_end(x, call);
     completion_deinit(&call->completion);
     text_deinit(&call->head);
     free(call);

@@ -295,28 +295,22 @@ static int check_route(struct exchange *x, const char *method)
     return http_error_set(&x->error, 204, NULL, NULL, "options");
 }
 
-// In time that depends on the length of what was given alone.
-static bool same_key(const char *key, const char *given, size_t n)
-{
-    size_t length = strlen(key);
-    unsigned char difference = length != n;
-    for (size_t i = 0; i < n; i++) difference |= (unsigned char)(given[i] ^ key[i < length ? i : 0]);
-    return !difference;
-}
-
 static int check_key(struct exchange *x, const struct http_headers *headers)
 {
-    const struct server_options *o = x->http->options;
-    if (x->route->open || o->n_api_keys == 0) return 0;
+    struct api_keys *keys = x->http->options->api_keys;
+    if (x->route->open || !keys) return 0;
     const struct http_header *h = http_header_find(headers, "Authorization");
     static const char scheme[] = "Bearer ";
     size_t skip = sizeof scheme - 1;
     if (!h || h->value_length < skip || strncasecmp(h->value, scheme, skip))
         return http_error_set(&x->error, 401, "invalid_api_key", NULL,
                               "no API key: send it as `Authorization: Bearer KEY`");
-    for (size_t i = 0; i < o->n_api_keys; i++)
-        if (same_key(o->api_keys[i], h->value + skip, h->value_length - skip)) x->api_key = o->api_keys[i];
-    return x->api_key ? 0 : http_error_set(&x->error, 401, "invalid_api_key", NULL, "the API key is not valid");
+    x->api_key = api_keys_find(keys, h->value + skip, h->value_length - skip);
+    if (!x->api_key) return http_error_set(&x->error, 401, "invalid_api_key", NULL, "the API key is not valid");
+    x->log.key = api_key_name(x->api_key);
+    return api_key_may(x->api_key, x->route->role)
+               ? 0
+               : http_error_set(&x->error, 403, "insufficient_permissions", NULL, "this API key may not ask for this");
 }
 
 static bool is_json(const struct http_header *h)
@@ -584,6 +578,7 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
     metrics_http(h->metrics, x->log.method, x->route ? x->route->path : "other", x->status);
     exchange_drop_body(x);
     text_deinit(&x->out);
+    api_key_release(x->api_key);
     free(x);
     atomic_fetch_sub(&h->n_active, 1);
 }

@@ -31,6 +31,7 @@ enum exchange_next {
 struct route {
     const char *method, *path; // "GET" (answers HEAD too) or "POST"; a path that ends in '/' takes what follows too, "/" nothing
     bool open;                 // without a key, and while the server drains
+    enum api_role role;        // else of a key that may
     enum exchange_next (*handle)(struct exchange *x);
     enum exchange_next (*stream)(struct exchange *x); // after exchange_reply_stream: appends to x->out, which is empty
     bool (*ready)(const struct exchange *x);          // see struct waiter
@@ -45,7 +46,7 @@ struct exchange {
     const struct route *route;
     const char *path;             // as sent, without the query
     struct text_buffer body;      // NUL-terminated (not counted in length)
-    const char *api_key;          // the one that was used; NULL: none asked for
+    struct api_key *api_key;      // the one that was used; NULL: none asked for
     double received;              // CLOCK_MONOTONIC seconds when the whole request was there
     double deadline;              // the next call comes at the latest then (INFINITY: never mind)
     atomic_bool gone;             // the client has closed or half-closed its connection
@@ -91,7 +92,7 @@ void exchange_drop_body(struct exchange *x);
 // For work done elsewhere: sets *finished, which `ready` looks at, and has x called again. x may be gone on return.
 void exchange_finish_wait(struct exchange *x, atomic_bool *finished);
 
-// options, server and metrics are borrowed; routes: [n_routes]. Binds the port.
+// options (with their keys), server and metrics are borrowed; routes: [n_routes]. Binds the port.
 int http_create(struct http **out, const struct server_options *options, const struct route *routes, size_t n_routes,
                 struct server *server, struct metrics *metrics, struct error *e);
 int http_start(struct http *h, struct error *e);

@@ -183,6 +183,7 @@ void log_request(const struct log_request *r)
     line_begin(&line, level);
     line_message(&line, "request");
     field_string(&line, "id", r->id);
+    field_string(&line, "key", r->key);
     field_string(&line, "method", r->method);
     field_string(&line, "path", r->path);
     field_integer(&line, "status", r->status);

@@ -17,6 +17,7 @@ enum log_format { LOG_FORMAT_TEXT, LOG_FORMAT_JSON };
 // One HTTP request, logged when it has ended. Strings are borrowed; control characters in them are escaped.
 struct log_request {
     const char *id;            // x-request-id
+    const char *key;           // name of the API key; NULL: none asked for
     const char *method, *path; // as the client sent them, without the query
     int32_t status;            // HTTP status; 0: the client went away before there was one
     const char *finish;        // finish reason ("stop", "length", "cancelled", ...); NULL: not a completion

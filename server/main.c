@@ -1,7 +1,8 @@
 /* main.c: from options to exit status. Everything else is someone else's; the signals are handled here.
  *
- * SIGTERM and SIGINT are blocked in every thread and waited for by one, so that they interrupt no system call and work
- * for PID 1 as well: while loading they end the process, once serving the first one drains and the second one ends it.
+ * SIGTERM, SIGINT and SIGHUP are blocked in every thread and waited for by one, so that they interrupt no system call and work
+ * for PID 1 as well: while loading the first two end the process, once serving the first one drains and the second one ends it;
+ * SIGHUP reads the API keys again.
  */
 #include <inttypes.h>
 #include <pthread.h>
@@ -40,23 +41,36 @@ static double now(void)
 
 // ---- signals --------------------------------------------------------------------------------------------------------
 
-static void stop_signals(sigset_t *set)
+static void awaited_signals(sigset_t *set)
 {
     sigemptyset(set);
+    sigaddset(set, SIGHUP);
     sigaddset(set, SIGTERM);
     sigaddset(set, SIGINT);
 }
 
-static void *signals_run(void *unused)
+static void reload_keys(struct api_keys *keys)
 {
-    (void)unused;
+    struct error e;
+    if (!keys) log_message(LOG_LEVEL_INFO, "SIGHUP: there are no API keys to read again");
+    else if (api_keys_reload(keys, &e)) log_message(LOG_LEVEL_ERROR, "the API keys stay as they were: %s", e.message);
+    else log_message(LOG_LEVEL_INFO, "API keys read again: %zu", api_keys_count(keys));
+}
+
+static void *signals_run(void *keys)
+{
     sigset_t set;
     int signal;
-    stop_signals(&set);
-    for (bool stopping = false;; stopping = true) {
+    awaited_signals(&set);
+    for (bool stopping = false;;) {
         sigwait(&set, &signal);
+        if (signal == SIGHUP) {
+            reload_keys(keys);
+            continue;
+        }
         if (stopping || !atomic_load(&serving)) _exit(128 + signal);
         sem_post(&stop_requested);
+        stopping = true;
     }
 }
 
@@ -78,17 +92,17 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
     _exit(signal == SIGBUS ? EXIT_FILE_CUT : 128 + signal);
 }
 
-static int signals_init(void)
+static int signals_init(struct api_keys *keys)
 {
     sigset_t set;
     pthread_t thread;
     struct sigaction bus = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESETHAND};
-    stop_signals(&set);
+    awaited_signals(&set);
     sem_init(&stop_requested, 0, 0);
     signal(SIGPIPE, SIG_IGN);
     sigaction(SIGBUS, &bus, NULL);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
-    return pthread_create(&thread, NULL, signals_run, NULL) || pthread_detach(thread);
+    return pthread_create(&thread, NULL, signals_run, keys) || pthread_detach(thread);
 }
 
 // ---- one run --------------------------------------------------------------------------------------------------------
@@ -295,7 +309,7 @@ int main(int argc, char **argv)
     }
     log_is_json = options.log_format == LOG_FORMAT_JSON;
     log_init(STDERR_FILENO, options.log_format, options.log_level);
-    if (signals_init()) {
+    if (signals_init(options.server.api_keys)) {
         fputs("gptd: cannot start a thread\n", stderr);
         return EXIT_OPTIONS;
     }

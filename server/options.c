@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "server/json_get.h"
+#include "server/text_file.h"
 
 enum option_type {
     OPTION_STRING,
@@ -79,8 +80,9 @@ static const struct option options_table[] = {
     GROUP("Server"),
     {"host", OPTION_STRING, AT(server.host), "ADDRESS", "127.0.0.1", 0, 0, "address to listen on; 0.0.0.0 or ::: all"},
     {"port", OPTION_UINT16, AT(server.port), "N", "8000", 0, 65535, "port to listen on; 0: any free one"},
-    {"api-key", OPTION_STRING, AT(api_key), "KEY", NULL, 0, 0, "bearer token to ask for, but for /health and /ready"},
-    {"api-key-file", OPTION_STRING, AT(api_key_file), "FILE", NULL, 0, 0, "likewise any of these, one key per line"},
+    {"api-key", OPTION_STRING, AT(api_key), "KEY", NULL, 0, 0, "bearer token to ask for, but for /health and /ready; an admin's"},
+    {"api-key-file", OPTION_STRING, AT(api_key_file), "FILE", NULL, 0, 0,
+     "likewise these, a line each, with roles and limits; SIGHUP reads it again"},
     {"cors-origin", OPTION_STRING, AT(server.cors_origin), "ORIGIN", NULL, 0, 0,
      "pages that may call from a browser; *: all"},
     {"http-threads", OPTION_INT32, AT(server.http_threads), "N", "2", 1, 64, "event loops"},
@@ -425,32 +427,13 @@ static int member_read(struct loader *l, const struct json_body *body, const cJS
     return option_set(l, p, text, SOURCE_FILE, where);
 }
 
-// Reads a small text file whole; *text is malloc'd, NUL-terminated. `where`: the option that names it.
-static int file_read(const char *path, const char *where, char **text, size_t *n, struct error *e)
-{
-    enum { MOST = 1 << 20 };
-    FILE *f = fopen(path, "rb");
-    if (!f) return error_set(e, ERR_IO, "%s: cannot open %s: %s", where, path, strerror(errno));
-    *text = malloc(MOST + 1);
-    *n = *text ? fread(*text, 1, MOST + 1, f) : 0;
-    bool failed = ferror(f);
-    fclose(f);
-    if (!*text) return error_set(e, ERR_NOMEM, "out of memory");
-    if (!failed && *n <= MOST) {
-        (*text)[*n] = '\0';
-        return 0;
-    }
-    free(*text);
-    return error_set(e, ERR_IO, "%s: %s %s", where, failed ? "cannot read" : "over 1 MiB:", path);
-}
-
 static int config_read(struct loader *l, const char *path)
 {
     char *text;
     size_t n;
     struct json_body body;
     struct json_error json_error;
-    int result = file_read(path, "--config", &text, &n, l->e);
+    int result = text_file_read(path, "--config", &text, &n, l->e);
     if (result) return result;
     result = json_body_init(&body, text, n, NULL, &json_error);
     if (result) {
@@ -484,35 +467,6 @@ static void list_free(const char *const *list, size_t count)
     free((void *)list);
 }
 
-static int key_add(struct server_options *o, const char *key, size_t n, const char *where, struct error *e)
-{
-    for (size_t i = 0; i < n; i++)
-        if (!isgraph((unsigned char)key[i]))
-            return error_set(e, ERR_INVALID, "%s: a key is made of visible ASCII characters", where);
-    return list_add(&o->api_keys, &o->n_api_keys, key, n, e);
-}
-
-static int keys_read(struct options *o, struct error *e)
-{
-    char *text;
-    size_t size;
-    if (o->api_key && key_add(&o->server, o->api_key, strlen(o->api_key), "--api-key", e)) return e->code;
-    if (!o->api_key_file) return 0;
-    if (file_read(o->api_key_file, "--api-key-file", &text, &size, e)) return e->code;
-    int result = 0;
-    size_t before = o->server.n_api_keys;
-    for (char *p = text; !result && *(p += strspn(p, " \t\r\n"));) {
-        size_t n = strcspn(p, "\r\n");
-        while (p[n - 1] == ' ' || p[n - 1] == '\t') n--;
-        result = key_add(&o->server, p, n, "--api-key-file", e);
-        p += n;
-    }
-    free(text);
-    if (!result && o->server.n_api_keys == before)
-        result = error_set(e, ERR_INVALID, "--api-key-file: %s holds no key", o->api_key_file);
-    return result;
-}
-
 // The names given, or the last part of the model's directory, wherever "." and links lead.
 static int names_read(struct options *o, struct error *e)
 {
@@ -544,7 +498,8 @@ static int options_finish(struct options *o, struct error *e)
         return error_set(e, ERR_INVALID, "--max-num-batched-tokens: must be at least --max-num-seqs, %d, is %d",
                          o->engine.max_num_seqs, o->engine.max_num_batched_tokens);
     if (names_read(o, e)) return e->code;
-    return keys_read(o, e);
+    if (!o->api_key && !o->api_key_file) return 0;
+    return api_keys_create(&o->server.api_keys, o->api_key, o->api_key_file, e);
 }
 
 int options_init(struct options *o, int argc, char **argv, char **environment, struct error *e)
@@ -569,7 +524,7 @@ void options_deinit(struct options *o)
 {
     for (const struct option *p = options_table; p < options_table + N_OPTIONS; p++)
         if (p->name && p->type == OPTION_STRING) free(*(char **)((char *)o + p->offset));
-    list_free(o->server.api_keys, o->server.n_api_keys);
+    api_keys_destroy(o->server.api_keys);
     list_free(o->server.served_model_names, o->server.n_served_model_names);
     *o = (struct options){0};
 }
@@ -599,7 +554,8 @@ void options_help(FILE *out)
     }
     fputs("\nDefaults stand in brackets. --max-model-len 4096 may also be given as GPTD_MAX_MODEL_LEN=4096 or, in the\n"
           "file of --config, as {\"max-model-len\": 4096}. Flags win over variables over the file over defaults.\n"
-          "\nSIGTERM and SIGINT drain: what runs is finished, then gptd ends; a second one ends it at once.\n"
+          "\nSIGTERM and SIGINT drain: what runs is finished, then gptd ends; a second one ends it at once. SIGHUP reads\n"
+          "--api-key-file again.\n"
           "Exit status: 0 done, 1 options, 2 model (or no room for it), 3 device (none that can be used, or it failed),\n"
           "4 address, 5 a weights file was cut short.\n",
           out);

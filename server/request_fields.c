@@ -440,6 +440,13 @@ int fields_check_total(struct request_fields *p)
                           "%lld tokens; the most is %lld", shares[most].param, (long long)total, (long long)max);
 }
 
+int64_t completion_request_tokens(const struct completion_request *r)
+{
+    int64_t n = (int64_t)r->n_prompts * r->params.n * r->params.max_tokens;
+    for (int32_t i = 0; i < r->n_prompts; i++) n += r->prompts[i].n_ids;
+    return n;
+}
+
 void completion_request_deinit(struct completion_request *r)
 {
     for (int32_t i = 0; i < r->n_prompts; i++) {

@@ -280,17 +280,19 @@ static enum exchange_next openapi_handle(struct exchange *x)
 }
 
 const struct route server_routes[] = {
-    {"POST", "/v1/completions", false, completion_handle, completion_stream, completion_ready, completion_done_with},
-    {"POST", "/v1/chat/completions", false, chat_handle, completion_stream, completion_ready, completion_done_with},
-    {"GET", "/v1/models", false, models_handle, NULL, NULL, NULL},
-    {"GET", "/v1/models/", false, model_handle, NULL, NULL, NULL},
-    {"POST", "/tokenize", false, tokenize_handle, NULL, text_ready, text_done},
-    {"POST", "/detokenize", false, detokenize_handle, NULL, text_ready, text_done},
-    {"GET", "/health", true, health_handle, NULL, NULL, NULL},
-    {"GET", "/ready", true, ready_handle, NULL, NULL, NULL},
-    {"GET", "/version", false, version_handle, NULL, NULL, NULL},
-    {"GET", "/metrics", false, metrics_handle, NULL, NULL, NULL},
-    {"GET", "/openapi.json", false, openapi_handle, NULL, NULL, NULL},
-    {"GET", "/", true, page_handle, NULL, NULL, NULL},
+    {"POST", "/v1/completions", false, API_ROLE_USER, completion_handle, completion_stream, completion_ready,
+     completion_done_with},
+    {"POST", "/v1/chat/completions", false, API_ROLE_USER, chat_handle, completion_stream, completion_ready,
+     completion_done_with},
+    {"GET", "/v1/models", false, API_ROLE_USER, models_handle, NULL, NULL, NULL},
+    {"GET", "/v1/models/", false, API_ROLE_USER, model_handle, NULL, NULL, NULL},
+    {"POST", "/tokenize", false, API_ROLE_USER, tokenize_handle, NULL, text_ready, text_done},
+    {"POST", "/detokenize", false, API_ROLE_USER, detokenize_handle, NULL, text_ready, text_done},
+    {"GET", "/health", true, API_ROLE_USER, health_handle, NULL, NULL, NULL},
+    {"GET", "/ready", true, API_ROLE_USER, ready_handle, NULL, NULL, NULL},
+    {"GET", "/version", false, API_ROLE_USER, version_handle, NULL, NULL, NULL},
+    {"GET", "/metrics", false, API_ROLE_METRICS, metrics_handle, NULL, NULL, NULL},
+    {"GET", "/openapi.json", false, API_ROLE_USER, openapi_handle, NULL, NULL, NULL},
+    {"GET", "/", true, API_ROLE_USER, page_handle, NULL, NULL, NULL},
 };
 const size_t server_n_routes = sizeof server_routes / sizeof *server_routes;

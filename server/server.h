@@ -12,6 +12,7 @@
 #define GPTD_SERVER_SERVER_H
 
 #include "engine/engine.h"
+#include "server/api_keys.h"
 #include "tokenizer/chat_template.h"
 #include "tokenizer/tokenizer.h"
 
@@ -19,8 +20,7 @@
 struct server_options {
     const char *host;                      // address to bind, numeric or a name: "127.0.0.1", "0.0.0.0", "::"
     uint16_t port;                         // 0: any free one, see server_port
-    const char *const *api_keys;           // [n_api_keys]; none: no key is asked for
-    size_t n_api_keys;
+    struct api_keys *api_keys;             // NULL: no key is asked for
     const char *const *served_model_names; // [n_served_model_names], at least 1; the first stands in answers
     size_t n_served_model_names;
     const char *cors_origin;               // value of Access-Control-Allow-Origin; NULL: no CORS headers
