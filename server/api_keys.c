@@ -142,7 +142,8 @@ static const char *setting_read(struct api_key *key, const char *text, size_t n)
                                                             {"max-concurrent", &key->limits.max_concurrent}};
     if (length == 4 && !memcmp(text, "name", 4))
         return parse_name(value, rest, key->name) ? NULL : "a name is made of 1 to 63 letters, digits, and . _ -";
-    if (length == 4 && !memcmp(text, "role", 4)) return parse_role(value, rest, &key->role) ? NULL : "roles are user, metrics, admin";
+    if (length == 4 && !memcmp(text, "role", 4))
+        return parse_role(value, rest, &key->role) ? NULL : "roles are user, metrics, admin";
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (strlen(limits[i].name) == length && !memcmp(text, limits[i].name, length))
             return parse_limit(value, rest, limits[i].limit) ? NULL : "a limit is a number from 1 to 1000000000";

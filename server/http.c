@@ -45,6 +45,7 @@ struct http {
     atomic_int n_active;
     atomic_size_t body_bytes;       // in memory, of all exchanges
     atomic_bool quiesced;
+    _Atomic double last_end;        // see http_last_end
 };
 
 // A client's connection: libmicrohttpd's socket_context.
@@ -344,7 +345,7 @@ static int check_room(struct exchange *x)
 
 static int check_quiesced(struct exchange *x)
 {
-    if (!atomic_load(&x->http->quiesced) || x->route->open) return 0;
+    if (!atomic_load(&x->http->quiesced) || x->route->open || x->http->options->listen_fd) return 0;
     return http_error_set(&x->error, 503, NULL, NULL, "the server is shutting down");
 }
 
@@ -580,6 +581,7 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
     text_deinit(&x->out);
     api_key_release(x->api_key);
     free(x);
+    atomic_store(&h->last_end, watchdog_now());
     atomic_fetch_sub(&h->n_active, 1);
 }
 
@@ -644,7 +646,7 @@ int http_create(struct http **out, const struct server_options *options, const s
     pthread_mutex_init(&h->lock, NULL);
     int failed = notifier_create(&h->notifier, suspend, resume, e);
     if (!failed) failed = watchdog_create(&h->watchdog, on_watch, e);
-    if (!failed) failed = listener_create(&h->listener, options->host, options->port, on_accept, h, e);
+    if (!failed) failed = listener_create(&h->listener, options->listen_fd, options->host, options->port, on_accept, h, e);
     if (failed) {
         http_destroy(h);
         return failed;
@@ -671,8 +673,10 @@ int http_start(struct http *h, struct error *e)
         MHD_OPTION_CLIENT_DISCIPLINE_LVL, 1, // no bare line feeds, no folded lines
 #endif
         MHD_OPTION_END);
-    return h->daemon ? listener_start(h->listener, e) : error_set(e, ERR_IO, "cannot start the HTTP threads");
+    return h->daemon ? 0 : error_set(e, ERR_IO, "cannot start the HTTP threads");
 }
+
+int http_listen(struct http *h, struct error *e) { return listener_start(h->listener, e); }
 
 int http_notify_from(struct http *h, int event_fd, struct error *e)
 {
@@ -683,11 +687,13 @@ uint16_t http_port(const struct http *h) { return listener_port(h->listener); }
 
 void http_quiesce(struct http *h)
 {
-    atomic_store(&h->quiesced, true);
+    if (!atomic_exchange(&h->quiesced, true)) atomic_store(&h->last_end, watchdog_now());
     listener_stop(h->listener);
 }
 
 int32_t http_n_new(const struct http *h) { return atomic_load(&h->n_new); }
+
+double http_last_end(const struct http *h) { return atomic_load(&h->last_end); }
 
 int32_t http_n_active(const struct http *h) { return atomic_load(&h->n_active); }
 

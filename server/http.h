@@ -96,14 +96,19 @@ void exchange_finish_wait(struct exchange *x, atomic_bool *finished);
 int http_create(struct http **out, const struct server_options *options, const struct route *routes, size_t n_routes,
                 struct server *server, struct metrics *metrics, struct error *e);
 int http_start(struct http *h, struct error *e);
+// Accepts connections from now on.
+int http_listen(struct http *h, struct error *e);
 // The engine runs: from now on its eventfd wakes who waits.
 int http_notify_from(struct http *h, int event_fd, struct error *e);
 uint16_t http_port(const struct http *h);
-// Stops accepting: who is connected already is taken, further clients are refused. Requests get 503 from now on, except for
-// open routes, and their connections are closed with the answer. Takes some 20 ms; any thread may call it, and more than once.
+// Stops accepting: who is connected already is taken, further clients are refused (with options->listen_fd: left to others).
+// Connections are closed with their next answer, which is a 503, except for open routes and with listen_fd. Takes some 20 ms; any
+// thread may call it, and more than once.
 void http_quiesce(struct http *h);
 // Connections whose first request has not come yet. Asked before http_n_active: a request moves from here to there.
 int32_t http_n_new(const struct http *h);
+// CLOCK_MONOTONIC seconds when the last exchange ended, or accepting did.
+double http_last_end(const struct http *h);
 // Exchanges that have begun and not ended.
 int32_t http_n_active(const struct http *h);
 // Nobody waits any more: every handler is called and must come to an end.

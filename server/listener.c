@@ -33,7 +33,7 @@ struct listener {
     void *context;
     pthread_mutex_t lock; // of whoever stops
     pthread_t thread;
-    bool started;
+    bool started, passed;
     // the thread's own
     bool warned; // that there is no room, since there was
     double next_warning;
@@ -146,24 +146,30 @@ static void *listener_run(void *arg)
         bool room = accept_waiting(l);
         poll(fds, room ? 2 : 1, room ? -1 : RETRY_MS);
     }
-    accept_last(l);
+    if (!l->passed) accept_last(l);
     return NULL;
 }
 
 // ---- life ----
 
-int listener_create(struct listener **out, const char *host, uint16_t port,
+int listener_create(struct listener **out, int passed, const char *host, uint16_t port,
                     void (*accepted)(void *context, int fd, const struct sockaddr *address, socklen_t length),
                     void *context, struct error *e)
 {
     struct listener *l = calloc(1, sizeof *l);
-    if (!l) return error_set(e, ERR_NOMEM, "out of memory");
+    if (!l) {
+        if (passed) close(passed);
+        return error_set(e, ERR_NOMEM, "out of memory");
+    }
     pthread_mutex_init(&l->lock, NULL);
-    l->fd = -1;
+    l->passed = passed > 0;
+    l->fd = l->passed ? passed : -1;
+    if (l->passed) l->port = bound_port(passed);
     l->accepted = accepted;
     l->context = context;
     l->end_fd = eventfd(0, EFD_CLOEXEC);
-    int failed = l->end_fd < 0 ? error_set(e, ERR_IO, "eventfd: %s", strerror(errno)) : bind_port(l, host, port, e);
+    int failed = l->end_fd < 0 ? error_set(e, ERR_IO, "eventfd: %s", strerror(errno)) : 0;
+    if (!failed && !l->passed) failed = bind_port(l, host, port, e);
     if (failed) {
         listener_destroy(l);
         return failed;

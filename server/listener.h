@@ -17,14 +17,16 @@
 
 struct listener;
 
-// Binds host (numeric or a name) and port (0: any free one): from now on clients are connected, and wait in the kernel.
+// passed: a socket that listens already, which others may share; this struct owns it from now on, also on failure. 0: none.
+// Otherwise binds host (numeric or a name) and port (0: any free one): from now on clients are connected, and wait in the kernel.
 // accepted is called on the listener's thread with each connection. fd is non-blocking, close-on-exec, and its own from then on.
-int listener_create(struct listener **out, const char *host, uint16_t port,
+int listener_create(struct listener **out, int passed, const char *host, uint16_t port,
                     void (*accepted)(void *context, int fd, const struct sockaddr *address, socklen_t length),
                     void *context, struct error *e);
 uint16_t listener_port(const struct listener *l);
 int listener_start(struct listener *l, struct error *e);
-// Accepts whoever is connected already, then closes the socket: further clients are refused. Returns when `accepted` has been
+// Accepts whoever is connected already, then closes the socket: further clients are refused. Of a socket that was passed nobody
+// more is accepted: those who wait in it are for others. Returns when `accepted` has been
 // called for the last time, after some 20 ms. Any thread may call it, and more than once.
 void listener_stop(struct listener *l);
 void listener_destroy(struct listener *l);

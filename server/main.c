@@ -5,6 +5,7 @@
  * SIGHUP reads the API keys again.
  */
 #include <inttypes.h>
+#include <math.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <signal.h>
@@ -20,6 +21,7 @@
 #include "server/options.h"
 #include "server/plan.h"
 #include "server/server.h"
+#include "server/service.h"
 #include "tokenizer/chat_template.h"
 #include "tokenizer/tokenizer.h"
 
@@ -52,9 +54,11 @@ static void awaited_signals(sigset_t *set)
 static void reload_keys(struct api_keys *keys)
 {
     struct error e;
+    service_notify("RELOADING=1\nMONOTONIC_USEC=%lld", (long long)(now() * 1e6));
     if (!keys) log_message(LOG_LEVEL_INFO, "SIGHUP: there are no API keys to read again");
     else if (api_keys_reload(keys, &e)) log_message(LOG_LEVEL_ERROR, "the API keys stay as they were: %s", e.message);
     else log_message(LOG_LEVEL_INFO, "API keys read again: %zu", api_keys_count(keys));
+    service_notify("READY=1");
 }
 
 static void *signals_run(void *keys)
@@ -140,10 +144,11 @@ static void log_ready(const struct options *o, struct engine *engine, const stru
 {
     struct engine_stats stats;
     engine_stats_get(engine, &stats);
-    bool ipv6 = strchr(o->server.host, ':');
+    const char *host = o->server.listen_fd ? "*" : o->server.host; // *: whatever address the passed socket has
+    bool ipv6 = strchr(host, ':');
     log_message(LOG_LEVEL_INFO, "ready after %.0f ms (device %.0f, weights %.0f, warm-up %.0f): model \"%s\" at http://%s%s%s:%u",
                 1e3 * (now() - started), 1e3 * stats.device_seconds, 1e3 * stats.weights_seconds, 1e3 * stats.warm_up_seconds,
-                o->server.served_model_names[0], ipv6 ? "[" : "", o->server.host, ipv6 ? "]" : "", server_port(server));
+                o->server.served_model_names[0], ipv6 ? "[" : "", host, ipv6 ? "]" : "", server_port(server));
 }
 
 // True when the device failed, or, `draining`, when it hangs: a step that never ends is not waited for.
@@ -160,16 +165,37 @@ static bool device_lost(const struct options *o, const struct engine *engine, bo
     return true;
 }
 
+// Says that all is well three times per interval of the service manager's watchdog, if there is one, while it is so.
+struct heart {
+    double interval, next; // seconds
+};
+
+static void beat(struct heart *h, const struct server *server)
+{
+    if (h->interval <= 0 || now() < h->next) return;
+    if (!server_trouble(server)) service_notify("WATCHDOG=1");
+    h->next = now() + h->interval / 3;
+}
+
+static struct timespec in_seconds(double seconds)
+{
+    double then = now() + seconds;
+    return (struct timespec){(time_t)then, (long)(1e9 * (then - floor(then)))};
+}
+
 // Waits for a signal, then for the drain it starts, and for either only while the device works.
 static enum exit_status run_until_stopped(const struct options *o, struct engine *engine, struct server *server)
 {
+    struct heart heart = {.interval = service_watchdog_interval()};
     struct timespec wake;
+    service_notify("READY=1\nSTATUS=serving %s", o->server.served_model_names[0]);
     do {
         if (device_lost(o, engine, false)) return EXIT_DEVICE;
-        clock_gettime(CLOCK_MONOTONIC, &wake);
-        wake.tv_sec += 1;
+        beat(&heart, server);
+        wake = in_seconds(heart.interval > 0 ? fmin(1, heart.interval / 3) : 1);
     } while (sem_clockwait(&stop_requested, CLOCK_MONOTONIC, &wake));
 
+    service_notify("STOPPING=1\nSTATUS=draining");
     log_message(LOG_LEVEL_INFO, "draining: what runs is finished; a second signal ends at once");
     double deadline = o->drain_timeout > 0 ? now() + o->server.drain_delay + o->drain_timeout : 0;
     server_drain(server);
@@ -177,6 +203,7 @@ static enum exit_status run_until_stopped(const struct options *o, struct engine
         bool drained = server_drained(server); // asked first: what fails with the device is drained, too
         if (device_lost(o, engine, true)) return EXIT_DEVICE;
         if (drained) return EXIT_DONE;
+        beat(&heart, server);
         if (deadline > 0 && now() >= deadline) {
             log_message(LOG_LEVEL_WARNING, "--drain-timeout is over: cancelling what still runs");
             return EXIT_DONE;
@@ -312,6 +339,11 @@ int main(int argc, char **argv)
     if (signals_init(options.server.api_keys)) {
         fputs("gptd: cannot start a thread\n", stderr);
         return EXIT_OPTIONS;
+    }
+    if (service_socket(&options.server.listen_fd, &e)) {
+        log_message(LOG_LEVEL_ERROR, "%s", e.message);
+        options_deinit(&options);
+        return EXIT_NETWORK;
     }
     enum exit_status status = run(&options, started);
     options_deinit(&options);

@@ -224,12 +224,10 @@ static enum exchange_next detokenize_handle(struct exchange *x) { return text_ha
 // Alive: the loop moves. A server that loads, drains or has nothing to do is alive.
 static enum exchange_next health_handle(struct exchange *x)
 {
-    struct engine_stats stats;
     struct http_error e;
-    engine_stats_get(x->server->engine, &stats);
-    bool stalled = stats.busy && watchdog_now() - stats.last_step > x->server->options.stall_timeout;
-    if (stats.failure || stalled) {
-        http_error_set(&e, 503, NULL, NULL, stats.failure ? "the device failed" : "the engine makes no progress");
+    const char *trouble = server_trouble(x->server);
+    if (trouble) {
+        http_error_set(&e, 503, NULL, NULL, "%s", trouble);
         return exchange_reply_error(x, &e);
     }
     struct text_buffer out = {0};

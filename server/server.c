@@ -6,6 +6,7 @@
 
 enum { AHEAD_PER_WORKER = 16 << 20 }; // bytes: a second or a few
 
+static const double LINGER = 1.0;     // seconds without a request, after which nobody comes on a connection there is
 static const double LAST_WORDS = 1.0; // seconds that a stop waits for new clients to ask, and for answers to go out
 
 static size_t longest_token(const struct tokenizer *t)
@@ -60,21 +61,23 @@ int server_start(struct server *s, struct error *e)
 {
     int failed = workers_create(&s->workers, s->options.tokenizer_threads,
                                 AHEAD_PER_WORKER * (size_t)s->options.tokenizer_threads, e);
-    return failed ? failed : http_start(s->http, e);
+    if (!failed) failed = http_start(s->http, e);
+    return failed || s->options.listen_fd ? failed : http_listen(s->http, e);
 }
 
 int server_open(struct server *s, struct error *e)
 {
     int failed = http_notify_from(s->http, engine_event_fd(s->engine), e);
-    if (!failed) atomic_store(&s->open, true);
-    return failed;
+    if (failed) return failed;
+    atomic_store(&s->open, true);
+    return s->options.listen_fd ? http_listen(s->http, e) : 0;
 }
 
 uint16_t server_port(const struct server *s) { return http_port(s->http); }
 
 void server_drain(struct server *s)
 {
-    s->quiesce_at = watchdog_now() + s->options.drain_delay;
+    s->quiesce_at = watchdog_now() + (s->options.listen_fd ? 0 : s->options.drain_delay);
     atomic_store(&s->draining, true);
 }
 
@@ -83,7 +86,18 @@ bool server_drained(struct server *s)
     if (!atomic_load(&s->draining) || watchdog_now() < s->quiesce_at) return false;
     if (!s->quiesced) http_quiesce(s->http);
     s->quiesced = true;
+    // A client in a loop comes once more on its connection, and is told to connect anew.
+    if (s->options.listen_fd && (http_n_new(s->http) > 0 || watchdog_now() < http_last_end(s->http) + LINGER)) return false;
     return http_n_active(s->http) == 0;
+}
+
+const char *server_trouble(const struct server *s)
+{
+    struct engine_stats stats;
+    engine_stats_get(s->engine, &stats);
+    if (stats.failure) return "the device failed";
+    bool stalled = stats.busy && watchdog_now() - stats.last_step > s->options.stall_timeout;
+    return stalled ? "the engine makes no progress" : NULL;
 }
 
 void server_stop(struct server *s)

@@ -7,6 +7,10 @@
  *   engine_start, server_open                    requests are taken
  *   server_drain                                 on SIGTERM: /ready fails at once, the rest of the drain runs by itself
  *   server_drained (poll it), server_stop, server_destroy, then engine_destroy
+ *
+ * A socket of its own is closed at the end, clients that are connected by then get a 503: there is another server to go to. A
+ * socket that was passed (listen_fd) is left to whoever shares it or comes next: this server accepts nobody before server_open and
+ * nobody more as soon as it drains, and answers those who are connected, with the request to connect anew.
  */
 #ifndef GPTD_SERVER_SERVER_H
 #define GPTD_SERVER_SERVER_H
@@ -20,6 +24,8 @@
 struct server_options {
     const char *host;                      // address to bind, numeric or a name: "127.0.0.1", "0.0.0.0", "::"
     uint16_t port;                         // 0: any free one, see server_port
+    int listen_fd;                         // socket that listens already, and may be listened to by others; 0: none, host
+                                           // and port are bound
     struct api_keys *api_keys;             // NULL: no key is asked for
     const char *const *served_model_names; // [n_served_model_names], at least 1; the first stands in answers
     size_t n_served_model_names;
@@ -54,10 +60,13 @@ int server_start(struct server *s, struct error *e);
 // Takes requests from now on. The engine has been started.
 int server_open(struct server *s, struct error *e);
 uint16_t server_port(const struct server *s);
-// Begins to drain and returns: not ready at once; after drain_delay no new connection, 503 on those kept alive.
+// Begins to drain and returns: not ready at once; after drain_delay no new connection, 503 on those kept alive. With listen_fd no
+// new connection at once, and no 503.
 void server_drain(struct server *s);
 // Takes the steps of a drain as their time comes; true when nothing is left to wait for. Cheap: call it every few ms.
 bool server_drained(struct server *s);
+// NULL, or why the engine does no work that it has to do: what /health says.
+const char *server_trouble(const struct server *s);
 // Ends now: what still runs is cancelled and told so. Blocks until the threads have ended.
 void server_stop(struct server *s);
 void server_destroy(struct server *s);

@@ -42,7 +42,7 @@ static void setup(void)
 {
     struct error e;
     atomic_store(&n_accepted, 0);
-    ck_assert_int_eq(listener_create(&listener, "127.0.0.1", 0, on_accept, accepted, &e), 0);
+    ck_assert_int_eq(listener_create(&listener, 0, "127.0.0.1", 0, on_accept, accepted, &e), 0);
     ck_assert_int_ne(listener_port(listener), 0);
 }
 
@@ -206,7 +206,7 @@ START_TEST(nobody_is_reset)
         struct listener *l;
         struct error e;
         struct crowd crowd[CLIENTS] = {0};
-        ck_assert_int_eq(listener_create(&l, "127.0.0.1", 0, answer, NULL, &e), 0);
+        ck_assert_int_eq(listener_create(&l, 0, "127.0.0.1", 0, answer, NULL, &e), 0);
         ck_assert_int_eq(listener_start(l, &e), 0);
         for (int i = 0; i < CLIENTS; i++) {
             crowd[i].port = listener_port(l);
@@ -299,7 +299,7 @@ START_TEST(port_in_use)
     struct error e;
     char port[8];
     snprintf(port, sizeof port, "%u", listener_port(listener));
-    ck_assert_int_eq(listener_create(&second, "127.0.0.1", listener_port(listener), on_accept, accepted, &e), ERR_IO);
+    ck_assert_int_eq(listener_create(&second, 0, "127.0.0.1", listener_port(listener), on_accept, accepted, &e), ERR_IO);
     ck_assert_ptr_nonnull(strstr(e.message, port));
     ck_assert_ptr_nonnull(strstr(e.message, "in use"));
 }
@@ -309,9 +309,9 @@ START_TEST(bad_host)
 {
     struct listener *l;
     struct error e;
-    ck_assert_int_eq(listener_create(&l, "no..host", 0, on_accept, accepted, &e), ERR_INVALID);
+    ck_assert_int_eq(listener_create(&l, 0, "no..host", 0, on_accept, accepted, &e), ERR_INVALID);
     ck_assert_ptr_nonnull(strstr(e.message, "no..host"));
-    ck_assert_int_eq(listener_create(&l, "203.0.113.7", 0, on_accept, accepted, &e), ERR_IO); // not this machine's
+    ck_assert_int_eq(listener_create(&l, 0, "203.0.113.7", 0, on_accept, accepted, &e), ERR_IO); // not this machine's
     ck_assert_ptr_nonnull(strstr(e.message, "203.0.113.7"));
 }
 END_TEST

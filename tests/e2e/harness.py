@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -95,18 +96,27 @@ def join_events(events):
     return joined
 
 
-class Server:
-    """A gptd process on a free port."""
+# Execs a program as a service manager would: with a listening socket as descriptor 3.
+PASS_SOCKET = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])"""
 
-    def __init__(self, *flags, model=None, env=None, wait=True, program=None):
+
+class Server:
+    """A gptd process on a free port, or on a socket that it is given."""
+
+    def __init__(self, *flags, model=None, env=None, wait=True, program=None, listener=None):
         self.model = model or MODEL
         self.name = os.path.basename(os.path.normpath(self.model))
         self.started = time.monotonic()
+        passed = [sys.executable, "-c", PASS_SOCKET, str(listener.fileno())] if listener else []
         self.process = subprocess.Popen(
-            [program or SERVER, "--model", self.model, *([] if program else ["--backend", BACKEND]),
+            [*passed, program or SERVER, "--model", self.model, *([] if program else ["--backend", BACKEND]),
              "--host", "127.0.0.1", "--port", "0", "--drain-delay", "0", "--log-format", "json", *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env={**NOT_VARIABLES, **(env or {})})
+            env={**NOT_VARIABLES, **(env or {})}, pass_fds=[listener.fileno()] if listener else ())
         self.log, self.port, self.ready_after = [], None, None
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read_log, daemon=True)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 import unittest
 
 import harness
@@ -31,6 +33,16 @@ class Configs(unittest.TestCase):
     def test_every_file_is_known(self):
         names = {name[:-5] for name in os.listdir(CONFIGS) if name.endswith(".json")}
         self.assertEqual(names, set(FAMILIES) | {"demo", "low-memory", "production"})
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd is not installed")
+    def test_systemd(self):
+        with tempfile.TemporaryDirectory() as directory:
+            paths = [os.path.join(directory, name) for name in ("gptd.socket", "gptd.service")]
+            for path in paths:
+                with open(os.path.join(CONFIGS, "systemd", os.path.basename(path))) as f, open(path, "w") as out:
+                    out.write(f.read().replace("/usr/local/bin/gptd", harness.SERVER))
+            done = subprocess.run(["systemd-analyze", "verify", "--man=no", *paths], capture_output=True, text=True, timeout=60)
+            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
 
     def test_families(self):
         for name, (shapes, millions) in FAMILIES.items():
