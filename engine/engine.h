@@ -113,6 +113,8 @@ void engine_drain(struct engine *engine);
 void engine_destroy(struct engine *engine);
 // The mapped weights file that the address lies in; NULL: in none. For a SIGBUS handler: the file was cut short.
 const char *engine_file_at(const void *address);
+// What the engine's thread is at: an op, and its layer (-1: in none); NULL: nothing to do. Any thread or signal handler.
+const char *engine_progress(int32_t *layer);
 // Readable when a ring got something or a choice ended since the last read of it (an eventfd: read 8 bytes to reset).
 int engine_event_fd(const struct engine *engine);
 

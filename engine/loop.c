@@ -1,5 +1,7 @@
 #include "engine/loop.h"
 
+#include "kernels/progress.h"
+
 #include <unistd.h>
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
@@ -74,7 +76,9 @@ static int collect(struct engine *engine, struct error *e)
 {
     struct step *step = &engine->steps[engine->n_collected % (uint64_t)engine->depth];
     double begin = now_seconds();
+    progress_at("wait", -1);
     int rc = engine->kernels->wait(engine->device, step->ticket, e);
+    progress_at("commit", -1);
     double end = now_seconds();
     engine->wait_seconds += end - begin;
     if (rc != 0)
@@ -133,6 +137,7 @@ static int turn(struct engine *engine, bool *idle, struct error *e)
     // Counted before requests are taken: a signal that is counted is of a request taken here or before.
     uint64_t n_signals = atomic_load(&engine->inbox->n_signals);
     take_requests(engine, begin);
+    progress_at("plan", -1);
     scheduler_plan(&engine->scheduler, &step->plan, n_signals, begin);
     bool planned = step->plan.n_rows > 0;
     if (planned && engine->n_launched == engine->n_collected)
@@ -160,6 +165,7 @@ void *engine_loop(void *arg)
     while (!atomic_load(&engine->stopping)) {
         if (turn(engine, &idle, &e) != 0)
             break;
+        progress_at(NULL, -1);
         if (idle)
             inbox_sleep(engine->inbox, scheduler_deadline(&engine->scheduler));
     }
@@ -172,6 +178,8 @@ void *engine_loop(void *arg)
     engine_publish_stats(engine);
     return NULL;
 }
+
+const char *engine_progress(int32_t *layer) { return progress_op(layer); }
 
 // ---- statistics -----------------------------------------------------------------------------------------------------
 

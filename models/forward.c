@@ -9,6 +9,7 @@
  */
 #include <math.h>
 
+#include "kernels/progress.h"
 #include "models/model_impl.h"
 
 // One step. The first op that fails is kept; later ones are not enqueued.
@@ -37,7 +38,9 @@ static void finish(struct pass *p, const char *op, int rc)
 // An op with the addresses of its params.
 #define RUN(p, op, ...)                                                                                               \
     do {                                                                                                              \
-        if (!(p)->status) finish(p, #op, (p)->kernels->op((p)->device, __VA_ARGS__, (p)->error));                     \
+        if ((p)->status) break;                                                                                       \
+        progress_at(#op, (p)->layer);                                                                                 \
+        finish(p, #op, (p)->kernels->op((p)->device, __VA_ARGS__, (p)->error));                                       \
     } while (0)
 
 static struct norm_params norm_of(const struct pass *p, void *out, void *x, int32_t n_rows, const struct norm_weights *w)

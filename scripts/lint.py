@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # folder -> headers of ours that it may include beside its own. "x/" allows the whole folder.
 MAY_INCLUDE = {
     "kernels": [],
-    "models": ["kernels/kernels.h", "kernels/error.h"],
+    "models": ["kernels/kernels.h", "kernels/error.h", "kernels/progress.h"],
     "tokenizer": [],
-    "engine": ["models/model.h", "kernels/kernels.h", "kernels/error.h", "kernels/sampling.h"],
+    "engine": ["models/model.h", "kernels/kernels.h", "kernels/error.h", "kernels/progress.h", "kernels/sampling.h"],
     "server": ["engine/engine.h", "tokenizer/tokenizer.h", "tokenizer/detokenizer.h", "tokenizer/chat_template.h",
                "tokenizer/infill.h", "kernels/error.h"],
 }
@@ -27,6 +27,7 @@ NEVER_SEES = {
 ONLY_IN = {
     r"microhttpd\.h": r"server/http\.c",
     r"sentencepiece_processor\.h": r"tokenizer/sentencepiece_wrapper\.cc|tests/.*",
+    r"gnutls/.*": r"server/api_keys\.c",
     r"(cjson/)?cJSON\.h": r"server/.*|models/.*|tokenizer/.*|tests/.*",
     r"cuda.*|cublas.*": r"kernels/cuda/.*",
     r"pcre2\.h": r"tokenizer/regex\.c",

@@ -219,7 +219,9 @@ static void fill_log(struct exchange *x, const struct completion *c)
     x->log.cached_tokens = (int32_t)completion_cached_tokens(c);
     x->log.completion_tokens = (int32_t)completion_tokens(c);
     if (t.scheduled > 0) x->log.queue = t.scheduled - t.submitted;
+    if (t.first_token > 0) x->log.prefill = t.first_token - t.scheduled;
     if (t.first_token > 0) x->log.ttft = t.first_token - x->received;
+    if (t.finished > 0 && t.first_token > 0) x->log.decode = t.finished - t.first_token;
     x->log.finish = finish_of(x, c);
 }
 

@@ -376,6 +376,7 @@ static void admit(struct exchange *x, const char *method, const char *version)
     struct http_framing framing;
     MHD_get_connection_values_n(x->connection->mhd, MHD_HEADER_KIND, collect_header, &headers);
     set_id(x, &headers);
+    http_trace_id(&headers, x->trace_id);
     if (http_check(&headers, version, &framing, &x->error) || check_layout(&headers, version, &x->error) ||
         check_room(x)) {
         x->refused = x->close = true;
@@ -494,7 +495,8 @@ static struct exchange *exchange_begin(struct http *h, struct MHD_Connection *mh
     x->waiter.ready = is_ready;
     x->deadline = INFINITY;
     x->log = (struct log_request){.method = constant_method(method), .path = path, .prompt_tokens = -1,
-                                  .cached_tokens = -1, .completion_tokens = -1, .queue = -1, .ttft = -1, .total = -1};
+                                  .cached_tokens = -1, .completion_tokens = -1, .queue = -1, .prefill = -1, .ttft = -1,
+                                  .decode = -1, .total = -1};
     atomic_fetch_add(&h->n_active, 1);
     connection_heard(c);
     watchdog_set(h->watchdog, &x->connection->watch, WATCH_BODY, watchdog_now() + h->options->body_timeout);
@@ -571,6 +573,7 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
         http_error_set(&x->error, 408, NULL, NULL, "the request did not arrive in time");
     }
     x->log.id = x->id;
+    x->log.trace_id = x->trace_id[0] ? x->trace_id : NULL;
     x->log.status = x->status;
     if (x->route && x->state) x->route->done(x);
     if (x->log.total < 0 && x->received > 0) x->log.total = watchdog_now() - x->received;

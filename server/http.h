@@ -56,6 +56,7 @@ struct exchange {
     struct log_request log;       // numbers that `done` fills in
     struct http_error error;      // what was answered or met, for the log
     char id[REQUEST_ID_MAX + 1];  // x-request-id
+    char trace_id[33];            // "": none
 
     // http.c's own
     struct http *http;

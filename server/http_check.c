@@ -92,3 +92,36 @@ int http_check(const struct http_headers *h, const char *version, struct http_fr
         return http_error_set(e, 400, NULL, NULL, "%s Host header", n_hosts ? "more than one" : "no");
     return check_framing(h, is_11, framing, e);
 }
+
+// Lower-case hexadecimal digits, not all of them 0 if `nonzero`.
+static bool is_hex(const char *text, size_t n, bool nonzero)
+{
+    bool zero = true;
+    for (size_t i = 0; i < n; i++) {
+        if (!(text[i] >= '0' && text[i] <= '9') && !(text[i] >= 'a' && text[i] <= 'f')) return false;
+        zero = zero && text[i] == '0';
+    }
+    return !nonzero || !zero;
+}
+
+void http_trace_id(const struct http_headers *h, char id[33])
+{
+    enum { TRACE = 3, PARENT = 36, FLAGS = 53, LENGTH = 55 }; // version-trace-parent-flags; later versions may go on after a dash
+    static const char name[] = "traceparent";
+    const struct http_header *found = NULL;
+    id[0] = '\0';
+    for (size_t i = 0; i < h->n; i++) {
+        const struct http_header *header = &h->list[i];
+        if (header->name_length != sizeof name - 1 || strncasecmp(header->name, name, sizeof name - 1)) continue;
+        if (found) return;
+        found = header;
+    }
+    if (!found || found->value_length < LENGTH) return;
+    const char *v = found->value;
+    bool whole = found->value_length == LENGTH || (v[LENGTH] == '-' && memcmp(v, "00", 2));
+    if (!whole || !is_hex(v, 2, false) || !memcmp(v, "ff", 2) || v[TRACE - 1] != '-' || v[PARENT - 1] != '-' ||
+        v[FLAGS - 1] != '-' || !is_hex(v + TRACE, 32, true) || !is_hex(v + PARENT, 16, true) || !is_hex(v + FLAGS, 2, false))
+        return;
+    memcpy(id, v + TRACE, 32);
+    id[32] = '\0';
+}

@@ -35,6 +35,9 @@ struct http_framing {
 const struct http_header *http_header_find(const struct http_headers *h, const char *name);
 // Whether the header's value is text, without regard to case.
 bool http_header_is(const struct http_header *h, const char *text);
+// The trace that the client's `traceparent` makes this request part of, 32 hexadecimal digits; "" where there is none, or two,
+// or it is malformed. https://www.w3.org/TR/trace-context/
+void http_trace_id(const struct http_headers *h, char id[33]);
 // Checks version ("HTTP/1.1"), the spelling of every header, Host, Content-Length and Transfer-Encoding.
 int http_check(const struct http_headers *h, const char *version, struct http_framing *framing, struct http_error *e);
 

@@ -183,6 +183,7 @@ void log_request(const struct log_request *r)
     line_begin(&line, level);
     line_message(&line, "request");
     field_string(&line, "id", r->id);
+    field_string(&line, "trace_id", r->trace_id);
     field_string(&line, "key", r->key);
     field_string(&line, "method", r->method);
     field_string(&line, "path", r->path);
@@ -192,7 +193,9 @@ void log_request(const struct log_request *r)
     field_integer(&line, "cached_tokens", r->cached_tokens);
     field_integer(&line, "completion_tokens", r->completion_tokens);
     field_seconds(&line, "queue", r->queue);
+    field_seconds(&line, "prefill", r->prefill);
     field_seconds(&line, "ttft", r->ttft);
+    field_seconds(&line, "decode", r->decode);
     field_seconds(&line, "total", r->total);
     field_string(&line, "error", r->error);
     line_end(&line);

@@ -17,13 +17,16 @@ enum log_format { LOG_FORMAT_TEXT, LOG_FORMAT_JSON };
 // One HTTP request, logged when it has ended. Strings are borrowed; control characters in them are escaped.
 struct log_request {
     const char *id;            // x-request-id
+    const char *trace_id;      // of the client's traceparent; NULL: none
     const char *key;           // name of the API key; NULL: none asked for
     const char *method, *path; // as the client sent them, without the query
     int32_t status;            // HTTP status; 0: the client went away before there was one
     const char *finish;        // finish reason ("stop", "length", "cancelled", ...); NULL: not a completion
     const char *error;         // message of the error answered or met; NULL: none
     int32_t prompt_tokens, cached_tokens, completion_tokens; // negative: not known, left out
-    double queue, ttft, total; // seconds; negative: not known, left out
+    double queue, prefill;     // seconds from submission to the first step, from there to the first token
+    double ttft, total;        // from the request's last byte to the first token, to the end
+    double decode;             // from the first token to the last; all of them negative: not known, left out
 };
 
 // Also takes over the descriptor to write to (2 for stderr; tests pass a pipe).

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "engine/engine.h"
+#include "server/crash.h"
 #include "server/log.h"
 #include "server/options.h"
 #include "server/plan.h"
@@ -32,7 +33,7 @@ extern char **environ;
 
 static sem_t stop_requested; // posted by the first signal
 static atomic_bool serving;
-static bool log_is_json; // for the SIGBUS handler, which cannot use the log
+static bool log_is_json;
 
 static double now(void)
 {
@@ -78,33 +79,14 @@ static void *signals_run(void *keys)
     }
 }
 
-static void say(const char *text)
-{
-    if (write(STDERR_FILENO, text, strlen(text)) < 0) return; // nothing else can be done about it here
-}
-
-// A weights file that became shorter than its map: its pages are gone, and with them the model.
-static void on_sigbus(int signal, siginfo_t *info, void *context)
-{
-    (void)context;
-    const char *path = engine_file_at(info->si_addr);
-    if (!path) return; // not ours: SA_RESETHAND lets the same fault end the process as it would have
-    say(log_is_json ? "{\"level\":\"error\",\"message\":\"" : "gptd: ");
-    say(path);
-    say(" was cut short while it was in use");
-    say(log_is_json ? "\"}\n" : "\n");
-    _exit(signal == SIGBUS ? EXIT_FILE_CUT : 128 + signal);
-}
-
 static int signals_init(struct api_keys *keys)
 {
     sigset_t set;
     pthread_t thread;
-    struct sigaction bus = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESETHAND};
     awaited_signals(&set);
     sem_init(&stop_requested, 0, 0);
     signal(SIGPIPE, SIG_IGN);
-    sigaction(SIGBUS, &bus, NULL);
+    crash_init(log_is_json, EXIT_FILE_CUT);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     return pthread_create(&thread, NULL, signals_run, keys) || pthread_detach(thread);
 }

@@ -69,12 +69,55 @@ START_TEST(refused)
 }
 END_TEST
 
+// Examples of https://www.w3.org/TR/trace-context/ and what is nearly one.
+START_TEST(trace_ids)
+{
+#define TRACE "4bf92f3577b34da6a3ce929d0e0e4736"
+#define PARENT "00f067aa0ba902b7"
+    static const struct { const char *value, *id; } cases[] = {
+        {"00-" TRACE "-" PARENT "-01", TRACE},
+        {"00-" TRACE "-" PARENT "-00", TRACE},
+        {"cc-" TRACE "-" PARENT "-01-what-the-future-will-be-like", TRACE},
+        {"cc-" TRACE "-" PARENT "-01", TRACE},
+        {"cc-" TRACE "-" PARENT "-01.what", ""},
+        {"00-" TRACE "-" PARENT "-01-", ""},
+        {"00-" TRACE "-" PARENT "-01 ", ""},
+        {"ff-" TRACE "-" PARENT "-01", ""},
+        {"0-" TRACE "-" PARENT "-01", ""},
+        {"00-" TRACE "-" PARENT "-0", ""},
+        {"00-" TRACE "-" PARENT, ""},
+        {"00-4BF92F3577B34DA6A3CE929D0E0E4736-" PARENT "-01", ""},
+        {"00-00000000000000000000000000000000-" PARENT "-01", ""},
+        {"00-" TRACE "-0000000000000000-01", ""},
+        {"00_" TRACE "-" PARENT "-01", ""},
+        {"00-" TRACE "_" PARENT "-01", ""},
+        {"00-" TRACE "-" PARENT "_01", ""},
+        {"00-4bf92f3577b34da6a3ce929d0e0e473g-" PARENT "-01", ""},
+        {"", ""},
+    };
+    char id[33];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct http_headers h = {.n = 2};
+        h.list[0] = (struct http_header){"Host", "x", 4, 1};
+        h.list[1] = (struct http_header){"TraceParent", cases[i].value, 11, strlen(cases[i].value)};
+        http_trace_id(&h, id);
+        ck_assert_str_eq(id, cases[i].id);
+        h.list[h.n++] = h.list[1]; // of two neither counts
+        http_trace_id(&h, id);
+        ck_assert_str_eq(id, "");
+    }
+    http_trace_id(&(struct http_headers){0}, id);
+    ck_assert_str_eq(id, "");
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("http_check");
     TCase *tc = tcase_create("framing");
     tcase_add_test(tc, taken);
     tcase_add_test(tc, refused);
+    tcase_add_test(tc, trace_ids);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);

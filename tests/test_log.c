@@ -44,7 +44,11 @@ static const struct log_request request = {.id = "cmpl-1",
                                            .prompt_tokens = 12,
                                            .cached_tokens = 0,
                                            .completion_tokens = 16,
+                                           .trace_id = "4bf92f3577b34da6a3ce929d0e0e4736",
+                                           .key = "alice",
                                            .queue = 0.0001,
+                                           .prefill = 0.0031,
+                                           .decode = 0.0166,
                                            .ttft = 0.0034,
                                            .total = 0.0201};
 
@@ -60,9 +64,10 @@ START_TEST(text_lines)
     ck_assert_str_eq(text + 24, " warning 3 of them");
     ck_assert_int_eq(text[10], 'T');
     ck_assert_int_eq(text[23], 'Z');
-    ck_assert_str_eq(end + 24, " info    request id=cmpl-1 method=POST path=/v1/completions status=200 finish=stop"
-                               " prompt_tokens=12 cached_tokens=0 completion_tokens=16 queue=0.1ms ttft=3.4ms"
-                               " total=20.1ms\n");
+    ck_assert_str_eq(end + 24, " info    request id=cmpl-1 trace_id=4bf92f3577b34da6a3ce929d0e0e4736 key=alice method=POST"
+                               " path=/v1/completions status=200 finish=stop"
+                               " prompt_tokens=12 cached_tokens=0 completion_tokens=16 queue=0.1ms prefill=3.1ms ttft=3.4ms"
+                               " decode=16.6ms total=20.1ms\n");
 }
 END_TEST
 
@@ -113,7 +118,9 @@ START_TEST(request_lines)
                             .cached_tokens = -1,
                             .completion_tokens = -1,
                             .queue = -1,
+                            .prefill = -1,
                             .ttft = -1,
+                            .decode = -1,
                             .total = 0.001};
     log_init(ends[1], LOG_FORMAT_TEXT, LOG_LEVEL_INFO);
     log_request(&r);

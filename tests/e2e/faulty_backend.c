@@ -4,7 +4,7 @@
  *   probe    no usable GPU                            linear, sample, wait   fail, as after a fault of the device
  *   create   out of memory for the device's own       hang                   wait does not return
  *   alloc    out of memory for LARGE and more         copy                   copy_in fails
- *   graph    no memory for a record of ops
+ *   graph    no memory for a record of ops             crash, abort           linear crashes, aborts
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -122,6 +122,8 @@ static int linear(struct device *d, const struct linear_params *p, struct error 
 {
     (void)p;
     d->ran |= !d->records;
+    if (told("crash")) *(volatile int *)(uintptr_t)0x1234 = 1;
+    if (told("abort")) abort();
     return fail_if_told("linear", e);
 }
 

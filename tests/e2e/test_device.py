@@ -1,6 +1,7 @@
 """A device that cannot be used, has no memory, fails or hangs: libgptd_cuda.so is tests/e2e/faulty_backend.c here."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -188,6 +189,25 @@ class DeviceFault(unittest.TestCase):
             fail("wait")
             self.expect_told(streams, "wait: broke, as told")
             self.assertEqual(server.stop(None, 10), 3, server.log[-10:])
+
+    def test_crash(self):
+        """The last words: the signal, the op, a backtrace; and the status is the signal's."""
+        if harness.QUICK:
+            self.skipTest("sanitizers have last words of their own")
+        for fault, how, words in (("crash", signal.SIGSEGV, "SIGSEGV at address 0x1234, the engine at "),
+                                  ("abort", signal.SIGABRT, "SIGABRT, the engine at ")):
+            with faulty() as (program, fail):
+                server = Server("--backend", "cuda", program=program)
+                streams = self.running(server, 1)
+                fail(fault)
+                self.assertEqual(server.stop(None, 10), -how)
+                for s, _ in streams:
+                    s.close()
+                last = next(i for i, line in enumerate(server.log) if "crashed: " in line)
+                self.assertRegex(json.loads(server.log[last])["message"], words + r"\w+ of layer \d+$")
+                frames = [line for line in server.log[last + 1:] if "[0x" in line]
+                self.assertGreater(len(frames), 3, server.log)
+                self.assertTrue(any("libgptd_cuda.so" in line for line in frames), frames)
 
     def test_hang(self):
         with faulty() as (program, fail):

@@ -233,6 +233,18 @@ class Routes(ServerTest):
         self.assertIn("cached_tokens", entry)
         self.assertLessEqual(entry["queue_seconds"], entry["ttft_seconds"])
         self.assertLessEqual(entry["ttft_seconds"], entry["total_seconds"])
+        parts = sum(entry[f"{part}_seconds"] for part in ("queue", "prefill", "decode"))
+        self.assertLessEqual(parts, entry["total_seconds"])
+        self.assertNotIn("trace_id", entry)
+
+    def test_trace_id_in_the_log(self):
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        for n, value in enumerate((f"00-{trace}-00f067aa0ba902b7-01", f"00-{trace}-00f067aa0ba902b7")):
+            headers = {"x-request-id": f"trace-{n}", "Traceparent": value}
+            self.assertEqual(self.server.completions(prompt="x", headers=headers).status, 200)
+        harness.wait_until(lambda: any("trace-1" in line for line in self.server.log), 5, "the log line")
+        ids = {e["id"]: e.get("trace_id") for e in self.server.log_entries() if e.get("id", "").startswith("trace-")}
+        self.assertEqual(ids, {"trace-0": trace, "trace-1": None})
 
 
 class LongTexts(ServerTest):

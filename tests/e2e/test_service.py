@@ -236,7 +236,8 @@ class Passed(unittest.TestCase):
         def ended(env, fd):
             launch = harness.PASS_SOCKET.replace('LISTEN_FDS="1", ', "")
             done = subprocess.run([sys.executable, "-c", launch, str(fd), harness.SERVER, "--model", harness.MODEL, "--port", "0"],
-                                  env={**harness.NOT_VARIABLES, **env}, pass_fds=[fd], stderr=subprocess.PIPE, text=True, timeout=60)
+                                  env={**harness.NOT_VARIABLES, **env}, pass_fds=[fd], stderr=subprocess.PIPE, text=True,
+                                  timeout=60)
             return done.returncode, done.stderr
         with listener() as s, open(os.devnull) as file, socket.socket() as deaf, socket.socket(socket.AF_UNIX) as local:
             local.bind(f"\0gptd-test-{os.getpid()}-local")
