@@ -70,6 +70,22 @@ if [ "${1:-run}" = check ]; then
     [ -z "$failed" ] || [ -z "${CI:-}" ] # elsewhere they are skipped, and counted as such
 fi
 
+# Proxies and Prometheus's checker, of the distribution, for tests: unpacked, not installed, so that nothing of them is started.
+if [ "${1:-run}" = check ] && [ ! -e build/tools/complete ] && command -v apt-get >/dev/null 2>&1; then
+    echo "setup: unpacking haproxy, nginx and promtool into build/tools"
+    rm -rf build/tools && mkdir -p build/tools/packages
+    programs="haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1 nginx prometheus"
+    if (cd build/tools/packages && apt-get download -q $programs) >build/tools/log 2>&1; then
+        for package in build/tools/packages/*.deb; do dpkg-deb -x "$package" build/tools; done
+        touch build/tools/complete
+    else
+        cat build/tools/log >&2
+        echo "setup: apt-get could not download them: the tests with them are skipped" >&2
+        [ -z "${CI:-}" ]
+    fi
+    rm -rf build/tools/packages
+fi
+
 # Clients that bring much with them: 1.3 GB.
 if [ "${1:-run}" = clients ]; then
     install_python_packages build/clients "openai litellm lm_eval[api] transformers sentencepiece protobuf gradio" \

@@ -5,6 +5,7 @@
  *   create   out of memory for the device's own       hang                   wait does not return
  *   alloc    out of memory for LARGE and more         copy                   copy_in fails
  *   graph    no memory for a record of ops             crash, abort           linear crashes, aborts
+ *   slow     works, but 20 times as slowly
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,7 +84,7 @@ static int wait_for(struct device *d, uint64_t ticket, struct error *e)
 {
     (void)d, (void)ticket;
     while (told("hang")) pause();
-    usleep(1000);
+    usleep(told("slow") ? 20000 : 1000);
     return fail_if_told("wait", e);
 }
 
