@@ -33,6 +33,8 @@ extern char **environ;
 
 static sem_t stop_requested; // posted by the first signal
 static atomic_bool serving;
+static pthread_mutex_t keys_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct api_keys *keys; // what SIGHUP reads again; NULL: none, or the end
 static bool log_is_json;
 
 static double now(void)
@@ -52,25 +54,35 @@ static void awaited_signals(sigset_t *set)
     sigaddset(set, SIGINT);
 }
 
-static void reload_keys(struct api_keys *keys)
+static void reload_keys(void)
 {
     struct error e;
+    pthread_mutex_lock(&keys_lock);
     service_notify("RELOADING=1\nMONOTONIC_USEC=%lld", (long long)(now() * 1e6));
     if (!keys) log_message(LOG_LEVEL_INFO, "SIGHUP: there are no API keys to read again");
     else if (api_keys_reload(keys, &e)) log_message(LOG_LEVEL_ERROR, "the API keys stay as they were: %s", e.message);
     else log_message(LOG_LEVEL_INFO, "API keys read again: %zu", api_keys_count(keys));
     service_notify("READY=1");
+    pthread_mutex_unlock(&keys_lock);
 }
 
-static void *signals_run(void *keys)
+static void set_keys(struct api_keys *k)
 {
+    pthread_mutex_lock(&keys_lock);
+    keys = k;
+    pthread_mutex_unlock(&keys_lock);
+}
+
+static void *signals_run(void *unused)
+{
+    (void)unused;
     sigset_t set;
     int signal;
     awaited_signals(&set);
     for (bool stopping = false;;) {
         sigwait(&set, &signal);
         if (signal == SIGHUP) {
-            reload_keys(keys);
+            reload_keys();
             continue;
         }
         if (stopping || !atomic_load(&serving)) _exit(128 + signal);
@@ -79,7 +91,7 @@ static void *signals_run(void *keys)
     }
 }
 
-static int signals_init(struct api_keys *keys)
+static int signals_init(void)
 {
     sigset_t set;
     pthread_t thread;
@@ -88,7 +100,7 @@ static int signals_init(struct api_keys *keys)
     signal(SIGPIPE, SIG_IGN);
     crash_init(log_is_json, EXIT_FILE_CUT);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
-    return pthread_create(&thread, NULL, signals_run, keys) || pthread_detach(thread);
+    return pthread_create(&thread, NULL, signals_run, NULL) || pthread_detach(thread);
 }
 
 // ---- one run --------------------------------------------------------------------------------------------------------
@@ -318,7 +330,8 @@ int main(int argc, char **argv)
     }
     log_is_json = options.log_format == LOG_FORMAT_JSON;
     log_init(STDERR_FILENO, options.log_format, options.log_level);
-    if (signals_init(options.server.api_keys)) {
+    set_keys(options.server.api_keys);
+    if (signals_init()) {
         fputs("gptd: cannot start a thread\n", stderr);
         return EXIT_OPTIONS;
     }
@@ -328,6 +341,7 @@ int main(int argc, char **argv)
         return EXIT_NETWORK;
     }
     enum exit_status status = run(&options, started);
+    set_keys(NULL);
     options_deinit(&options);
     return (int)status;
 }
