@@ -58,11 +58,12 @@ static void reload_keys(void)
 {
     struct error e;
     pthread_mutex_lock(&keys_lock);
-    service_notify("RELOADING=1\nMONOTONIC_USEC=%lld", (long long)(now() * 1e6));
+    bool ready = atomic_load(&serving); // else there is more to wait for than this
+    if (ready) service_notify("RELOADING=1\nMONOTONIC_USEC=%lld", (long long)(now() * 1e6));
     if (!keys) log_message(LOG_LEVEL_INFO, "SIGHUP: there are no API keys to read again");
     else if (api_keys_reload(keys, &e)) log_message(LOG_LEVEL_ERROR, "the API keys stay as they were: %s", e.message);
     else log_message(LOG_LEVEL_INFO, "API keys read again: %zu", api_keys_count(keys));
-    service_notify("READY=1");
+    if (ready) service_notify("READY=1");
     pthread_mutex_unlock(&keys_lock);
 }
 

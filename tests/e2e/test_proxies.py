@@ -88,8 +88,8 @@ class Proxies:
             port, n = self.front(replicas), scale(400, 100)
             body = json.dumps({"model": replicas[0].name, "prompt": "x", "max_tokens": n, "ignore_eos": True, "stream": True})
             with socket.create_connection(("127.0.0.1", port), 20) as s:
-                s.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-                          f"\r\n\r\n{body}".encode())
+                s.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                          f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
                 data, times = b"", []
                 while b"[DONE]" not in data:
                     got = s.recv(65536)
