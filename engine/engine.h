@@ -151,6 +151,8 @@ struct engine_stats {
     int64_t n_waiting_tokens;
     int32_t n_blocks, n_free_blocks;    // of the fullest group; free includes cached blocks that nobody uses
     int64_t n_all_blocks;               // of all groups
+    int32_t group_free[4];              // blocks of each group, as above; how many it has is in the plan
+    int32_t step_tokens, step_seqs;     // of the last step that was launched
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
     double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)

@@ -39,7 +39,9 @@ static int copy_blocks(struct engine *engine, const struct plan *plan, struct er
 static int launch_ops(struct engine *engine, struct step *step, struct error *e)
 {
     struct tensor logits;
+    progress_at("write_histories", -1);
     int rc = write_histories(engine, &step->plan, e);
+    progress_at("copy_blocks", -1);
     if (rc == 0)
         rc = copy_blocks(engine, &step->plan, e);
     if (rc == 0)
@@ -48,6 +50,7 @@ static int launch_ops(struct engine *engine, struct step *step, struct error *e)
     // before: masks depend on its tokens, the forward pass does not.
     if (rc == 0 && step->plan.n_outputs > 0) {
         struct sample_params p = {logits, engine->history, step->sample_rows, step->plan.n_outputs, step->results};
+        progress_at("sample", -1);
         rc = engine->kernels->sample(engine->device, &p, e);
     }
     step->ticket = engine->kernels->record(engine->device);
@@ -57,6 +60,8 @@ static int launch_ops(struct engine *engine, struct step *step, struct error *e)
 static int launch(struct engine *engine, struct step *step, struct error *e)
 {
     batch_fill(step, &engine->scheduler);
+    atomic_store_explicit(&engine->stats.step_tokens, step->batch.n_tokens, memory_order_relaxed);
+    atomic_store_explicit(&engine->stats.step_seqs, step->batch.n_seqs, memory_order_relaxed);
     if (engine->kernels->graph_begin != NULL && step->batch.is_decode) {
         int32_t n_rows = batch_padded_rows(step->batch.n_seqs), most = engine->config.max_num_seqs;
         batch_pad(&step->batch, n_rows < most ? n_rows : most);
@@ -202,6 +207,7 @@ void engine_publish_stats(struct engine *engine)
     const struct block_manager *fullest = fullest_group(engine);
     SHARE(n_running, s->n_running);
     SHARE(blocks, (int64_t)fullest->n_blocks << 32 | fullest->n_free);
+    for (int32_t g = 0; g < engine->info->n_kv_groups; g++) SHARE(group_free[g], s->blocks[g].n_free);
     SHARE(n_steps, engine->n_collected);
     SHARE(n_preemptions, s->n_preemptions);
     SHARE(prefix_queries, s->prefix_queries);
@@ -228,6 +234,8 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .n_blocks = (int32_t)(blocks >> 32),
         .n_free_blocks = (int32_t)(blocks & INT32_MAX),
         .n_all_blocks = n_all_blocks,
+        .step_tokens = SHARED(step_tokens),
+        .step_seqs = SHARED(step_seqs),
         .n_steps = SHARED(n_steps),
         .n_preemptions = SHARED(n_preemptions),
         .prefix_queries = SHARED(prefix_queries),
@@ -245,4 +253,5 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .busy = busy,
         .failure = atomic_load(&engine->stats.failed) ? engine->failure.message : NULL,
     };
+    for (int32_t g = 0; g < engine->plan.n_kv_groups; g++) out->group_free[g] = SHARED(group_free[g]);
 }

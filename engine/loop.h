@@ -15,7 +15,8 @@ enum { MAX_DEPTH = 2 }; // steps in flight
 
 // What engine_stats_get reads without a lock: every field on its own.
 struct shared_stats {
-    _Atomic int32_t n_running;
+    _Atomic int32_t n_running, step_tokens, step_seqs;
+    _Atomic int32_t group_free[MAX_KV_GROUPS];
     _Atomic int64_t blocks; // of the fullest group: its number, and those that are free in the lower half
     _Atomic uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
     _Atomic double host_seconds, launch_seconds, step_seconds, last_step, device_seconds, weights_seconds,

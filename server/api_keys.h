@@ -14,7 +14,7 @@
 #include "server/rate_limit.h"
 
 enum api_role {
-    API_ROLE_USER,    // everything under /v1/, texts and tokens
+    API_ROLE_USER,    // everything but what is the others'
     API_ROLE_METRICS, // /metrics alone
     API_ROLE_ADMIN,   // everything
 };

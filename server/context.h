@@ -53,6 +53,7 @@ bool completion_ready(const struct exchange *x);
 void completion_done_with(struct exchange *x);
 
 enum exchange_next page_handle(struct exchange *x);
+enum exchange_next debug_state_handle(struct exchange *x);
 
 // The table of routes.
 extern const struct route server_routes[];

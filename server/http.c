@@ -694,6 +694,8 @@ void http_quiesce(struct http *h)
     listener_stop(h->listener);
 }
 
+int32_t http_n_connections(const struct http *h) { return atomic_load(&h->n_connections); }
+
 int32_t http_n_new(const struct http *h) { return atomic_load(&h->n_new); }
 
 double http_last_end(const struct http *h) { return atomic_load(&h->last_end); }

@@ -106,6 +106,8 @@ uint16_t http_port(const struct http *h);
 // Connections are closed with their next answer, which is a 503, except for open routes and with listen_fd. Takes some 20 ms; any
 // thread may call it, and more than once.
 void http_quiesce(struct http *h);
+// Connections there are.
+int32_t http_n_connections(const struct http *h);
 // Connections whose first request has not come yet. Asked before http_n_active: a request moves from here to there.
 int32_t http_n_new(const struct http *h);
 // CLOCK_MONOTONIC seconds when the last exchange ended, or accepting did.

@@ -290,6 +290,7 @@ const struct route server_routes[] = {
     {"GET", "/ready", true, API_ROLE_USER, ready_handle, NULL, NULL, NULL},
     {"GET", "/version", false, API_ROLE_USER, version_handle, NULL, NULL, NULL},
     {"GET", "/metrics", false, API_ROLE_METRICS, metrics_handle, NULL, NULL, NULL},
+    {"GET", "/debug/state", false, API_ROLE_ADMIN, debug_state_handle, NULL, NULL, NULL},
     {"GET", "/openapi.json", false, API_ROLE_USER, openapi_handle, NULL, NULL, NULL},
     {"GET", "/", true, API_ROLE_USER, page_handle, NULL, NULL, NULL},
 };

@@ -218,6 +218,11 @@ class DeviceFault(unittest.TestCase):
             wait_until(lambda: self.probe(server, "/health") == 503, 5, "/health fails")
             self.assertGreater(time.monotonic() - began, 0.9)
             self.assertEqual(server.get("/health").error["message"], "the engine makes no progress")
+            state = server.get("/debug/state").json()
+            self.assertEqual((state["trouble"], state["engine"]["op"], state["engine"]["busy"]),
+                             ("the engine makes no progress", "wait", True))
+            self.assertGreater(state["engine"]["seconds_since_progress"], 1)
+            self.assertEqual((state["engine"]["last_step"]["sequences"], state["exchanges"]), (3, 4))
             self.assertIsNone(server.process.poll())
             server.process.send_signal(signal.SIGTERM)
             self.expect_told(streams, "shutting down")

@@ -63,20 +63,20 @@ class KeyFile(unittest.TestCase):
         return self.server.completions(headers=bearer(key), **{"prompt": "Once", "max_tokens": 1, **fields})
 
     def statuses(self, key):
-        """Of /v1/models, a completion, /metrics."""
+        """Of /v1/models, a completion, /metrics, /debug/state."""
         headers = bearer(key)
         return [self.server.get("/v1/models", headers=headers).status, self.complete(key).status,
-                self.server.get("/metrics", headers=headers).status]
+                *(self.server.get(path, headers=headers).status for path in ("/metrics", "/debug/state"))]
 
     def test_roles(self):
         digest = hashlib.sha256(b"sk-hashed").hexdigest()
         self.start("# who may what", "sk-user name=alice", "sk-prometheus role=metrics", "sk-root role=admin", f"sha256:{digest}")
-        self.assertEqual(self.statuses("sk-user"), [200, 200, 403])
-        self.assertEqual(self.statuses("sk-prometheus"), [403, 403, 200])
-        self.assertEqual(self.statuses("sk-root"), [200, 200, 200])
-        self.assertEqual(self.statuses("sk-hashed"), [200, 200, 403])
-        self.assertEqual(self.statuses(f"sha256:{digest}"), [401] * 3)
-        self.assertEqual(self.statuses(digest), [401] * 3)
+        self.assertEqual(self.statuses("sk-user"), [200, 200, 403, 403])
+        self.assertEqual(self.statuses("sk-prometheus"), [403, 403, 200, 403])
+        self.assertEqual(self.statuses("sk-root"), [200] * 4)
+        self.assertEqual(self.statuses("sk-hashed"), [200, 200, 403, 403])
+        self.assertEqual(self.statuses(f"sha256:{digest}"), [401] * 4)
+        self.assertEqual(self.statuses(digest), [401] * 4)
         refusal = self.server.get("/metrics", headers=bearer("sk-user"))
         self.assertEqual((refusal.error["type"], refusal.error["code"]), ("invalid_request_error", "insufficient_permissions"))
         self.assertEqual([self.server.get(path).status for path in ("/health", "/ready", "/")], [200] * 3)

@@ -191,7 +191,8 @@ class Proxies:
     def test_no_metrics_from_outside(self):
         replicas = [self.replica() for _ in range(2)]
         port = self.front(replicas)
-        self.assertEqual([self.ask(port, "GET", path)[0] for path in ("/metrics", "/health", "/v1/models")], [404, 200, 200])
+        self.assertEqual([self.ask(port, "GET", path)[0] for path in ("/metrics", "/debug/state", "/health", "/v1/models")],
+                         [404, 404, 200, 200])
 
 
 @unittest.skipUnless(program("haproxy"), "haproxy is not installed")

@@ -8,7 +8,7 @@ from harness import Server, ServerTest, in_threads, read_until, readable, scale,
 
 ROUTES = {"/v1/completions": "post", "/v1/chat/completions": "post", "/v1/models": "get", "/v1/models/{model}": "get",
           "/tokenize": "post", "/detokenize": "post", "/health": "get", "/ready": "get", "/metrics": "get",
-          "/version": "get", "/openapi.json": "get"}
+          "/version": "get", "/openapi.json": "get", "/debug/state": "get"}
 
 
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
@@ -236,6 +236,21 @@ class Routes(ServerTest):
         parts = sum(entry[f"{part}_seconds"] for part in ("queue", "prefill", "decode"))
         self.assertLessEqual(parts, entry["total_seconds"])
         self.assertNotIn("trace_id", entry)
+
+    def test_debug_state(self):
+        self.server.wait_idle()
+        before = self.server.get("/debug/state").json()
+        self.assertEqual(self.server.completions(prompt="Once upon a time", max_tokens=5, ignore_eos=True, n=3).status, 200)
+        self.server.wait_idle()
+        state = self.server.get("/debug/state").json()
+        engine = state["engine"]
+        self.assertEqual((state["open"], state["draining"], state["trouble"], engine["op"], engine["failure"]),
+                         (True, False, None, None, None))
+        self.assertGreaterEqual(engine["steps"]["count"], before["engine"]["steps"]["count"] + 5)
+        self.assertEqual(engine["last_step"], {"tokens": 3, "sequences": 3})
+        self.assertEqual([group["free"] for group in engine["blocks"]], [group["total"] for group in engine["blocks"]])
+        self.assertGreaterEqual(state["connections"], state["exchanges"])
+        self.assertEqual((engine["sequences_running"], engine["requests_waiting"], state["exchanges"]), (0, 0, 1))
 
     def test_trace_id_in_the_log(self):
         trace = "4bf92f3577b34da6a3ce929d0e0e4736"
