@@ -10,8 +10,11 @@
 #ifndef GPTD_SERVER_API_KEYS_H
 #define GPTD_SERVER_API_KEYS_H
 
-#include "engine/engine.h"
+#include "kernels/error.h"
 #include "server/rate_limit.h"
+
+#include <stdbool.h>
+#include <stddef.h>
 
 enum api_role {
     API_ROLE_USER,    // everything but what is the others'

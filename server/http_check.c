@@ -107,16 +107,9 @@ static bool is_hex(const char *text, size_t n, bool nonzero)
 void http_trace_id(const struct http_headers *h, char id[33])
 {
     enum { TRACE = 3, PARENT = 36, FLAGS = 53, LENGTH = 55 }; // version-trace-parent-flags; later versions may go on after a dash
-    static const char name[] = "traceparent";
-    const struct http_header *found = NULL;
+    const struct http_header *found = http_header_find(h, "traceparent");
     id[0] = '\0';
-    for (size_t i = 0; i < h->n; i++) {
-        const struct http_header *header = &h->list[i];
-        if (header->name_length != sizeof name - 1 || strncasecmp(header->name, name, sizeof name - 1)) continue;
-        if (found) return;
-        found = header;
-    }
-    if (!found || found->value_length < LENGTH) return;
+    if (!found || found->value_length < LENGTH || count(h, "traceparent") != 1) return;
     const char *v = found->value;
     bool whole = found->value_length == LENGTH || (v[LENGTH] == '-' && memcmp(v, "00", 2));
     if (!whole || !is_hex(v, 2, false) || !memcmp(v, "ff", 2) || v[TRACE - 1] != '-' || v[PARENT - 1] != '-' ||

@@ -2,7 +2,9 @@
 #ifndef GPTD_SERVER_TEXT_FILE_H
 #define GPTD_SERVER_TEXT_FILE_H
 
-#include "engine/engine.h"
+#include "kernels/error.h"
+
+#include <stddef.h>
 
 // Reads at most 1 MiB; *text is malloc'd, [*n] bytes and a NUL. `where`: the option that names the file, for the error.
 // ERR_IO (it cannot be read, or is longer), ERR_NOMEM.

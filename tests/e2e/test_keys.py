@@ -119,6 +119,21 @@ class KeyFile(unittest.TestCase):
         self.assertEqual(self.complete("sk-one").status, 200)
         self.assertNotIn("sk-", json.dumps(self.server.log))
 
+    def test_prefixes_are_a_key_s_own(self):
+        """Also when the file was read again in between: a key is the same by its text and by its hash."""
+        prompt = "The cat sat on the mat and looked at the moon for a long time. " * 12
+
+        def cached(key):
+            answer = self.complete(key, prompt=prompt).json()
+            return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        self.start("sk-one", "sk-two")
+        self.assertEqual([cached("sk-one"), cached("sk-two")], [0, 0])
+        self.assertGreater(min(cached("sk-one"), cached("sk-two")), 0)
+        self.write("sha256:" + hashlib.sha256(b"sk-one").hexdigest(), "sk-three")
+        self.hang_up("read again: 2")
+        self.assertGreater(cached("sk-one"), 0)
+        self.assertEqual(cached("sk-three"), 0)
+
     def test_nothing_to_reload(self):
         self.server = Server()
         self.hang_up("no API keys")

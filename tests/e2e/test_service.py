@@ -167,38 +167,35 @@ class Passed(unittest.TestCase):
         self.assertEqual(server.port, listening.getsockname()[1])
         return server
 
-    def test_upgrade(self):
-        """A new process takes over from the old one, time and again, and no request fails."""
+    def replace_under_load(self, replaced):
+        """replaced(old server, socket) gives the new one. No request fails, time and again."""
         with listener() as s:
             server = self.start(s)
             load = Load(server.port, server.name, scale(16, 6))
             try:
                 for _ in range(scale(4, 2)):
                     load.progress()
-                    old, server = server, self.start(s)
-                    old.process.send_signal(signal.SIGTERM)
-                    self.assertEqual(old.stop(None, 60), 0, old.log[-20:])
+                    server = replaced(server, s)
                 load.progress()
             finally:
                 failures = load.end()
             self.assertEqual(failures, [])
             server.check_stopped()
 
-    def test_restart(self):
-        """The old process ends before the new one begins: clients wait in the socket meanwhile, and no request fails."""
-        with listener() as s:
+    def test_upgrade(self):
+        """The new process takes over from the old one."""
+        def replaced(old, s):
             server = self.start(s)
-            load = Load(server.port, server.name, scale(16, 6))
-            try:
-                for _ in range(scale(4, 2)):
-                    load.progress()
-                    self.assertEqual(server.stop(seconds=60), 0, server.log[-20:])
-                    server = self.start(s)
-                load.progress()
-            finally:
-                failures = load.end()
-            self.assertEqual(failures, [])
-            server.check_stopped()
+            self.assertEqual(old.stop(seconds=60), 0, old.log[-20:])
+            return server
+        self.replace_under_load(replaced)
+
+    def test_restart(self):
+        """The old process ends before the new one begins: clients wait in the socket meanwhile."""
+        def replaced(old, s):
+            self.assertEqual(old.stop(seconds=60), 0, old.log[-20:])
+            return self.start(s)
+        self.replace_under_load(replaced)
 
     def test_nobody_is_accepted_while_loading(self):
         with listener() as s:
