@@ -3,6 +3,9 @@
  * Every kernel that is launched so calls `previous_kernel_wait` before it touches what kernels before it wrote or read,
  * and `next_kernel_allow` as early as it likes: the next kernel's blocks then come as room is found for them, and wait
  * there. All of them must wait: a kernel is only known to be over, with all before it, to those that waited for it.
+ * Blocks that find no room where they should be crowd on other multiprocessors, and then so do the next kernels', to the end of
+ * the step (0.84 of the bandwidth). So what decodes up to 8 tokens has a block a multiprocessor, and three kernels in a row fit
+ * into one's shared memory and its 65,536 registers: attention 31,744 (head_dim 128), a product 22,528 to 28,672, 5,120 are left.
  * A step's arrays are the exception: the kernel that brings them (staging.cu) lets none in before its end, and the embedding,
  * the first of a step, none before it has waited for that; so the others find them there before they have waited.
  */
