@@ -25,6 +25,7 @@ void step_layout(struct step *step, struct arena *arena, const struct scheduler 
         ARENA_ARRAY(arena, b->block_tables[g], (size_t)c->max_num_seqs * (size_t)s->max_blocks);
     }
     ARENA_ARRAY(arena, b->table_stamps, c->max_num_seqs);
+    ARENA_ARRAY(arena, step->layer_tickets, c->n_layers);
 }
 
 void step_init(struct step *step, const struct scheduler *s, struct history history)
@@ -109,6 +110,7 @@ void batch_fill(struct step *step, const struct scheduler *s)
         b->n_tokens += row->n_tokens;
         b->cu_seqlens_q[++b->n_seqs] = b->n_tokens;
     }
+    b->layer_tickets = b->n_tokens >= LONG_STEP ? step->layer_tickets : NULL;
     b->n_logits_rows = plan->n_outputs;
     b->is_decode = b->n_tokens == b->n_seqs && plan->n_outputs == b->n_seqs;
     for (int32_t i = 0; i < plan->n_outputs; i++) {

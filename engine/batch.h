@@ -15,6 +15,10 @@ struct table_row {
     int32_t n_blocks, last_block[MAX_KV_GROUPS];
 };
 
+// Tokens from which on a step may take so long that its layers are looked at one by one: whether it gets on (a recorded point
+// costs a GPU 2 us).
+enum { LONG_STEP = 2048 };
+
 struct step {
     struct plan plan;
     struct batch batch;
@@ -22,6 +26,7 @@ struct step {
     uint64_t *sampled;               // [max_logits_rows] admission of the sequence whose parameters a row has; 0: none
     struct sample_result *results;   // [max_logits_rows], from alloc_host
     struct table_row *table_rows;    // [max_num_seqs]
+    uint64_t *layer_tickets;         // [n_layers] of a long step
     uint64_t ticket;
 };
 

@@ -86,6 +86,7 @@ static int fill_config(struct engine *engine, const struct engine_options *o, st
     struct scheduler_config *c = &engine->config;
     struct request_limits *l = &c->limits;
     c->max_num_seqs = o->max_num_seqs;
+    c->n_layers = info->n_layers;
     c->max_logits_rows = o->max_num_seqs + PROMPT_LOGPROB_ROWS;
     c->prefix_caching = o->prefix_caching;
     c->own_memory = !engine->kernels->reads_mapped_weights;

@@ -155,7 +155,7 @@ struct engine_stats {
     int32_t step_tokens, step_seqs;     // of the last step that was launched
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
-    double last_step;                   // CLOCK_MONOTONIC seconds of the last progress (or of now when idle)
+    double last_beat;                   // CLOCK_MONOTONIC seconds of the last progress, in a step too (of now when idle)
     // Of all steps: time outside the backend and the model; in calls of ops, which on a GPU only enqueue; whole time.
     double host_seconds, launch_seconds, step_seconds;
     double device_seconds, weights_seconds; // of the start: backend, plan and device; loading the weights

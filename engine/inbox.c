@@ -60,6 +60,8 @@ static void append(struct inbox *inbox, struct request *r)
     atomic_fetch_add(&inbox->n_waiting, 1);
     atomic_fetch_add(&inbox->n_waiting_tokens, r->n_prompt);
     atomic_fetch_add(&inbox->n_waiting_bytes, (int64_t)r->storage_bytes);
+    if (inbox->first == NULL)
+        atomic_store(&inbox->untaken_since, atomic_load(&r->submitted));
     *(inbox->last != NULL ? &inbox->last->next : &inbox->first) = r;
     inbox->last = r;
     atomic_store(&r->inbox, inbox);
@@ -118,6 +120,7 @@ struct request *inbox_take(struct inbox *inbox)
     pthread_mutex_lock(&inbox->mutex);
     struct request *r = inbox->first;
     inbox->first = inbox->last = NULL;
+    atomic_store(&inbox->untaken_since, 0);
     pthread_mutex_unlock(&inbox->mutex);
     return r;
 }

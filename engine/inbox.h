@@ -27,6 +27,7 @@ struct inbox {
     _Atomic int64_t n_waiting_tokens;
     _Atomic int64_t n_waiting_bytes; // that the choices of waiting requests hold
     _Atomic uint64_t n_signals; // cancellations and stops so far
+    _Atomic double untaken_since; // CLOCK_MONOTONIC seconds: the oldest submission that has not been taken; 0: none
     pthread_mutex_t mutex;     // guards what follows
     pthread_cond_t bell;
     bool rung;

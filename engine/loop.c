@@ -81,8 +81,14 @@ static int collect(struct engine *engine, struct error *e)
 {
     struct step *step = &engine->steps[engine->n_collected % (uint64_t)engine->depth];
     double begin = now_seconds();
+    int rc = 0;
+    for (int32_t i = 0; step->batch.layer_tickets && i < engine->info->n_layers && rc == 0; i++) {
+        progress_at("wait", i);
+        rc = engine->kernels->wait(engine->device, step->batch.layer_tickets[i], e);
+    }
     progress_at("wait", -1);
-    int rc = engine->kernels->wait(engine->device, step->ticket, e);
+    if (rc == 0)
+        rc = engine->kernels->wait(engine->device, step->ticket, e);
     progress_at("commit", -1);
     double end = now_seconds();
     engine->wait_seconds += end - begin;
@@ -217,8 +223,16 @@ void engine_publish_stats(struct engine *engine)
     SHARE(host_seconds, engine->host_seconds);
     SHARE(launch_seconds, engine->launch_seconds);
     SHARE(step_seconds, engine->step_seconds);
-    SHARE(last_step, now_seconds());
     SHARE(busy, scheduler_busy(s) || engine->n_collected < engine->n_launched);
+}
+
+// When the engine last got on; now while it has nothing to do. One that has work and does not wake is stuck, too.
+static double last_beat(const struct engine *engine, bool busy)
+{
+    double beat = progress_time(), untaken_since = atomic_load(&engine->inbox->untaken_since);
+    if (busy)
+        return beat;
+    return untaken_since == 0 ? now_seconds() : untaken_since > beat ? untaken_since : beat;
 }
 
 void engine_stats_get(const struct engine *engine, struct engine_stats *out)
@@ -249,7 +263,7 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .weights_seconds = SHARED(weights_seconds),
         .warm_up_seconds = SHARED(warm_up_seconds),
         .warm_up_bytes = SHARED(warm_up_bytes),
-        .last_step = busy ? SHARED(last_step) : now_seconds(),
+        .last_beat = last_beat(engine, busy),
         .busy = busy,
         .failure = atomic_load(&engine->stats.failed) ? engine->failure.message : NULL,
     };

@@ -19,6 +19,7 @@
 struct scheduler_config {
     struct request_limits limits;
     int32_t max_num_seqs;           // slots
+    int32_t n_layers;               // of the model, for steps (batch.h)
     int32_t max_logits_rows;        // at least max_num_seqs; what is more serves prompt log-probabilities
     bool prefix_caching;
     bool own_memory;                // the device's memory serves nobody else

@@ -297,6 +297,7 @@ static void run(struct pass *p, const struct model *m, const struct kv_cache *kv
     for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
         const int32_t kind = m->config.kind_of_layer[p->layer];
         layer(p, &m->weights.layers[p->layer], &kv->layers[kind][next[kind]++], kind);
+        if (p->batch->layer_tickets) p->batch->layer_tickets[p->layer] = p->kernels->record(p->device);
     }
     if (p->batch->n_logits_rows > 0) logits_of(p, &m->weights);
 }

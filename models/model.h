@@ -82,6 +82,7 @@ struct batch {
     int32_t *logits_rows;         // [n_logits_rows]: tokens whose logits are wanted, ascending; one may repeat (n > 1)
     int32_t *adapter_ids;         // [n_tokens]; -1: none (LoRA comes later)
     struct history history;
+    uint64_t *layer_tickets;      // [n_layers], out: recorded after each layer; NULL: not asked for. Not with graphs.
 };
 
 // The whole cache: layers[g][i] is layer i of group g (in the order of the model's layers of that group).

@@ -33,7 +33,7 @@ static void write_engine(struct text_buffer *out, const struct server *s)
     engine_stats_get(s->engine, &stats);
     text_printf(out, ",\"engine\":{\"busy\":%s,\"op\":", stats.busy ? "true" : "false");
     write_string(out, engine_progress(&layer));
-    text_printf(out, ",\"layer\":%d,\"seconds_since_progress\":%.6f,\"failure\":", layer, watchdog_now() - stats.last_step);
+    text_printf(out, ",\"layer\":%d,\"seconds_since_progress\":%.6f,\"failure\":", layer, watchdog_now() - stats.last_beat);
     write_string(out, stats.failure);
     text_printf(out, ",\"sequences_running\":%d,\"requests_waiting\":%d,\"tokens_waiting\":%lld,\"preemptions\":%llu",
                 stats.n_running, stats.n_waiting, (long long)stats.n_waiting_tokens, (unsigned long long)stats.n_preemptions);

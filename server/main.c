@@ -146,7 +146,10 @@ static void log_ready(const struct options *o, struct engine *engine, const stru
                 o->server.served_model_names[0], ipv6 ? "[" : "", host, ipv6 ? "]" : "", server_port(server));
 }
 
-// True when the device failed, or, `draining`, when it hangs: a step that never ends is not waited for.
+// While draining, so many --stall-timeouts without progress are the end: nothing will come of what is waited for.
+static const double STALLS_TO_END = 10;
+
+// True when the device failed, or, `draining`, when it hangs.
 static bool device_lost(const struct options *o, const struct engine *engine, bool draining)
 {
     struct engine_stats stats;
@@ -155,8 +158,8 @@ static bool device_lost(const struct options *o, const struct engine *engine, bo
         log_message(LOG_LEVEL_ERROR, "the device failed: %s", stats.failure);
         return true;
     }
-    if (!draining || !stats.busy || now() - stats.last_step <= o->server.stall_timeout) return false;
-    log_message(LOG_LEVEL_ERROR, "the engine has made no step for %.0f s", now() - stats.last_step);
+    if (!draining || now() - stats.last_beat <= STALLS_TO_END * o->server.stall_timeout) return false;
+    log_message(LOG_LEVEL_ERROR, "the engine has made no progress for %.0f s", now() - stats.last_beat);
     return true;
 }
 

@@ -96,7 +96,7 @@ const char *server_trouble(const struct server *s)
     struct engine_stats stats;
     engine_stats_get(s->engine, &stats);
     if (stats.failure) return "the device failed";
-    bool stalled = stats.busy && watchdog_now() - stats.last_step > s->options.stall_timeout;
+    bool stalled = watchdog_now() - stats.last_beat > s->options.stall_timeout;
     return stalled ? "the engine makes no progress" : NULL;
 }
 

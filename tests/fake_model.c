@@ -16,11 +16,17 @@ static uint64_t mix(uint64_t h, uint64_t x)
     return h ^ h >> 29;
 }
 
+static void sleep_us(int32_t us)
+{
+    if (us > 0)
+        nanosleep(&(struct timespec){.tv_nsec = us * 1000L}, NULL);
+}
+
 // ---- the model ------------------------------------------------------------------------------------------------------
 
 struct model {
     struct model_info info;
-    int32_t nan_token, step_us;
+    int32_t nan_token, step_us, wait_us;
     int32_t max_logits_rows;
     float *logits;
     const struct kernels *kernels;
@@ -57,8 +63,10 @@ int model_create(struct model **out, const struct model_options *o, struct error
         info->kv_groups[g] = (struct kv_spec){2, 0, 1, 1, 1, DTYPE_I32};
     info->kv_groups[info->n_kv_groups - 1].window = (int32_t)option(o->dir, "window", 0);
     info->max_dim = 1;
+    info->n_layers = 2;
     m->nan_token = (int32_t)option(o->dir, "nan", -1);
     m->step_us = (int32_t)option(o->dir, "us", 0);
+    m->wait_us = (int32_t)option(o->dir, "wait_us", 0);
     m->max_logits_rows = o->max_logits_rows;
     info->workspace_bytes = (size_t)m->max_logits_rows * (size_t)info->vocab_size * sizeof(float);
     *out = m;
@@ -77,10 +85,13 @@ const struct model_info *model_info_get(const struct model *m)
     return &m->info;
 }
 
+static void set_wait_us(struct device *device, int32_t us);
+
 int model_load(struct model *m, const struct kernels *kernels, struct device *device, struct error *e)
 {
     m->kernels = kernels;
     m->device = device;
+    set_wait_us(device, m->wait_us);
     m->logits = kernels->alloc(device, m->info.workspace_bytes);
     return m->logits == NULL ? error_set(e, ERR_NOMEM, "no memory for the workspace") : 0;
 }
@@ -148,10 +159,11 @@ int model_forward(struct model *m, const struct batch *b, const struct kv_cache 
     assert(b->n_tokens > 0 && b->n_logits_rows <= m->max_logits_rows);
     for (int32_t g = 0; g < m->info.n_kv_groups; g++)
         write_kv(b, kv, &m->info.kv_groups[g], g);
+    for (int32_t i = 0; b->layer_tickets != NULL && i < m->info.n_layers; i++)
+        b->layer_tickets[i] = m->kernels->record(m->device);
     for (int32_t row = 0; row < b->n_logits_rows; row++)
         fill_logits(m, b, kv, row);
-    if (m->step_us > 0)
-        nanosleep(&(struct timespec){.tv_nsec = m->step_us * 1000L}, NULL);
+    sleep_us(m->step_us);
     *logits = (struct tensor){m->logits, DTYPE_F32, 2, {(size_t)b->n_logits_rows, (size_t)m->info.vocab_size, 0, 0}};
     return 0;
 }
@@ -166,6 +178,7 @@ struct device {
     bool asynchronous;
     struct device_options options;
     uint64_t ticket;
+    int32_t wait_us;
     struct delivery pending[MAX_PENDING]; // of an asynchronous device: results not yet waited for
 };
 
@@ -236,6 +249,7 @@ static uint64_t record(struct device *d)
 static int wait_for(struct device *d, uint64_t ticket, struct error *e)
 {
     (void)e;
+    sleep_us(d->wait_us);
     for (int32_t i = 0; i < MAX_PENDING; i++) {
         struct delivery *p = &d->pending[i];
         if (p->n == 0 || p->ticket > ticket)
@@ -245,6 +259,8 @@ static int wait_for(struct device *d, uint64_t ticket, struct error *e)
     }
     return 0;
 }
+
+static void set_wait_us(struct device *device, int32_t us) { device->wait_us = us; }
 
 static int32_t *history_at(struct history history, int32_t row, int32_t position)
 {

@@ -6,7 +6,8 @@
  *
  * model_options.dir: "fake:key=value,..." with
  *   vocab (64), len (4096) longest context, groups (1), window (0; of the last group), eos (0; -1: none),
- *   nan (-1: token id after which logits are NaN), us (0: time of a step)
+ *   nan (-1: token id after which logits are NaN), us (0: time of a step),
+ *   wait_us (0: time of each wait)
  * Backends: "fake", and "fake-async", which delivers results no earlier than wait() and poisons them until then.
  */
 #ifndef GPTD_TESTS_FAKE_MODEL_H

@@ -1,5 +1,6 @@
 /* A request's life on the engine: limits, order, cancellation, slow readers, faults, shutdown. On tests/fake_model.c. */
 #include "tests/engine_jobs.h"
+#include "engine/inbox.h"
 
 #include <sys/resource.h>
 
@@ -392,7 +393,7 @@ START_TEST(test_parked_is_not_stuck)
     engine_stats_get(engine, &after);
     ck_assert(!request_done(r));
     ck_assert_int_eq(after.n_running, 0);
-    ck_assert(after.last_step > before.last_step);
+    ck_assert(after.last_beat > before.last_beat);
     ck_assert(after.device_seconds > 0 && after.weights_seconds > 0);
     request_release(r);
     engine_destroy(engine);
@@ -590,7 +591,7 @@ START_TEST(test_idle_costs_nothing)
     engine_stats_get(engine, &after);
     ck_assert(cpu_seconds() - cpu < 0.01);
     ck_assert_uint_eq(before.n_steps, after.n_steps);
-    ck_assert(after.last_step > before.last_step); // an idle engine is not a stuck one
+    ck_assert(after.last_beat > before.last_beat); // an idle engine is not a stuck one
     request_release(r);
     engine_destroy(engine);
 }
@@ -611,12 +612,40 @@ START_TEST(test_first_step_is_work)
     while (stats.n_waiting > 0);
     nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
     engine_stats_get(engine, &stats);
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
     ck_assert(!request_done(r));
     ck_assert(stats.busy);
-    ck_assert((double)t.tv_sec + 1e-9 * (double)t.tv_nsec - stats.last_step > 0.04);
+    ck_assert(now_seconds() - stats.last_beat > 0.03);
     wait_done(engine, r);
+    request_release(r);
+    engine_destroy(engine);
+}
+END_TEST
+
+// A long step is seen to get on from layer to layer; one of few tokens is one wait.
+START_TEST(test_long_step_beats)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:wait_us=300000";
+    o.max_num_batched_tokens = 4096;
+    const int32_t n_prompt = _i ? 3000 : 100, n_waits = _i ? 3 : 1; // 2 layers and the end
+    struct engine *engine = engine_begin(&o);
+    int32_t prompt[3000];
+    for (int32_t i = 0; i < n_prompt; i++)
+        prompt[i] = 1 + i % 60;
+    struct request *r = request_create(prompt, n_prompt);
+    request_params(r)->max_tokens = 1;
+    struct engine_stats stats;
+    wait_until_idle(engine, &stats);
+    double begin = now_seconds(), longest = 0;
+    submit(engine, r);
+    while (!request_done(r)) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        engine_stats_get(engine, &stats);
+        longest = fmax(longest, now_seconds() - stats.last_beat);
+    }
+    ck_assert(now_seconds() - begin > 0.299 * n_waits);
+    ck_assert(longest > 0.25);
+    ck_assert(longest < 0.55);
     request_release(r);
     engine_destroy(engine);
 }
@@ -647,6 +676,7 @@ int main(void)
     tcase_add_loop_test(tc, test_destroy_while_running, 0, 2);
     tcase_add_test(tc, test_idle_costs_nothing);
     tcase_add_test(tc, test_first_step_is_work);
+    tcase_add_loop_test(tc, test_long_step_beats, 0, 2);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/machine.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/progress.h"
 
 enum { MAX_ITEMS = 1000, MAX_THREADS = 8 };
 
@@ -102,6 +103,21 @@ START_TEST(idle_workers_sleep)
 }
 END_TEST
 
+// Whoever looks from outside sees that a long job gets on.
+START_TEST(items_beat)
+{
+    struct thread_pool *pool = create(_i);
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    double begin = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec, seen = progress_time();
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    ck_assert(progress_time() == seen);
+    thread_pool_run(pool, 2, count_item, &(struct counts){.n_threads = _i});
+    ck_assert(progress_time() > begin);
+    thread_pool_destroy(pool);
+}
+END_TEST
+
 START_TEST(sizes_are_checked)
 {
     struct thread_pool *pool;
@@ -126,6 +142,7 @@ int main(void)
     tcase_add_test(tcase, every_item_runs_once);
     tcase_add_test(tcase, jobs_do_not_mix);
     tcase_add_test(tcase, idle_workers_sleep);
+    tcase_add_loop_test(tcase, items_beat, 1, 3);
     tcase_add_test(tcase, sizes_are_checked);
     suite_add_tcase(suite, tcase);
     SRunner *runner = srunner_create(suite);

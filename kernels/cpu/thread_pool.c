@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "kernels/cpu/machine.h"
+#include "kernels/progress.h"
 
 // How long a worker looks for the next op before it sleeps: the ops of a step follow one another within 20 µs.
 enum { SPIN_NS = 100000 };
@@ -68,6 +69,7 @@ static void run_items(struct thread_pool *pool, uint32_t epoch, int32_t thread)
     while (ticket_epoch(ticket) == epoch && (int32_t)ticket < n_items) {
         if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1)) continue;
         work(arg, (int32_t)ticket, thread);
+        progress_beat();
         atomic_fetch_add_explicit(&pool->n_done, 1, memory_order_release);
         ticket = atomic_load(&pool->ticket);
     }
@@ -120,7 +122,10 @@ void thread_pool_run(struct thread_pool *pool, int32_t n_items, void (*work)(voi
                      void *arg)
 {
     if (pool->n_threads == 1 || n_items <= 1) {
-        for (int32_t i = 0; i < n_items; i++) work(arg, i, 0);
+        for (int32_t i = 0; i < n_items; i++) {
+            work(arg, i, 0);
+            progress_beat();
+        }
         return;
     }
     uint32_t epoch = ticket_epoch(atomic_load(&pool->ticket)) + 1;

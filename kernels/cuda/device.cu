@@ -6,7 +6,7 @@
 #include <string.h>
 
 enum {
-    N_TICKETS = 16, // recorded points that may be waited for
+    N_TICKETS = 512, // recorded points that may be waited for; of an older one, a later one is
     OLDEST_SM = 80,
 };
 
