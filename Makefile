@@ -227,17 +227,23 @@ threaded-tests: $(THREADED_TESTS)
 check-threaded: $(THREADED_TESTS)
 	@set -e; for t in $^; do $$t; done
 
-# Each fuzz target for FUZZ_SECONDS, with clang's libFuzzer.
+# Each fuzz target for FUZZ_SECONDS, with clang's libFuzzer, on from what earlier runs have found (corpus.tar.gz).
 FUZZ_SECONDS ?= 10
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/tests/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
-.PHONY: check-fuzz fuzz-targets
+.PHONY: check-fuzz fuzz-targets fuzz-corpus
 check-fuzz:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/fuzz SAN=fuzzer CC=clang CXX=clang++ fuzz-targets
+	@mkdir -p build/fuzz/corpus; tar -xzf tests/fuzz/corpus.tar.gz -C build/fuzz/corpus
 	@set -e; for t in $(notdir $(FUZZERS)); do mkdir -p build/fuzz/corpus/$$t; \
 	  build/fuzz/tests/fuzz/$$t -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$t $$(ls -d tests/fuzz/corpus/$$t 2>/dev/null) \
 	    >build/fuzz/$$t.log 2>&1 || { tail -n 60 build/fuzz/$$t.log; exit 1; }; \
 	  echo "$$t: $$(awk '/number_of_executed_units/ {print $$2}' build/fuzz/$$t.log) inputs, nothing found"; done
+# After a long check-fuzz: what it has found becomes what later ones begin with, without what adds nothing.
+fuzz-corpus:
+	@set -e; rm -rf build/fuzz/merged; for t in $(notdir $(FUZZERS)); do mkdir -p build/fuzz/merged/$$t; \
+	  build/fuzz/tests/fuzz/$$t -merge=1 build/fuzz/merged/$$t build/fuzz/corpus/$$t >build/fuzz/$$t.merge.log 2>&1; done
+	@tar --sort=name --owner=0 --group=0 --mtime=@0 -C build/fuzz/merged -c . | gzip -9n >tests/fuzz/corpus.tar.gz
 fuzz-targets: $(FUZZERS)
 # They read files and requests: no engine, no kernels.
 LIBS_FUZZED := $(addprefix $(BUILD)/lib,server.a models.a tokenizer.a) $(call objects,kernels/error.c kernels/dtype.c)
