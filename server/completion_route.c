@@ -5,6 +5,7 @@
 #include "server/completion.h"
 #include "server/completion_json.h"
 #include "server/context.h"
+#include "server/log.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -104,6 +105,13 @@ static enum exchange_next submit(struct exchange *x, struct call *call)
     return call->completion.request.stream ? exchange_reply_stream(x) : answer_whole(x, call);
 }
 
+static void log_body(const struct exchange *x)
+{
+    enum { MOST = 3900 };
+    if (!x->server->options.log_prompts || !x->body.data) return;
+    log_message(LOG_LEVEL_INFO, "body of %s: %.*s", x->id, (int)(x->body.length < MOST ? x->body.length : MOST), x->body.data);
+}
+
 static enum exchange_next handle(struct exchange *x, const struct call_kind *kind)
 {
     struct call *call = x->state;
@@ -119,6 +127,7 @@ static enum exchange_next handle(struct exchange *x, const struct call_kind *kin
             return exchange_reply_error(x, &e);
         }
         call->kind = kind;
+        log_body(x); // before the parser writes into it
         if (limit_begin(x, call)) return reply_error(x, call);
         if (!work_begin(&call->work, x, kind->short_body, parse_body)) {
             http_error_set(&call->error, 503, NULL, NULL, "too many long prompts at once");

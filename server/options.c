@@ -122,6 +122,8 @@ static const struct option options_table[] = {
     GROUP("Log"),
     {"log-format", OPTION_ENUM, AT(log_format), "text|json", "text", 0, 0, "lines on stderr"},
     {"log-level", OPTION_ENUM, AT(log_level), "error|warning|info|debug", "info", 0, 0, "least level to log"},
+    {"log-prompts", OPTION_BOOL, AT(server.log_prompts), NULL, "false", 0, 0,
+     "also what completions and chats ask: their bodies, cut at 3,900 bytes"},
 
     GROUP("Other"),
     {"config", OPTION_STRING, AT(config), "FILE", NULL, 0, 0, "JSON file of these options, without the dashes"},

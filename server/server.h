@@ -46,6 +46,7 @@ struct server_options {
     double request_timeout;                // from the end of the body to the last token; 0: none
     double send_timeout;                   // from the last token to the last byte taken by the client
     double keep_alive_interval;            // silence in a stream before a comment line is sent
+    bool log_prompts;                      // bodies of completions and chats go to the log
     double stall_timeout;                  // an engine with work that makes no progress for so long is not healthy
     double drain_delay;                    // how long a draining server goes on accepting
 };

@@ -237,6 +237,20 @@ class Routes(ServerTest):
         self.assertLessEqual(parts, entry["total_seconds"])
         self.assertNotIn("trace_id", entry)
 
+    def test_prompts_in_the_log_when_told(self):
+        for flags, there in ((), False), (("--log-prompts",), True):
+            server = harness.Server(*flags)
+            for i, prompt in enumerate(("A \"quoted\" moon\n" * 2, "Long moon " * 800)):
+                server.completions(prompt=prompt, max_tokens=1, headers={"x-request-id": f"moon-{i}"})
+            server.post("/v1/completions", "no moon, but {", headers={"x-request-id": "moon-2"})
+            server.check_stopped()
+            bodies = [e["message"] for e in server.log_entries() if e["message"].startswith("body of ")]
+            self.assertEqual(any("moon" in e["message"] + e.get("error", "") for e in server.log_entries()), there)
+            self.assertEqual([body.split()[2] for body in bodies], ["moon-0:", "moon-1:", "moon-2:"] if there else [])
+            if there:
+                self.assertEqual(json.loads(bodies[0].split(": ", 1)[1])["prompt"], "A \"quoted\" moon\n" * 2)
+                self.assertGreater(len(bodies[1]), 3800)
+
     def test_debug_state(self):
         self.server.wait_idle()
         before = self.server.get("/debug/state").json()
