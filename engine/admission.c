@@ -47,7 +47,6 @@ void admission_measure(struct admission *a, bool waiting, double now)
     a->n_begun_tokens = a->n_begun_bytes = 0;
 }
 
-// One request more than was counted: nobody is refused because a first one takes long, and no rate is 0.
 struct admission_rate admission_rate_get(const struct admission *a, int64_t n_tokens, int64_t n_bytes, double now)
 {
     double share = exp(-fmax(0, now - load(&a->at)) / ADMISSION_MEMORY), n = load(&a->requests) * share;
@@ -55,21 +54,37 @@ struct admission_rate admission_rate_get(const struct admission *a, int64_t n_to
     if (atomic_load_explicit(&a->waiting, memory_order_relaxed))
         seconds += ADMISSION_MEMORY * (1 - share);
     return (struct admission_rate){
-        .requests = (n + 1) / fmax(seconds, LEAST_SECONDS),
-        .tokens = (load(&a->tokens) * share + (double)n_tokens) / (n + 1),
-        .bytes = (load(&a->bytes) * share + (double)n_bytes) / (n + 1),
+        .requests = fmax(n, 1) / fmax(seconds, LEAST_SECONDS),
+        .at_most = (n + 1) / fmax(seconds, LEAST_SECONDS),
+        .tokens = n >= 1 ? load(&a->tokens) * share / n : (double)n_tokens,
+        .bytes = n >= 1 ? load(&a->bytes) * share / n : (double)n_bytes,
         .measured = seconds >= LEAST_SECONDS,
     };
 }
 
 // ---- promises -------------------------------------------------------------------------------------------------------
 
-enum { N_DUE = sizeof ((struct admission *)0)->due / sizeof ((struct admission *)0)->due[0] };
+enum { PROBES = 8, N_DUE = sizeof ((struct admission *)0)->due / sizeof ((struct admission *)0)->due[0] };
 
 static uint64_t key_of(uint64_t prompt, int64_t second)
 {
     uint64_t key = (prompt ^ (uint64_t)second * 0x9e3779b97f4a7c15) * 0xbf58476d1ce4e5b9;
     return key ^ key >> 32;
+}
+
+// The promise of that key, or a place for it: where nothing is, or what is over, or another's, which is lost (its place is
+// still kept, for whoever comes first).
+static struct promise *find_promise(struct admission *a, uint64_t key, int64_t over)
+{
+    struct promise *place = &a->promises[key % ADMISSION_PROMISES];
+    for (uint64_t i = 0; i < PROBES; i++) {
+        struct promise *p = &a->promises[(key + i) % ADMISSION_PROMISES];
+        if (p->key == key)
+            return p;
+        if (place->n > 0 && place->second >= over && (p->n == 0 || p->second < over))
+            place = p;
+    }
+    return place;
 }
 
 int32_t admission_promise(struct admission *a, uint64_t prompt, double seconds, double hold, bool ahead, double now)
@@ -78,28 +93,25 @@ int32_t admission_promise(struct admission *a, uint64_t prompt, double seconds, 
     a->next_place = fmin(fmax(a->next_place, at) + hold, now + 2 * ADMISSION_MAX_RETRY);
     int32_t wait = (int32_t)fmin(fmax(ceil(at - now), 1), ADMISSION_MAX_RETRY);
     int64_t second = (int64_t)now + wait;
-    uint64_t key = key_of(prompt, second);
     if (a->due[second % N_DUE].second != second) {
         a->due[second % N_DUE].second = second;
         a->due[second % N_DUE].n = 0;
     }
     a->due[second % N_DUE].n++;
-    // Another prompt's promise may be lost here; its place is still kept, for whoever comes first.
-    if (a->promises[key % ADMISSION_PROMISES].key != key) {
-        a->promises[key % ADMISSION_PROMISES].key = key;
-        a->promises[key % ADMISSION_PROMISES].n = 0;
-    }
-    a->promises[key % ADMISSION_PROMISES].n++;
+    struct promise *p = find_promise(a, key_of(prompt, second), (int64_t)now - ADMISSION_GRACE);
+    if (p->key != key_of(prompt, second))
+        *p = (struct promise){.key = key_of(prompt, second), .second = second};
+    p->n++;
     return wait;
 }
 
 bool admission_redeem(struct admission *a, uint64_t prompt, double now)
 {
     for (int64_t second = (int64_t)now - ADMISSION_GRACE; second <= (int64_t)now; second++) {
-        uint64_t key = key_of(prompt, second);
-        if (second < 0 || a->promises[key % ADMISSION_PROMISES].key != key || a->promises[key % ADMISSION_PROMISES].n == 0)
+        struct promise *p = find_promise(a, key_of(prompt, second), (int64_t)now - ADMISSION_GRACE);
+        if (p->key != key_of(prompt, second) || p->n == 0)
             continue;
-        a->promises[key % ADMISSION_PROMISES].n--;
+        p->n--;
         if (a->due[second % N_DUE].second == second && a->due[second % N_DUE].n > 0)
             a->due[second % N_DUE].n--;
         return true;
@@ -110,7 +122,7 @@ bool admission_redeem(struct admission *a, uint64_t prompt, double now)
 int32_t admission_held(const struct admission *a, double now)
 {
     uint32_t n = 0;
-    for (int64_t second = (int64_t)now - ADMISSION_GRACE; second <= (int64_t)now; second++) {
+    for (int64_t second = (int64_t)now - ADMISSION_GRACE; second <= (int64_t)now + 1; second++) {
         if (second >= 0 && a->due[second % N_DUE].second == second)
             n += a->due[second % N_DUE].n;
     }

@@ -3,8 +3,8 @@
  * The rate is that of the time in which requests had to wait: what the engine can do, not what is asked of it. The engine
  * thread measures it once a turn, without a lock; any thread reads it.
  * Who is refused is told when a place will be his: places are given out one after the other along the rate, so that a
- * thousand clients who were refused at once do not come back at once. A place is kept from others while its time is, up to
- * half of the queue: clients who never come back cannot keep the engine idle. A request that comes back is known by its
+ * thousand clients who were refused at once do not come back at once. A place is kept from others from a second before its
+ * time until some after, up to half of the queue: clients who never come back cannot keep the engine idle. A request that comes back is known by its
  * prompt. Promises are guarded by the inbox's mutex.
  *
  * Times are CLOCK_MONOTONIC seconds; whoever calls gives them.
@@ -19,7 +19,7 @@
 enum {
     ADMISSION_MEMORY = 20,      // seconds after which what was measured weighs 1/e
     ADMISSION_MAX_RETRY = 60,   // seconds: what clients are told at most; OpenAI's own obey no more than that
-    ADMISSION_PROMISES = 4096,  // a power of 2
+    ADMISSION_PROMISES = 4096,
     ADMISSION_GRACE = 2,        // seconds that a place is kept beyond the second it was promised for
 };
 
@@ -35,11 +35,12 @@ struct admission {
     // Promises.
     double next_place;          // when the first place that nobody was promised will be free
     struct { int64_t second; uint32_t n; } due[ADMISSION_MAX_RETRY + ADMISSION_GRACE + 2]; // not kept yet, by second
-    struct { uint64_t key; uint32_t n; } promises[ADMISSION_PROMISES]; // key: of prompt and second
+    struct promise { uint64_t key /* of prompt and second */; int64_t second; uint32_t n; } promises[ADMISSION_PROMISES];
 };
 
 struct admission_rate {
     double requests;            // begun each second; never 0
+    double at_most;             // with one more than was counted: nobody is refused because a first one takes long
     double tokens, bytes;       // of one of them, on average
     bool measured;              // requests have lately waited long enough to tell
 };

@@ -101,7 +101,7 @@ static struct places places_left(const struct inbox *inbox, const struct request
     struct places p = {inbox->max_requests - n, inbox->max_requests, false};
     if (inbox->queue_timeout == 0 || !rate->measured || r->params_of != NULL || (ahead = n_ahead(inbox, r)) == 0)
         return p;
-    double most = floor(fmax(1, inbox->queue_timeout * rate->requests));
+    double most = floor(fmax(1, inbox->queue_timeout * rate->at_most));
     p.by_time = most - ahead < p.left;
     p.left = fmin(p.left, most - ahead);
     p.most = fmin(p.most, most);
