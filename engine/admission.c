@@ -4,7 +4,9 @@
 
 // ---- the rate -------------------------------------------------------------------------------------------------------
 
-static const double LEAST_SECONDS = 1; // of waiting: what is measured in less says nothing
+// Of waiting. In less than the first nothing is measured that anybody is refused for. Less than the second counts as so much:
+// before anything is known ten are said to be begun each second. Who comes too early is told again; who comes too late lost time.
+static const double MEASURED = 1, LEAST = 0.1;
 
 void admission_note(struct admission *a, int64_t n_tokens, int64_t n_bytes)
 {
@@ -54,11 +56,11 @@ struct admission_rate admission_rate_get(const struct admission *a, int64_t n_to
     if (atomic_load_explicit(&a->waiting, memory_order_relaxed))
         seconds += ADMISSION_MEMORY * (1 - share);
     return (struct admission_rate){
-        .requests = fmax(n, 1) / fmax(seconds, LEAST_SECONDS),
-        .at_most = (n + 1) / fmax(seconds, LEAST_SECONDS),
+        .requests = fmax(n, 1) / fmax(seconds, LEAST),
+        .at_most = (n + 1) / fmax(seconds, LEAST),
         .tokens = n >= 1 ? load(&a->tokens) * share / n : (double)n_tokens,
         .bytes = n >= 1 ? load(&a->bytes) * share / n : (double)n_bytes,
-        .measured = seconds >= LEAST_SECONDS,
+        .measured = seconds >= MEASURED,
     };
 }
 

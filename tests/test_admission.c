@@ -41,7 +41,7 @@ START_TEST(test_rate)
 {
     struct admission *a = calloc(1, sizeof *a);
     struct admission_rate rate = admission_rate_get(a, 7, 70, 1000);
-    ck_assert(!rate.measured && rate.requests == 1 && rate.tokens == 7 && rate.bytes == 70);
+    ck_assert(!rate.measured && rate.requests == 10 && rate.tokens == 7 && rate.bytes == 70);
     double now = run(a, 1000, 60, 10, false); // nobody waits: what is asked of it says nothing of what it can do
     ck_assert(!admission_rate_get(a, 7, 70, now).measured);
     now = run(a, now, 30, 2, true);
