@@ -135,8 +135,8 @@ static void find_shortage(const struct inbox *inbox, const struct request *r, bo
         s->seconds = (double)more_bytes / (rate.bytes * rate.requests);
         s->hold = (double)r->storage_bytes / (rate.bytes * rate.requests);
     } else if (places.left <= held) {
-        s->too_long = places.by_time && places.left < 1;
-        if (s->too_long)
+        s->too_long = places.by_time;
+        if (places.by_time && places.left < 1)
             error_set(&s->why, ERR_BUSY, "%d requests are waiting; another would wait for more than %g s", n, inbox->queue_timeout);
         else
             error_set(&s->why, ERR_BUSY, "%d requests are waiting, and the places left are promised to others", n);
