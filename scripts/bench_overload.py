@@ -209,7 +209,8 @@ def judge(rows, bound, unit):
         share, p99 = row[unit] / peak[unit], row["ttft_p99"]
         ok = share >= 0.9 and p99 is not None and p99 <= bound and row["failed"] == 0
         print(f"at {top:g} times the capacity, clients that {row['mode']}: {share:.0%} of the peak's {UNITS[unit]} "
-              f"({peak[unit]:.0f} at {peak['multiple']:g} x); TTFT p99 {p99:.2f} s, bound {bound:.2f}: {'met' if ok else 'NOT MET'}")
+              f"({peak[unit]:.0f} at {peak['multiple']:g} x); TTFT p99 {p99:.2f} s, bound {bound:.2f}: "
+              f"{'met' if ok else 'NOT MET'}")
         met = met and ok
     return met
 
@@ -269,7 +270,8 @@ def main():
         bench = Bench(a, Target.parse(a.url or f"http://127.0.0.1:{server.port}", a.api_key), server)
         bench.run(2, streams=a.max_num_seqs)  # warms up
         capacity = bench.run(a.seconds / 2, streams=a.max_num_seqs + a.max_num_seqs // 4 + 1)
-        print(f"{bench.model}: {capacity['good']:.2f} requests/s, {capacity['tokens']:.0f} tokens/s in a closed loop, seed {a.seed}")
+        print(f"{bench.model}: {capacity['good']:.2f} requests/s, {capacity['tokens']:.0f} tokens/s in a closed loop, "
+              f"seed {a.seed}")
         rows = []
         for obey in (True, False):
             mode = "obey Retry-After" if obey else "leave"
