@@ -112,6 +112,7 @@ class QueueTimeout(unittest.TestCase):
             self.assertIn("in time", answer.error["message"])
             self.assertGreaterEqual(int(answer.headers["Retry-After"]), 1)
         self.assertEqual(refused(server)["queue_timeout"], 4)
+        self.assertEqual(server.metrics()["gptd_num_requests_running"], 1)  # the last one did not wait for its second prompt
         holder.close()
         server.wait_idle()
         server.check_stopped()
