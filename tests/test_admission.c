@@ -245,6 +245,43 @@ START_TEST(test_obeying_pays)
 }
 END_TEST
 
+// Places that are kept for clients who never come back cost nothing: at ten times what can be done, whatever bounds the queue, the
+// engine always has work, and who is let in waits no longer than he may.
+START_TEST(test_never_idle)
+{
+    static const struct { int32_t max_requests; double timeout; } bounds[] = {{1, 0}, {2, 0}, {8, 0}, {1000, 2}, {30, 1}, {1000, 20}};
+    struct request *waiting[1000];
+    double since[1000], now = 1000, work = 0, longest = 0;
+    int32_t n = 0, n_idle = 0, n_begun = 0;
+    struct inbox *inbox = inbox_create(bounds[_i].max_requests, 1000000, bounds[_i].timeout, 1);
+    srand((unsigned)time(NULL));
+    for (int32_t turn = 0; turn < 120 * 50; turn++, now += 0.02) { // 10 a second are begun, 100 come
+        for (int32_t k = rand() % 5; k > 0; k--) {
+            struct request *r = request_of(5, rand() % 1000);
+            if (submit(inbox, r, now, 0, waiting, &n) == 0)
+                since[n - 1] = now;
+            request_release(r);
+        }
+        for (work += 0.2; work >= 1; work--) {
+            n_idle += n == 0 && turn > 50;
+            if (n == 0)
+                continue;
+            longest = turn > 60 * 50 && now - since[0] > longest ? now - since[0] : longest;
+            memmove(since, since + 1, (size_t)(n - 1) * sizeof *since);
+            begin_one(inbox, waiting, &n);
+            n_begun++;
+        }
+        admission_measure(&inbox->admission, n > 0, now);
+    }
+    ck_assert_msg(n_idle <= n_begun / 50, "%d idle, %d begun", n_idle, n_begun);
+    ck_assert_msg(bounds[_i].timeout == 0 || longest < 1.2 * bounds[_i].timeout, "waited for %f s", longest);
+    ck_assert_msg(bounds[_i].timeout == 0 || longest > 0.3 * bounds[_i].timeout, "never waited for more than %f s", longest);
+    while (n > 0)
+        begin_one(inbox, waiting, &n);
+    inbox_unref(inbox);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("admission");
@@ -255,6 +292,7 @@ int main(void)
     tcase_add_test(tc, test_foreseen_wait);
     tcase_add_test(tc, test_tokens_decide);
     tcase_add_test(tc, test_obeying_pays);
+    tcase_add_loop_test(tc, test_never_idle, 0, 6);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
