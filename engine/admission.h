@@ -4,7 +4,7 @@
  * thread measures it once a turn, without a lock; any thread reads it.
  * Who is refused is told when a place will be his: places are given out one after the other along the rate, so that a
  * thousand clients who were refused at once do not come back at once. A place is kept from others from a second before its
- * time until some after, up to half of the queue: clients who never come back cannot keep the engine idle. A request that
+ * time until some after, up to a quarter of the queue: clients who never come back cannot keep the engine idle. A request that
  * comes back is known by its prompt. Promises are guarded by the inbox's mutex.
  *
  * Times are CLOCK_MONOTONIC seconds; whoever calls gives them.

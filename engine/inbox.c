@@ -118,7 +118,7 @@ static void find_shortage(const struct inbox *inbox, const struct request *r, bo
     int64_t tokens = atomic_load(&inbox->n_waiting_tokens), bytes = atomic_load(&inbox->n_waiting_bytes);
     int64_t more_tokens = tokens + r->n_prompt - inbox->max_tokens;
     int64_t more_bytes = bytes + (int64_t)r->storage_bytes - INBOX_MAX_BYTES;
-    double held = promised || r->params_of != NULL ? 0 : fmin(admission_held(a, now), floor(places.most / 2));
+    double held = promised || r->params_of != NULL ? 0 : fmin(admission_held(a, now), floor(places.most / 4));
     *s = (struct shortage){.seconds = fmax(0, 1 - places.left) / rate.requests, .hold = 1 / rate.requests};
     if (n == 0)
         return; // one alone is taken, whatever it holds
