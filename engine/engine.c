@@ -24,8 +24,8 @@ static int check_options(const struct engine_options *o, struct error *e)
         return error_set(e, ERR_INVALID, "max_queue_requests and max_queue_tokens must be at least 1");
     if (o->max_logprobs < 0 || o->max_logprobs > MAX_LOGPROBS)
         return error_set(e, ERR_INVALID, "max_logprobs is %d; it must be 0 to %d", o->max_logprobs, MAX_LOGPROBS);
-    if (!(o->slow_client_timeout >= 0))
-        return error_set(e, ERR_INVALID, "slow_client_timeout must not be negative");
+    if (!(o->slow_client_timeout >= 0 && o->queue_timeout >= 0 && o->priority_aging >= 0))
+        return error_set(e, ERR_INVALID, "slow_client_timeout, queue_timeout and priority_aging must not be negative");
     return 0;
 }
 
@@ -91,6 +91,8 @@ static int fill_config(struct engine *engine, const struct engine_options *o, st
     c->prefix_caching = o->prefix_caching;
     c->own_memory = !engine->kernels->reads_mapped_weights;
     c->slow_client_timeout = o->slow_client_timeout;
+    c->queue_timeout = o->queue_timeout;
+    c->priority_aging = o->priority_aging;
     l->vocab_size = info->vocab_size;
     l->max_model_len = info->max_model_len;
     l->max_logprobs = o->max_logprobs < info->vocab_size ? o->max_logprobs : info->vocab_size;
@@ -153,7 +155,8 @@ int engine_create(struct engine **out, const struct engine_options *wanted, stru
         error_set(e, ERR_IO, "no eventfd: %s", strerror(errno));
         goto fail;
     }
-    engine->inbox = inbox_create(options->max_queue_requests, options->max_queue_tokens, options->seed);
+    engine->inbox = inbox_create(options->max_queue_requests, options->max_queue_tokens, options->queue_timeout,
+                                 options->seed);
     if (engine->inbox == NULL) {
         error_set(e, ERR_NOMEM, "no memory for the engine");
         goto fail;
@@ -371,7 +374,7 @@ int engine_event_fd(const struct engine *engine)
 int engine_submit(struct engine *engine, struct request *r, struct error *e)
 {
     int rc = request_prepare(r, &engine->config.limits, e);
-    return rc != 0 ? rc : inbox_submit(engine->inbox, r, e);
+    return rc != 0 ? rc : inbox_submit(engine->inbox, r, now_seconds(), e);
 }
 
 const char *engine_file_at(const void *address)

@@ -38,6 +38,9 @@ struct engine_options {
     int32_t max_queue_requests;     // waiting requests; more: ERR_BUSY
     int64_t max_queue_tokens;       // prompt tokens of waiting requests; more: ERR_BUSY
     int32_t max_logprobs;           // most top log-probabilities a request may ask for
+    double queue_timeout;           // seconds a request may wait to be begun (FINISH_EXPIRED); one that would wait for
+                                    // longer by the measured rate: ERR_BUSY; 0: any
+    double priority_aging;          // seconds that one step of priority is worth; 0: priorities count for nothing
     double slow_client_timeout;     // seconds a full ring may stall its sequence before it is cancelled
     uint64_t seed;                  // base of the seeds of requests without one
 };
@@ -70,7 +73,7 @@ struct sampling_params {
     bool ignore_eos;
     int32_t logprobs;               // -1: none; 0: of the chosen token; k: and the top k
     int32_t prompt_logprobs;        // likewise, for every prompt token but the first
-    int32_t priority;               // lower runs first; equal: first come, first served
+    int32_t priority;               // p + 1 counts as come priority_aging seconds later than p; at most 100 either way
     // Arrays are malloc'd by the caller and freed with the request; ids are checked by engine_submit.
     int32_t *stop_token_ids; int32_t n_stop_token_ids;
     struct logit_bias *logit_bias; int32_t n_logit_bias;
@@ -85,6 +88,7 @@ enum finish_reason {
     FINISH_LENGTH,    // max_tokens or the context is full
     FINISH_CANCELLED, // request_cancel
     FINISH_SLOW,      // the reader let its ring stay full for too long
+    FINISH_EXPIRED,   // not begun within queue_timeout
     FINISH_BARRED,    // its own constraints (bad_words, allowed_token_ids, min_tokens) left no token to go on with
     FINISH_ERROR,     // the model gave NaN, or the device failed: see request_error
 };
@@ -126,6 +130,9 @@ void request_share_params(struct request *r, struct request *of);
 // Checks (ERR_INVALID, "field: why": empty prompt, ids outside the vocabulary, more than the context or cache holds,
 // no token allowed to begin with), then queues (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
 int engine_submit(struct engine *engine, struct request *r, struct error *e);
+// Whole seconds, at least 1, after which there is likely to be a place for r, which engine_submit refused (ERR_BUSY) or which
+// expired: the place is promised, to whoever then comes with the same prompt.
+int32_t request_retry_after(struct request *r);
 void request_cancel(struct request *r);                // any thread
 void choice_stop(struct request *r, int32_t choice);   // any thread: no more tokens for this choice, FINISH_STOP
 void request_release(struct request *r);
@@ -155,6 +162,8 @@ struct engine_stats {
     int32_t step_tokens, step_seqs;     // of the last step that was launched
     uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits; // the last two in tokens
     uint64_t prompt_tokens, generation_tokens; // of requests begun, each counted once; sampled
+    uint64_t n_refused_full, n_refused_wait, n_expired; // requests: the queue was full; would have waited too long; did
+    double queue_wait;                  // seconds a request that comes now would wait to be begun, by the measured rate
     double last_beat;                   // CLOCK_MONOTONIC seconds of the last progress, in a step too (of now when idle)
     // Of all steps: time outside the backend and the model; in calls of ops, which on a GPU only enqueue; whole time.
     double host_seconds, launch_seconds, step_seconds;

@@ -150,6 +150,7 @@ static int turn(struct engine *engine, bool *idle, struct error *e)
     take_requests(engine, begin);
     progress_at("plan", -1);
     scheduler_plan(&engine->scheduler, &step->plan, n_signals, begin);
+    admission_measure(&engine->inbox->admission, engine->scheduler.oldest != NULL, begin);
     bool planned = step->plan.n_rows > 0;
     if (planned && engine->n_launched == engine->n_collected)
         engine_publish_stats(engine); // work begins: a device that hangs in its first step is seen, too
@@ -216,6 +217,7 @@ void engine_publish_stats(struct engine *engine)
     for (int32_t g = 0; g < engine->info->n_kv_groups; g++) SHARE(group_free[g], s->blocks[g].n_free);
     SHARE(n_steps, engine->n_collected);
     SHARE(n_preemptions, s->n_preemptions);
+    SHARE(n_expired, s->n_expired);
     SHARE(prefix_queries, s->prefix_queries);
     SHARE(prefix_hits, s->prefix_hits);
     SHARE(prompt_tokens, s->prompt_tokens);
@@ -252,6 +254,10 @@ void engine_stats_get(const struct engine *engine, struct engine_stats *out)
         .step_seqs = SHARED(step_seqs),
         .n_steps = SHARED(n_steps),
         .n_preemptions = SHARED(n_preemptions),
+        .n_refused_full = atomic_load(&engine->inbox->n_full),
+        .n_refused_wait = atomic_load(&engine->inbox->n_too_long),
+        .n_expired = SHARED(n_expired),
+        .queue_wait = inbox_wait(engine->inbox, now_seconds()),
         .prefix_queries = SHARED(prefix_queries),
         .prefix_hits = SHARED(prefix_hits),
         .prompt_tokens = SHARED(prompt_tokens),

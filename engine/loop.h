@@ -18,7 +18,7 @@ struct shared_stats {
     _Atomic int32_t n_running, step_tokens, step_seqs;
     _Atomic int32_t group_free[MAX_KV_GROUPS];
     _Atomic int64_t blocks; // of the fullest group: its number, and those that are free in the lower half
-    _Atomic uint64_t n_steps, n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
+    _Atomic uint64_t n_steps, n_preemptions, n_expired, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
     _Atomic double host_seconds, launch_seconds, step_seconds, device_seconds, weights_seconds,
         warm_up_seconds;
     _Atomic uint64_t warm_up_bytes;

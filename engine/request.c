@@ -3,8 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/inbox.h"
-
 struct request *request_create(const int32_t *prompt, int32_t n_prompt)
 {
     struct request *r = calloc(1, sizeof *r);
@@ -251,6 +249,9 @@ static void fill_prompt_hashes(struct request *r, const struct request_limits *l
         hash = block_hash_next(limits->hash_key, hash, r->prompt + i * limits->block_size, limits->block_size);
         r->prompt_hashes[i] = hash;
     }
+    int32_t n_left = r->n_prompt % limits->block_size, tail[MAX_BLOCK_SIZE] = {0}; // the hash is of even numbers
+    memcpy(tail, r->prompt + r->n_prompt - n_left, (size_t)n_left * sizeof *tail);
+    r->fingerprint = block_hash_next(limits->hash_key, hash, tail, n_left + n_left % 2).h[0];
 }
 
 static int allocate(struct request *r, const struct request_limits *limits)
@@ -383,6 +384,12 @@ struct request_times request_times_get(const struct request *r)
         atomic_load_explicit(&r->first_token, memory_order_relaxed),
         atomic_load_explicit(&r->finished, memory_order_relaxed),
     };
+}
+
+int32_t request_retry_after(struct request *r)
+{
+    struct inbox *inbox = atomic_load(&r->inbox);
+    return inbox != NULL ? inbox_promise(inbox, r, now_seconds()) : r->retry_after;
 }
 
 const char *request_error(const struct request *r)

@@ -11,6 +11,7 @@
 #include <stddef.h>
 
 #include "engine/block_manager.h"
+#include "engine/inbox.h"
 #include "engine/token_ring.h"
 #include "models/model.h"
 
@@ -77,6 +78,8 @@ struct request {
     _Atomic int32_t cached_tokens; // prompt tokens choice 0 took from the cache when first admitted; -1: not yet
     _Atomic double submitted, scheduled, first_token, finished; // CLOCK_MONOTONIC seconds; 0: not yet
     struct error error;           // of FINISH_ERROR: written before the first sequence that ends so
+    int32_t retry_after;          // seconds, of a submission that was refused: written by inbox_submit
+    uint64_t fingerprint;         // of the prompt and its salt
     struct token_out *prompt_logprobs;     // [n_prompt]
     struct token_logprob *prompt_top;      // [n_prompt, params.prompt_logprobs]
     int32_t *stop_ids;            // [n_stop_ids] EOS (unless ignored) and stop token ids
@@ -88,6 +91,8 @@ struct request {
 
     // The engine thread's.
     bool counted;                 // still among the inbox's waiting requests
+    double key;                   // seconds: where it stands among all, see scheduler.h
+    struct request *older, *newer; // in the scheduler's list of what was not begun
     bool forked;                  // choices other than 0 have been queued or run
     int32_t n_ended;              // sequences with a finish reason
     int32_t n_retired;            // sequences ended and out of every plan
@@ -110,6 +115,12 @@ int32_t request_blocks_needed(const struct request_limits *limits, int32_t g, in
 int request_prepare(struct request *r, const struct request_limits *limits, struct error *e);
 
 void request_unref(struct request *r);
+
+static inline int32_t request_priority(const struct request *r)
+{
+    int32_t p = r->params.priority;
+    return p < -PRIORITY_MAX ? -PRIORITY_MAX : p > PRIORITY_MAX ? PRIORITY_MAX : p;
+}
 
 static inline int32_t sequence_token(const struct sequence *s, int32_t i)
 {

@@ -53,9 +53,27 @@ void plan_layout(struct plan *plan, struct arena *arena, const struct scheduler_
 static bool goes_before(const struct sequence *a, const struct sequence *b)
 {
     const struct request *ra = a->request, *rb = b->request;
-    if (ra->params.priority != rb->params.priority)
-        return ra->params.priority < rb->params.priority;
+    if (ra->key != rb->key)
+        return ra->key < rb->key;
     return ra->arrival != rb->arrival ? ra->arrival < rb->arrival : a->index < b->index;
+}
+
+static void unbegun_add(struct scheduler *s, struct request *r)
+{
+    r->older = s->newest;
+    r->newer = NULL;
+    *(s->newest != NULL ? &s->newest->newer : &s->oldest) = r;
+    s->newest = r;
+}
+
+// It has been begun, or has ended. False: it had been already.
+static bool unbegun_remove(struct scheduler *s, struct request *r)
+{
+    if (!inbox_leave(r->inbox, r))
+        return false;
+    *(r->older != NULL ? &r->older->newer : &s->oldest) = r->newer;
+    *(r->newer != NULL ? &r->newer->older : &s->newest) = r->older;
+    return true;
 }
 
 static void list_insert_before(struct sequence_list *list, struct sequence *seq, struct sequence *next)
@@ -164,7 +182,7 @@ static void end_sequence(struct scheduler *s, struct sequence *seq, enum finish_
     else if (seq->state == SEQUENCE_PARKED)
         list_remove(&s->parked, seq);
     seq->state = SEQUENCE_ENDED;
-    inbox_leave(r->inbox, r);
+    unbegun_remove(s, r);
     if (!r->forked)
         queue_siblings(s, r);
     publish_end(s, seq, reason, now);
@@ -198,6 +216,8 @@ void scheduler_end_all(struct scheduler *s, enum finish_reason reason, const str
 
 void scheduler_add(struct scheduler *s, struct request *r, double now)
 {
+    r->key = r->submitted + request_priority(r) * s->config.priority_aging;
+    unbegun_add(s, r);
     bool rows_wanted = r->prompt_logprobs != NULL && r->n_prompt_logprobs < r->n_prompt;
     if (r->params.max_tokens == 0 && !rows_wanted)
         end_request(s, r, FINISH_LENGTH, now); // nothing to compute
@@ -239,6 +259,19 @@ static void end_flagged(struct scheduler *s, uint64_t n_signals, double now)
     }
     end_flagged_in_list(s, &s->waiting, now);
     end_flagged_in_list(s, &s->parked, now);
+}
+
+// In order of arrival, so that the oldest is looked at. A call's further prompts wait for as long as it takes.
+static void end_expired(struct scheduler *s, double now)
+{
+    double timeout = s->config.queue_timeout;
+    for (struct request *r = s->oldest, *newer; r != NULL && timeout > 0 && now - r->submitted >= timeout; r = newer) {
+        newer = r->newer;
+        if (r->params_of != NULL)
+            continue;
+        s->n_expired++;
+        end_request(s, r, FINISH_EXPIRED, now);
+    }
 }
 
 // With what is on its way. Looked at before each plan, so a sequence that is preempted never has a full ring.
@@ -443,7 +476,8 @@ static bool fits(const struct scheduler *s, const struct budget *budget, const s
 static void note_admission(struct scheduler *s, struct sequence *seq, double now)
 {
     struct request *r = seq->request;
-    inbox_leave(r->inbox, r);
+    if (unbegun_remove(s, r))
+        admission_note(&r->inbox->admission, r->n_prompt, (int64_t)r->storage_bytes);
     if (atomic_load_explicit(&r->cached_tokens, memory_order_relaxed) >= 0)
         return; // it comes back, or is a further choice: what is counted is counted once a request
     s->prompt_tokens += (uint64_t)r->n_prompt;
@@ -467,8 +501,9 @@ static void admit(struct scheduler *s, struct plan *plan, struct budget *budget,
             return; // preempted in flight: its last token is not known yet
         sequence_match_prefix(s, seq, &match);
         if (!fits(s, budget, seq, &match)) {
-            if (s->n_running == 0 ||
-                s->running[s->n_running - 1]->request->params.priority <= seq->request->params.priority)
+            const struct sequence *youngest = s->n_running > 0 ? s->running[s->n_running - 1] : NULL;
+            if (youngest == NULL || request_priority(youngest->request) <= request_priority(seq->request) ||
+                !goes_before(seq, youngest))
                 return;
             preempt_youngest(s, plan, budget);
             continue;
@@ -538,6 +573,7 @@ void scheduler_plan(struct scheduler *s, struct plan *plan, uint64_t n_signals, 
     for (int32_t g = 0; g < MAX_KV_GROUPS; g++)
         plan->copies[g].n = 0;
     end_flagged(s, n_signals, now);
+    end_expired(s, now);
     park_slow(s, now);
     look_at_parked(s, now);
     for (int32_t i = 0; i < s->n_running; i++) {

@@ -4,10 +4,16 @@
  * scheduler_plan and scheduler_commit. Plans may be made ahead: plan N+1 before the commit of N. Sequence lengths are
  * upper bounds until then, and a sequence found to have ended is skipped by the commits that follow.
  *
- * Order is (priority, arrival, choice) everywhere. Decodes are planned first, then prefill chunks of what runs, then
- * admissions, strictly from the head of the waiting list. A running sequence that lacks a block takes it from the
- * youngest one, which is queued again and computed anew (from the prefix cache where its blocks survive); the oldest
- * thus always advances. A waiting sequence displaces running ones of strictly lower priority only.
+ * Order is (key, arrival, choice) everywhere, where key is the time of submission plus priority x priority_aging: a request
+ * of priority p + 1 is treated as if it had come so much later than one of p. All age alike, so that the order of two never
+ * changes, and whoever waits is overtaken only by what comes within the difference: nobody starves.
+ *
+ * Decodes are planned first, then prefill chunks of what runs, then admissions, strictly from the head of the waiting list. A
+ * running sequence that lacks a block takes it from the youngest one, which is queued again and computed anew (from the
+ * prefix cache where its blocks survive); the oldest thus always advances. The head of the waiting list displaces the
+ * youngest running sequence if its key is earlier and its priority number lower: for its own priority it waits. Who is
+ * displaced keeps his key, so that of two sequences only one can ever displace the other. A request that is not begun within
+ * queue_timeout ends.
  *
  * Everything a step frees or reuses is safe while earlier steps are still on the device: its stream runs in order.
  */
@@ -23,7 +29,7 @@ struct scheduler_config {
     int32_t max_logits_rows;        // at least max_num_seqs; what is more serves prompt log-probabilities
     bool prefix_caching;
     bool own_memory;                // the device's memory serves nobody else
-    double slow_client_timeout;     // seconds
+    double slow_client_timeout, queue_timeout, priority_aging; // seconds
 };
 
 // One sequence's share of a step: its tokens start .. start + n_tokens - 1.
@@ -69,12 +75,13 @@ struct scheduler {
     int32_t n_running;
     struct sequence_list waiting;   // in order
     struct sequence_list parked;    // in no order
+    struct request *oldest, *newest; // requests that were not begun, by arrival
     uint64_t n_admissions;
     uint64_t n_signals;             // of the inbox, when flags were last looked at
     bool unseen_flags;              // sequences were queued whose flags were not looked at then
     bool published;                 // a ring got something or a sequence ended since the caller last cleared it
     // Totals.
-    uint64_t n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens;
+    uint64_t n_preemptions, prefix_queries, prefix_hits, prompt_tokens, generation_tokens, n_expired;
 };
 
 void scheduler_layout(struct scheduler *s, struct arena *arena, const struct scheduler_config *config);

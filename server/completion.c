@@ -65,8 +65,10 @@ static int submit(struct completion *c, int32_t i, struct engine *engine, struct
         return http_error_set(e, 503, NULL, NULL, "out of memory");
     }
     if (engine_submit(engine, r, &cause)) {
+        refuse(c, e, &cause);
+        if (cause.code == ERR_BUSY) e->retry_after = request_retry_after(r);
         request_release(r);
-        return refuse(c, e, &cause);
+        return -1;
     }
     c->requests[i] = r;
     for (int32_t j = 0; j < c->request.params.n; j++) {
@@ -198,6 +200,10 @@ static int end_choice(struct completion *c, struct choice *ch, enum finish_reaso
         return 0;
     case FINISH_LENGTH: finish_choice(c, ch, false); return 0;
     case FINISH_CANCELLED: return http_error_set(e, 503, NULL, NULL, "the server is shutting down");
+    case FINISH_EXPIRED:
+        http_error_set(e, 503, NULL, NULL, "too many requests were ahead of this one: it could not be begun in time");
+        e->retry_after = request_retry_after(ch->request);
+        return -1;
     case FINISH_SLOW: return http_error_set(e, 408, NULL, NULL, "the answer was not read fast enough");
     case FINISH_BARRED:
         return http_error_set(e, 400, NULL, "bad_words", "'bad_words': after %d tokens, they and the other constraints "
@@ -260,6 +266,7 @@ static bool all_ended(const struct completion *c)
 bool completion_has_news(const struct completion *c, bool eager)
 {
     int32_t enough = eager ? 1 : c->request.stop ? WORTH_WITH_STOP : WORTH_A_WAKE;
+    if (choice_finish(c->choices[0].request, 0, NULL) == FINISH_EXPIRED) return true; // the call's other prompts are not waited for
     for (int32_t i = 0; i < c->n_choices; i++) {
         const struct choice *ch = &c->choices[i];
         if (ch->finish) continue;

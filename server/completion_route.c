@@ -30,7 +30,7 @@ struct call {
     const struct call_kind *kind;
     struct http_error error;
     struct completion completion;
-    bool submitted, told; // told: the last event but [DONE] is out
+    bool submitted;
     bool limited;         // its API key's limit has it running
     int64_t n_charged;    // tokens
     double last_sent;     // CLOCK_MONOTONIC seconds
@@ -93,6 +93,33 @@ static enum exchange_next answer_whole(struct exchange *x, struct call *call)
     return exchange_reply_json(x, &call->head);
 }
 
+// ---- streamed: until there is something to say ----
+
+static bool has_chunks(const struct completion *c)
+{
+    for (int32_t i = 0; i < c->n_choices; i++)
+        if (choice_has_news(&c->choices[i])) return true;
+    return false;
+}
+
+// Status and headers wait for the first token, so that what fails before it is told by a status, which load balancers and
+// clients act on. After keep_alive_interval of silence they go out without.
+static enum exchange_next begin_stream(struct exchange *x, struct call *call)
+{
+    struct completion *c = &call->completion;
+    double heard_by = call->last_sent + x->server->options.keep_alive_interval;
+    bool failed = completion_collect(c, &call->error) || (!completion_done(c) && request_check_time(x, &call->error));
+    if (failed && completion_tokens(c) == 0) return reply_error(x, call);
+    if (failed || has_chunks(c) || completion_done(c) || watchdog_now() >= heard_by) return exchange_reply_stream(x);
+    x->deadline = fmin(request_deadline(x), heard_by);
+    return EXCHANGE_WAIT;
+}
+
+static enum exchange_next answer(struct exchange *x, struct call *call)
+{
+    return call->completion.request.stream ? begin_stream(x, call) : answer_whole(x, call);
+}
+
 static enum exchange_next submit(struct exchange *x, struct call *call)
 {
     struct server *s = x->server;
@@ -102,7 +129,7 @@ static enum exchange_next submit(struct exchange *x, struct call *call)
     call->submitted = true;
     call->last_sent = watchdog_now();
     call->kind->write_head(&call->head, s->options.served_model_names[0], call->completion.request.stream);
-    return call->completion.request.stream ? exchange_reply_stream(x) : answer_whole(x, call);
+    return answer(x, call);
 }
 
 static void log_body(const struct exchange *x)
@@ -137,7 +164,7 @@ static enum exchange_next handle(struct exchange *x, const struct call_kind *kin
     if (!work_over(&call->work)) return EXCHANGE_WAIT;
     if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
     if (call->error.status || (!call->submitted && request_check_time(x, &call->error))) return reply_error(x, call);
-    return call->submitted ? answer_whole(x, call) : submit(x, call);
+    return call->submitted ? answer(x, call) : submit(x, call);
 }
 
 enum exchange_next completion_handle(struct exchange *x) { return handle(x, &completion_kind); }

@@ -178,6 +178,7 @@ static enum outcome outcome_of(enum finish_reason reason)
     case FINISH_ERROR: return OUTCOME_ERROR;
     case FINISH_NONE:
     case FINISH_CANCELLED:
+    case FINISH_EXPIRED:
     case FINISH_SLOW: break;
     }
     return OUTCOME_ABORT;
@@ -238,6 +239,7 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         {"gptd_num_requests_running", "gauge", "Sequences running.", s->n_running},
         {"gptd_num_requests_waiting", "gauge", "Requests waiting.", s->n_waiting},
         {"gptd_num_tokens_waiting", "gauge", "Prompt tokens of the requests waiting.", (double)s->n_waiting_tokens},
+        {"gptd_queue_wait_seconds", "gauge", "What a request that comes now would wait, by the measured rate.", s->queue_wait},
         {"gptd_kv_cache_usage_ratio", "gauge", "Share of the KV blocks in use; 1: all.", used},
         {"gptd_kv_cache_blocks", "gauge", "KV blocks there are.", (double)s->n_all_blocks},
         {"gptd_prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache.",
@@ -263,6 +265,18 @@ static void render_engine(FILE *out, const struct engine_stats *s, const char *m
         render_head(out, series[i].name, series[i].type, series[i].help);
         fprintf(out, "%s{model_name=\"%s\"} %.17g\n", series[i].name, model, series[i].value);
     }
+}
+
+static void render_refused(FILE *out, const struct engine_stats *s, const char *model)
+{
+    const struct { const char *reason; uint64_t n; } refused[] = {
+        {"queue_full", s->n_refused_full}, {"queue_wait", s->n_refused_wait}, {"queue_timeout", s->n_expired},
+    };
+    render_head(out, "gptd_requests_refused_total", "counter",
+                "Requests not begun: the queue was full, the wait would have been over --queue-timeout (429), or was (503).");
+    for (size_t i = 0; i < sizeof(refused) / sizeof(refused[0]); i++)
+        fprintf(out, "gptd_requests_refused_total{model_name=\"%s\",reason=\"%s\"} %" PRIu64 "\n", model, refused[i].reason,
+                refused[i].n);
 }
 
 static int32_t open_fds(void)
@@ -324,6 +338,7 @@ char *metrics_render(struct metrics *m, const struct engine_stats *stats, size_t
     FILE *out = open_memstream(&text, length);
     if (!out) return NULL;
     render_engine(out, stats, m->model);
+    render_refused(out, stats, m->model);
     pthread_mutex_lock(&m->mutex);
     render_counts(out, m);
     pthread_mutex_unlock(&m->mutex);

@@ -27,7 +27,7 @@ void metrics_http(struct metrics *m, const char *method, const char *route, int3
 void metrics_inter_token(struct metrics *m, int32_t n, double seconds);
 
 // A request of the engine has ended. times as the engine gives them (0: never got there, not observed);
-// generation_tokens over all choices; reason: FINISH_STOP, _LENGTH count as such, _CANCELLED and _SLOW as "abort", _ERROR
+// generation_tokens over all choices; reason: FINISH_STOP, _LENGTH count as such, _CANCELLED, _EXPIRED and _SLOW as "abort", _ERROR
 // as "error".
 void metrics_request(struct metrics *m, const struct request_times *times, enum finish_reason reason,
                      int32_t prompt_tokens, int32_t generation_tokens);

@@ -76,6 +76,10 @@ static const struct option options_table[] = {
      "requests that wait; more are answered 429"},
     {"max-queue-tokens", OPTION_INT64, AT(engine.max_queue_tokens), "TOKENS", "4194304", 1, 0x1p40,
      "prompt tokens that wait; more are answered 429"},
+    {"queue-timeout", OPTION_SECONDS, AT(engine.queue_timeout), "SECONDS", "60", 0, 86400,
+     "to be begun: later is a 503, a wait foreseen to be longer a 429; 0: any"},
+    {"priority-aging", OPTION_SECONDS, AT(engine.priority_aging), "SECONDS", "10", 0, 86400,
+     "that one step of a request's priority is worth in the queue"},
 
     GROUP("Server"),
     {"host", OPTION_STRING, AT(server.host), "ADDRESS", "127.0.0.1", 0, 0, "address to listen on; 0.0.0.0 or ::: all"},

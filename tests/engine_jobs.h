@@ -35,7 +35,7 @@ static inline struct engine_options options_default(void)
     return (struct engine_options){
         .model_dir = "fake:", .backend = "fake", .prefix_caching = true, .max_num_seqs = 8,
         .max_num_batched_tokens = 64, .block_size = 16, .max_queue_requests = 1000, .max_queue_tokens = 1000000,
-        .max_logprobs = 5, .slow_client_timeout = 30, .seed = 1,
+        .max_logprobs = 5, .priority_aging = 10, .slow_client_timeout = 30, .seed = 1,
     };
 }
 

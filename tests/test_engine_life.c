@@ -60,6 +60,7 @@ START_TEST(test_queue_is_bounded)
     struct error e;
     ck_assert_int_eq(engine_submit(engine, again, &e), ERR_BUSY);
     ck_assert_ptr_nonnull(strstr(e.message, "hold 20 prompt tokens; with 90 more they exceed 100"));
+    ck_assert(request_retry_after(again) >= 1 && request_retry_after(again) <= 60);
     request_cancel(running);
     wait_done(engine, waiting[1]);
     submit(engine, again); // the caller still owned it
@@ -69,10 +70,45 @@ START_TEST(test_queue_is_bounded)
     wait_until_idle(engine, &stats);
     ck_assert_int_eq(stats.n_waiting, 0);
     ck_assert_int_eq(stats.n_waiting_tokens, 0);
+    ck_assert(stats.n_refused_full == 2 && stats.n_refused_wait == 0 && stats.n_expired == 0);
     for (int32_t i = 0; i < 3; i++)
         request_release(waiting[i]);
     request_release(running);
     request_release(again);
+    engine_destroy(engine);
+}
+END_TEST
+
+// Who was not begun in time is told so and when to come again; a call's further prompts wait for as long as it takes.
+START_TEST(test_queue_timeout)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:us=1000";
+    o.max_num_seqs = 1;
+    o.queue_timeout = 0.05;
+    struct engine *engine = engine_begin(&o);
+    struct request *running = request_of(10, 400), *further = request_of(10, 1), *late[2] = {request_of(10, 1), request_of(11, 1)};
+    request_share_params(further, running);
+    submit(engine, running);
+    wait_running(engine);
+    submit(engine, further);
+    for (int32_t i = 0; i < 2; i++) submit(engine, late[i]);
+    for (int32_t i = 0; i < 2; i++) {
+        wait_done(engine, late[i]);
+        struct request_times times = request_times_get(late[i]);
+        ck_assert_int_eq(finish_of(late[i], 0), FINISH_EXPIRED);
+        ck_assert(times.scheduled == 0 && times.finished - times.submitted >= 0.05);
+        ck_assert(request_retry_after(late[i]) >= 1 && request_retry_after(late[i]) <= 60);
+        request_release(late[i]);
+    }
+    ck_assert(!request_done(running) && !request_done(further));
+    wait_done(engine, further);
+    ck_assert_int_eq(finish_of(further, 0), FINISH_LENGTH);
+    struct engine_stats stats;
+    wait_until_idle(engine, &stats);
+    ck_assert(stats.n_expired == 2 && stats.n_waiting == 0 && stats.n_free_blocks == stats.n_blocks);
+    request_release(running);
+    request_release(further);
     engine_destroy(engine);
 }
 END_TEST
@@ -106,6 +142,37 @@ START_TEST(test_priorities_and_arrival)
         ck_assert_int_eq(finish_of(r[i], 0), FINISH_LENGTH);
         request_release(r[i]);
     }
+    engine_destroy(engine);
+}
+END_TEST
+
+// What has waited for longer than a step of priority is worth goes before what comes with a better one.
+START_TEST(test_priorities_age)
+{
+    struct engine_options o = options_default();
+    o.model_dir = "fake:us=1000";
+    o.max_num_seqs = 1;
+    o.priority_aging = 0.05;
+    struct engine *engine = engine_begin(&o);
+    static const int32_t priority[] = {0, 1, 0, -100};
+    static const int32_t order[] = {3, 1, 2}; // 0 is running, and is displaced by 3 alone
+    struct request *r[4];
+    for (int32_t i = 0; i < 4; i++) {
+        r[i] = request_of(20, i == 0 ? 400 : 5);
+        request_params(r[i])->priority = priority[i];
+        submit(engine, r[i]);
+        if (i == 0)
+            wait_running(engine);
+        if (i == 1)
+            nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+    }
+    struct engine_stats stats;
+    wait_until_idle(engine, &stats);
+    for (int32_t i = 1; i < 3; i++)
+        ck_assert(request_times_get(r[order[i - 1]]).finished < request_times_get(r[order[i]]).finished);
+    ck_assert_uint_eq(stats.n_preemptions, 1);
+    for (int32_t i = 0; i < 4; i++)
+        request_release(r[i]);
     engine_destroy(engine);
 }
 END_TEST
@@ -658,7 +725,9 @@ int main(void)
     tcase_set_timeout(tc, 60);
     tcase_add_test(tc, test_queue_is_bounded);
     tcase_add_test(tc, test_waiting_memory_is_bounded);
+    tcase_add_test(tc, test_queue_timeout);
     tcase_add_test(tc, test_priorities_and_arrival);
+    tcase_add_test(tc, test_priorities_age);
     tcase_add_test(tc, test_long_prompt_does_not_block_decodes);
     tcase_add_test(tc, test_prompt_logprobs_do_not_block_admission);
     tcase_add_loop_test(tc, test_stop_ids_and_min_tokens, 0, 2);

@@ -22,6 +22,10 @@ static char *render(void)
                                  .n_free_blocks = 25,
                                  .n_steps = 9,
                                  .n_preemptions = 4,
+                                 .n_refused_full = 5,
+                                 .n_refused_wait = 6,
+                                 .n_expired = 7,
+                                 .queue_wait = 1.5,
                                  .step_seconds = 2.5,
                                  .host_seconds = 0.125,
                                  .launch_seconds = 0.25,
@@ -62,6 +66,10 @@ START_TEST(engine_values)
     ck_assert_double_eq(value_of(text, "gptd_prompt_tokens_total{" MODEL "}"), 1000);
     ck_assert_double_eq(value_of(text, "gptd_generation_tokens_total{" MODEL "}"), 9007199254740991.0);
     ck_assert_double_eq(value_of(text, "gptd_num_preemptions_total{" MODEL "}"), 4);
+    ck_assert_double_eq(value_of(text, "gptd_requests_refused_total{" MODEL ",reason=\"queue_full\"}"), 5);
+    ck_assert_double_eq(value_of(text, "gptd_requests_refused_total{" MODEL ",reason=\"queue_wait\"}"), 6);
+    ck_assert_double_eq(value_of(text, "gptd_requests_refused_total{" MODEL ",reason=\"queue_timeout\"}"), 7);
+    ck_assert_double_eq(value_of(text, "gptd_queue_wait_seconds{" MODEL "}"), 1.5);
     ck_assert_double_eq(value_of(text, "gptd_engine_step_seconds_total{" MODEL "}"), 2.5);
     ck_assert_double_eq(value_of(text, "gptd_engine_host_seconds_total{" MODEL "}"), 0.125);
     ck_assert_double_eq(value_of(text, "gptd_engine_launch_seconds_total{" MODEL "}"), 0.25);

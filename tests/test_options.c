@@ -86,6 +86,7 @@ START_TEST(defaults)
     ck_assert_int_eq(o.engine.max_num_batched_tokens, 0);
     ck_assert_int_eq(o.engine.block_size, 64);
     ck_assert_int_eq(o.engine.max_queue_tokens, 4194304);
+    ck_assert(o.engine.queue_timeout == 60 && o.engine.priority_aging == 10);
     ck_assert_str_eq(o.server.host, "127.0.0.1");
     ck_assert_int_eq(o.server.port, 8000);
     ck_assert_uint_eq(o.server.max_body_bytes, 8u << 20);

@@ -66,6 +66,7 @@ static void trace_init(struct trace *t, int32_t variant)
     t->config.max_logits_rows = 9 + 8;
     t->config.prefix_caching = variant != 3;
     t->config.slow_client_timeout = 50;
+    t->config.priority_aging = variant == 1 ? 1000 : 10;
     struct arena arena = {0};
     for (int32_t pass = 0; pass < 2; pass++) {
         arena.used = 0;
@@ -80,7 +81,7 @@ static void trace_init(struct trace *t, int32_t variant)
     scheduler_init(&t->s);
     step_init(&t->steps[0], &t->s, (struct history){0});
     step_init(&t->steps[1], &t->s, (struct history){0});
-    t->inbox = inbox_create(1000, 1000000, 1);
+    t->inbox = inbox_create(1000, 1000000, 0, 1);
 }
 
 static void expect_alone(struct simulated *sim, int32_t c)
@@ -121,7 +122,7 @@ static void add_request(struct trace *t)
         if (rand() % 4 == 0 && r->sequences[c].ring.capacity > 4)
             r->sequences[c].ring.capacity = 4; // fills soon
     }
-    ck_assert_int_eq(inbox_submit(t->inbox, r, &e), 0);
+    ck_assert_int_eq(inbox_submit(t->inbox, r, t->now, &e), 0);
     scheduler_add(&t->s, inbox_take(t->inbox), t->now);
 }
 
@@ -210,7 +211,7 @@ static void check_plan(const struct trace *t, const struct plan *plan)
     for (int32_t i = 0; i < plan->n_entered && t->s.waiting.first != NULL; i++) {
         const struct sequence *seq = plan->entered[i], *head = t->s.waiting.first;
         if (seq->index == 0 && head->n_pending == 0)
-            ck_assert(seq->request->params.priority <= head->request->params.priority);
+            ck_assert(seq->request->key <= head->request->key);
     }
 }
 
