@@ -28,6 +28,8 @@ enum {
     STREAM_BLOCK = 4096,
 };
 
+static const double LEFT = 0.5; // seconds that a client gets who has said that no more will come
+
 struct http {
     const struct server_options *options;
     const struct route *routes; // [n_routes]
@@ -386,7 +388,9 @@ static void admit(struct exchange *x, const char *method, const char *version)
                  check_body(x, &headers, &framing);
     x->discard = x->refused && !http_header_find(&headers, "Expect") && x->error.status != 411 &&
                  framing.length / 2 <= x->http->options->max_body_bytes;
-    x->close = x->refused && (!x->discard || x->error.status == 413);
+    // Lines within chunked bodies may end in a bare line feed (0.9.75), so that others could see such a body end elsewhere: nothing
+    // behind one is taken for a request.
+    x->close = framing.chunked || (x->refused && (!x->discard || x->error.status == 413));
 }
 
 static enum exchange_next reply_refusal(struct exchange *x)
@@ -565,7 +569,10 @@ static void on_completed(void *cls, struct MHD_Connection *mhd, void **context, 
     struct connection *c = connection_of(mhd);
     struct exchange *x = *context;
     *context = NULL;
-    watchdog_set(h->watchdog, &c->watch, WATCH_IDLE, watchdog_now() + h->options->idle_timeout);
+    // An end that came together with the request is never seen by libmicrohttpd, which read less than it had room for and waits
+    // for another edge. Further requests may be in its buffer, and are begun at once.
+    double idle = watch_gone(&c->watch) ? fmin(LEFT, h->options->idle_timeout) : h->options->idle_timeout;
+    watchdog_set(h->watchdog, &c->watch, WATCH_IDLE, watchdog_now() + idle);
     if (!x) return;
     if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) atomic_store(&x->gone, true);
     if (c->timed_out && !x->status) {
