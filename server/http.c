@@ -57,6 +57,9 @@ struct connection {
     struct MHD_Connection *mhd;
     struct exchange *exchange; // valid while watch.phase is WATCH_RUNNING
     struct connection *next;   // among those handed over
+    const char *target;        // of the request line that has come, whose bytes libmicrohttpd changes: to compare with
+    size_t target_length;
+    bool target_is_plain;
     bool is_new;               // its first request has not come: counted in n_new
     bool refused;              // one too many
     bool timed_out;            // answered 408 by the watchdog
@@ -351,6 +354,15 @@ static int check_quiesced(struct exchange *x)
     return http_error_set(&x->error, 503, NULL, NULL, "the server is shutting down");
 }
 
+// The parser takes spaces within a target and several before it, and shows what comes before a NUL. See check_layout.
+static int check_request_line(const struct connection *c, const char *method, const char *version, struct http_error *e)
+{
+    bool plain = http_method_is_plain(method) && c->target_is_plain;
+    if (!strcmp(MHD_get_version(), "0.9.75"))
+        plain = plain && c->target == method + strlen(method) + 1 && version == c->target + c->target_length + 1;
+    return plain ? 0 : http_error_set(e, 400, NULL, NULL, "a request line that is not three words with a space between them");
+}
+
 // What the parser hides. It cuts lines at their ends by writing NULs over them, so that a request's headers lie one
 // after another as they came; a bare line feed, a folded line or a NUL within a value leave another picture. This is
 // how 0.9.75 works, and it is looked at there alone: later ones refuse these themselves when told to (http_start).
@@ -379,8 +391,8 @@ static void admit(struct exchange *x, const char *method, const char *version)
     MHD_get_connection_values_n(x->connection->mhd, MHD_HEADER_KIND, collect_header, &headers);
     set_id(x, &headers);
     http_trace_id(&headers, x->trace_id);
-    if (http_check(&headers, version, &framing, &x->error) || check_layout(&headers, version, &x->error) ||
-        check_room(x)) {
+    if (http_check(&headers, version, &framing, &x->error) || check_request_line(x->connection, method, version, &x->error) ||
+        check_layout(&headers, version, &x->error) || check_room(x)) {
         x->refused = x->close = true;
         return;
     }
@@ -624,9 +636,11 @@ static size_t on_unescape(void *cls, struct MHD_Connection *mhd, char *text)
 // The request line has come: the time for the headers begins.
 static void *on_request_line(void *cls, const char *uri, struct MHD_Connection *mhd)
 {
-    (void)uri;
     struct http *h = cls;
     struct connection *c = connection_of(mhd);
+    c->target = uri;
+    c->target_length = uri ? strlen(uri) : 0;
+    c->target_is_plain = uri && http_target_is_plain(uri);
     if (c->watch.phase == WATCH_IDLE) // set by this thread alone
         watchdog_set(h->watchdog, &c->watch, WATCH_HEADERS, watchdog_now() + h->options->header_timeout);
     return NULL;

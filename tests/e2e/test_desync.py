@@ -28,7 +28,8 @@ KEPT = {
     "a body where none belongs": (200, GET + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED),
     "HEAD with a body": (200, GET.replace(b"GET", b"HEAD") + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED),
     "OPTIONS with a body": (204, GET.replace(b"GET", b"OPTIONS") + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED),
-    "nowhere, with a body": (404, POST.replace(b"/tokenize", b"/nowhere") + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED),
+    "nowhere, with a body":
+        (404, POST.replace(b"/tokenize", b"/nowhere") + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED),
     "a method that is not allowed, with a body":
         (405, POST.replace(b"POST", b"DELETE") + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED),
     "another type, with a body":
@@ -121,6 +122,16 @@ ENDED = {
     "Expect where nothing is": POST.replace(b"/tokenize", b"/nowhere") + N + b"Expect: 100-continue\r\n\r\n" + SMUGGLED,
     "a ClientHello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2 + b"\r\n\r\n",
     "HTTP/2's preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\4\0\0\0\0\0\0\3\0\0\0\x64\0\4\0\xa0\0\0\0\2\0\0\0\0",
+    "a space in the target": GET.replace(b"/version", b"/version /x") + b"\r\n",
+    "two spaces before the target": GET.replace(b"/version", b" /version") + b"\r\n",
+    "two spaces behind the target": GET.replace(b"/version", b"/version ") + b"\r\n",
+    "a tab in the target": GET.replace(b"/version", b"/version\tx") + b"\r\n",
+    "a NUL in the target": GET.replace(b"/version", b"/version\0x") + b"\r\n",
+    "a carriage return in the target": GET.replace(b"/version", b"/version?\rx") + b"\r\n",
+    "no target": GET.replace(b"/version ", b"") + b"\r\n",
+    "a method that is no token": GET.replace(b"GET", b"G\xe4T") + b"\r\n",
+    "a NUL in the method": GET.replace(b"GET", b"GET\0") + b"\r\n",
+    "a colon in the method": GET.replace(b"GET", b"Host:") + b"\r\n",
     "not a request": b"hello\r\n\r\n",
     "chunked": POST + CHUNKED + b"\r\n" + ONE_CHUNK,
     "chunked in capitals": POST + b"TRANSFER-ENCODING: CHUNKED\r\n\r\n" + ONE_CHUNK,
@@ -223,7 +234,7 @@ class Desync(ServerTest):
         self.check_good(answers[-1], "the last")
 
     def test_half_closed_at_once(self):
-        """Whoever sends no more has left, as proxies see it: what takes time is given up, the rest is answered or not, never half."""
+        """Whoever sends no more has left, as proxies see it: what takes time is given up, nothing is answered by half."""
         for data in (wire.request("GET", "/version"), wire.request("POST", "/tokenize", {"prompt": "Once"}), self.good(),
                      self.server.completion_bytes(prompt="Once", max_tokens=1500, n=16, ignore_eos=True)):
             began = time.monotonic()

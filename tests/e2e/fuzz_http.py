@@ -1,0 +1,470 @@
+#!/usr/bin/env python3
+"""Fuzzes a whole gptd over sockets.
+
+    python3 tests/e2e/fuzz_http.py [--server build/gptd] [--seconds 60] [--seed 1] [--first 0] [--count N] [--jobs 2]
+
+Inputs are well-formed requests of every route, changed: bits, bytes, lines, pieces, values of their JSON with the framing kept;
+sent in random pieces over many connections at once, which end in random ways. What must hold:
+- h11, a strict parser, sees the same requests in the same order on each connection, or the server has closed it at the first doubt;
+- every answer is whole and well-formed, every line of the log is JSON, and no connection hangs;
+- now and then a plain request gets the answer that it always gets; in the end nothing runs, no file is open, memory is flat.
+Input i of a seed is always the same: --seed S --first I --count 1 sends one again.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import selectors
+import socket
+import sys
+import time
+
+import h11
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+import harness  # noqa: E402
+import wire  # noqa: E402
+from test_http import reset  # noqa: E402
+
+AT_ONCE = 160      # connections of a job
+BATCH = 400        # inputs of a job between two looks at the server
+QUIET = 0.15       # seconds without a byte, after which a client ends its side
+HANGING = 10.0     # and how long the server may then take; its own timeouts are below that
+FLAGS = ("--deterministic", "--header-timeout", "2", "--body-timeout", "2", "--idle-timeout", "2", "--slow-client-timeout", "2",
+         "--request-timeout", "4", "--max-model-len", "256", "--max-body-bytes", "65536", "--max-num-seqs", "64",
+         "--kv-cache-memory-bytes", "64M")
+CANARY = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "logprobs": 1}
+SALT = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b": ", b"\r\n\r\n", b"\r\n ", b"0\r\n\r\n", b"Content-Length: 0\r\n",
+        b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n", b"Connection: close\r\n",
+        b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n", b"Host: y\r\n", b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"%00",
+        b"%", b"\xff\xfe", b"\xf0\x9f\x98\x80", b"\\u0000", b"\\ud800", b"[[[[", b'{"a":', b"1e999", b"-1", b"18446744073709551616",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"A" * 5000, b"traceparent: 00-0-0-00\r\n", b"Authorization: Bearer \r\n"]
+VALUES = [None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1e308, 2**31, 2**53 + 1, -2**63, 10**30, "", "a", "\0", "\ud800", "é" * 30, "x" * 3000,
+          [], [[]], [0], [-1, 2**31], ["", "a"], {}, {"a": 1}, {"5": 1}, [[[[[]]]]], "stop", "demo", "user"]
+
+
+def corpus():
+    """[(the request as (method, path, body, headers, version, chunks))]"""
+    fields = {"model": "demo", "prompt": "Once", "max_tokens": 2}
+    chat = {"model": "demo", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], "max_tokens": 2}
+    gets = ["/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/metrics", "/debug/state", "/openapi.json", "/",
+            "/nowhere?a=b&c", "http://x/version", "*"]
+    posts = [("/v1/completions", {**fields, **more}) for more in (
+        {}, {"stream": True, "stream_options": {"include_usage": True}}, {"logprobs": 2, "echo": True, "n": 2, "best_of": 3},
+        {"prompt": [[5, 6], [7]], "stop": ["a", "bc"], "logit_bias": {"5": -1}, "seed": 7, "stream": True, "logprobs": 1},
+        {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "frequency_penalty": 1, "presence_penalty": -1,
+         "repetition_penalty": 1.1, "bad_words": ["bad"], "allowed_token_ids": [300, 301], "stop_token_ids": [9], "user": "me"})]
+    posts += [("/v1/chat/completions", {**chat, **more}) for more in (
+        {}, {"stream": True}, {"logprobs": True, "top_logprobs": 2, "n": 2}, {"continue_final_message": True, "add_generation_prompt": False},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "response_format": {"type": "text"}})]
+    posts += [("/tokenize", {"prompt": "Once upon a time"}), ("/tokenize", {"messages": chat["messages"]}),
+              ("/detokenize", {"tokens": [300, 301, 302]}), ("/nowhere", {"a": 1}), ("/v1/completions", b"{"), ("/version", b"body")]
+    out = [("GET", path, None, (), "1.1", None) for path in gets]
+    out += [(method, "/v1/completions", None, (), "1.1", None) for method in ("HEAD", "OPTIONS", "PUT", "BREW")]
+    out += [("GET", "/version", None, headers, version, None) for headers, version in (
+        (("Connection: keep-alive",), "1.0"), ((), "1.0"), (("Connection: close",), "1.1"), (("Upgrade: h2c", "Connection: Upgrade"), "1.1"),
+        (("Authorization: Bearer sk-x", "Origin: http://a", "Accept: */*"), "1.1"),
+        (("traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",), "1.1"))]
+    for path, body in posts:
+        out.append(("POST", path, body, (), "1.1", None))
+        out.append(("POST", path, body, (), "1.1", [1, 7, 30]))
+    out.append(("POST", *posts[0], ("Expect: 100-continue",), "1.1", None))
+    out.append(("POST", *posts[1], (), "1.0", None))
+    return out
+
+
+CORPUS = corpus()
+
+# ---- inputs ----
+
+
+def mutate_json(r, value):
+    """A copy with something else in one place."""
+    if isinstance(value, dict) and value and r.random() < 0.8:
+        key = r.choice(list(value))
+        what = r.randrange(6)
+        if what == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if what == 1:
+            return {**value, r.choice(["stream", "n", "x", "logprobs", "echo", "max_tokens", "suffix", key + "_"]): r.choice(VALUES)}
+        return {**value, key: mutate_json(r, value[key])}
+    if isinstance(value, list) and value and r.random() < 0.8:
+        i = r.randrange(len(value))
+        if r.random() < 0.3:
+            return value[:i] + value[i + 1:] if r.random() < 0.5 else value + value[i:i + 1] * r.choice([1, 3, 200])
+        return value[:i] + [mutate_json(r, value[i])] + value[i + 1:]
+    return r.choice(VALUES)
+
+
+def some_request(r, name):
+    method, path, body, headers, version, chunks = r.choice(CORPUS)
+    if isinstance(body, dict):
+        for _ in range(r.choice([0, 0, 1, 1, 2])):
+            body = mutate_json(r, body)
+            if not isinstance(body, dict):
+                break
+        body = json.dumps(body, allow_nan=True).encode()
+    return wire.request(method, path, body, f"x-request-id: {name}", *headers, version=version, chunks=chunks)
+
+
+def mutate_bytes(r, data):
+    for _ in range(r.choice([1, 1, 1, 2, 4, 10])):
+        a, b = sorted((r.randrange(len(data) + 1), r.randrange(len(data) + 1)))
+        b = min(b, a + r.choice([1, 4, 20, 1000]))
+        what = r.randrange(9)
+        if what == 0 and a < len(data):  # a bit
+            data = data[:a] + bytes([data[a] ^ 1 << r.randrange(8)]) + data[a + 1:]
+        elif what == 1:
+            data = data[:a] + bytes([r.randrange(256)]) + data[a + 1:]
+        elif what == 2:
+            data = data[:a] + r.choice(SALT) + data[a:]
+        elif what == 3:
+            data = data[:a] + data[b:]
+        elif what == 4:
+            data = data[:b] + data[a:b] * r.choice([1, 1, 50]) + data[b:]
+        elif what == 5:  # another one's end
+            other = some_request(r, "other")
+            data = data[:a] + other[r.randrange(len(other)):]
+        elif what == 6:
+            data = data[:a] if r.random() < 0.3 else data
+        else:  # lines: doubled, moved, left out, salted
+            lines = data.split(b"\r\n")
+            i, j = r.randrange(len(lines)), r.randrange(len(lines))
+            how = r.randrange(4)
+            if how == 0:
+                lines.insert(j, lines[i])
+            elif how == 1:
+                lines.insert(j, lines.pop(i))
+            elif how == 2:
+                lines.pop(i)
+            else:
+                lines.insert(j, r.choice(SALT).strip(b"\r\n"))
+            data = b"\r\n".join(lines)
+        if not data:
+            data = b"\r\n"
+    return data[:200_000]
+
+
+class Input:
+    """What one connection sends, in which pieces, and how it ends."""
+
+    def __init__(self, seed, i):
+        r = random.Random(f"{seed}/{i}")
+        self.index = i
+        n = r.choice([1, 1, 1, 2, 3])
+        parts = [some_request(r, f"r{k}") for k in range(n)]
+        if r.random() < 0.7:
+            k = r.randrange(n)
+            parts[k] = mutate_bytes(r, parts[k])
+        self.data = b"".join(parts)
+        if r.random() < 0.5:
+            self.data += wire.CLOSE.replace(b"Host", b"x-request-id: last\r\nHost")
+        cuts = sorted(r.randrange(len(self.data)) for _ in range(r.choice([0, 0, 0, 1, 2, 8]))) if self.data else []
+        self.pieces = [self.data[a:b] for a, b in zip([0, *cuts], [*cuts, len(self.data)]) if b > a]
+        self.end = r.choice(["wait"] * 6 + ["half", "close", "reset", "reset later", "deaf"])
+
+
+# ---- what a strict parser makes of it ----
+
+
+def strict_requests(data):
+    """([(name, method)] of the whole requests that h11 sees, whether it found nothing wrong; None: it looks no further)."""
+    requests = []
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+    connection.receive_data(data)
+    try:
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                return requests, True
+            if event is h11.PAUSED:
+                if connection.their_state is h11.MIGHT_SWITCH_PROTOCOL:  # CONNECT and Upgrade: refused
+                    connection.send(h11.Response(status_code=404, headers=[("content-length", "0")]))
+                    connection.send(h11.EndOfMessage())
+                elif h11.DONE is connection.their_state and connection.our_state is h11.DONE:
+                    connection.start_next_cycle()
+                else:
+                    return requests, True  # it said that it is the last one
+            elif isinstance(event, h11.Request):
+                named = [value.decode("latin-1") for name, value in event.headers if name == b"x-request-id"]
+                head = ((named or [""])[0], event.method.decode("latin-1"))
+                if event.http_version == b"1.0" and b"keep-alive" in dict(event.headers).get(b"connection", b"").lower():
+                    return [*requests, head], None  # h11 ends there
+            elif isinstance(event, h11.EndOfMessage):
+                requests.append(head)
+                if connection.our_state is h11.SEND_RESPONSE:
+                    connection.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
+                    connection.send(h11.EndOfMessage())
+                if connection.our_state is h11.MUST_CLOSE:
+                    return requests, True
+            else:
+                assert isinstance(event, (h11.Data, h11.ConnectionClosed)), event
+    except h11.RemoteProtocolError:
+        return requests, False
+
+
+def judge(case, got, whole):
+    """None, or what is wrong with the answers. whole: the server has closed the connection by itself."""
+    seen, strict = strict_requests(case.data)
+    methods = [method for _, method, _ in seen]
+    try:
+        answers, rest = wire.split_answers(got, methods)
+    except Exception as e:  # noqa: BLE001: http.client has many
+        if got.startswith((b"HTTP/1.1 400", b"HTTP/1.1 413")):
+            return None  # libmicrohttpd's own answer with its head twice
+        return f"not an answer: {e!r}"
+    names = [headers["x-request-id"] for _, headers, _ in answers]
+    if strict is None:
+        del answers[len(seen):]
+        rest = b""
+    if b"HEAD" in case.data and len(answers) >= len(seen):  # refused, with a method that h11 did not see
+        rest = b""
+    if rest and whole and None not in names and b"text/event-stream" not in rest.split(b"\r\n\r\n")[0]:
+        return f"half of an answer: {rest[-200:]}"
+    for k, (status, headers, _) in enumerate(answers):
+        last = headers["Connection"] == "close" or (names[k] is None and status >= 400)
+        if k >= len(seen):  # a refusal of what it takes for malformed is fine, too
+            if status < 400 or not last:
+                return f"answer {k} ({status} to {names[k]}), where there are {len(seen)} requests, the rest {'' if strict else 'in'}complete"
+        elif names[k] is not None and not names[k].startswith("req-") and names[k].encode("latin-1") != seen[k][0].encode("latin-1"):
+            return f"answer {k} is to {names[k]}, not to {seen[k][0]!r}"
+        if last:
+            return None if k + 1 == len(answers) else "an answer after the last one"
+    return None
+
+
+# ---- connections ----
+
+
+class Client:
+    """One connection and its input."""
+
+    def __init__(self, port, case):
+        self.case, self.got, self.pieces = case, b"", list(case.pieces)
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if case.end == "deaf":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.connect(("127.0.0.1", port))
+        self.socket.setblocking(False)
+        self.began = self.last = time.monotonic()
+        self.ended = False
+
+    def send(self):
+        """False: it is over."""
+        try:
+            n = self.socket.send(self.pieces[0])
+        except BlockingIOError:
+            return True
+        except OSError:
+            self.pieces.clear()  # it was closed to us; what it said is still to be read
+            return True
+        self.last = time.monotonic()
+        self.pieces[0] = self.pieces[0][n:]
+        if not self.pieces[0]:
+            self.pieces.pop(0)
+        if self.pieces:
+            return True
+        if self.case.end in ("close", "reset"):
+            return self.leave(self.case.end == "reset")
+        if self.case.end == "half":
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+        return True
+
+    def leave(self, hard):
+        if hard:
+            reset(self.socket)
+        else:
+            self.socket.close()
+        return False
+
+    def receive(self):
+        """False: it is over."""
+        try:
+            chunk = self.socket.recv(1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            chunk = b""
+        self.got += chunk
+        self.last = time.monotonic()
+        if chunk and self.case.end == "reset later":
+            return self.leave(True)
+        if not chunk:
+            self.ended = True
+            return self.leave(False)
+        return True
+
+    def look(self, now):
+        """False: it is over. None: it hangs."""
+        if now - self.last < QUIET or self.pieces:
+            return None if now - self.began > HANGING else True
+        if self.case.end in ("reset later", "deaf"):
+            return self.leave(self.case.end != "deaf")
+        if now - self.last > HANGING:
+            return None
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        return True
+
+
+def run_inputs(port, seed, indices, findings):
+    """Sends the inputs, AT_ONCE at a time; how many were sent, and the answers' statuses."""
+    selector, clients, todo = selectors.EpollSelector(), set(), collections.deque(indices)
+    statuses = collections.Counter()
+
+    def over(client):
+        clients.discard(client)
+        if client.ended or client.case.end == "wait":
+            wrong = judge(client.case, client.got, client.ended)
+            if wrong:
+                findings.append((client.case.index, wrong))
+        statuses[client.got[9:12].decode("latin-1")] += 1
+
+    while todo or clients:
+        while todo and len(clients) < AT_ONCE:
+            client = Client(port, Input(seed, todo.popleft()))
+            clients.add(client)
+            selector.register(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
+        for key, events in selector.select(0.05):
+            client, going = key.data, True
+            if events & selectors.EVENT_WRITE and client.pieces:
+                descriptor = client.socket.fileno()
+                going = client.send()
+                if going and not client.pieces:
+                    selector.modify(client.socket, 0 if client.case.end == "deaf" else selectors.EVENT_READ, client)
+            if going and events & selectors.EVENT_READ and client.case.end != "deaf":
+                going = client.receive()
+            if not going:
+                selector.unregister(key.fd)
+                over(client)
+        now = time.monotonic()
+        for client in list(clients):
+            descriptor = client.socket.fileno()
+            going = client.look(now)
+            if going is None:
+                findings.append((client.case.index, f"it hangs ({client.case.end}): {client.got[-200:]!r}"))
+                going = client.leave(True)
+            if not going:
+                selector.unregister(descriptor)
+                over(client)
+    return statuses
+
+
+def job(port, seed, queue, results):
+    while (indices := queue.get()) is not None:
+        findings = []
+        try:
+            statuses = run_inputs(port, seed, indices, findings)
+        except OSError as e:
+            statuses = collections.Counter()
+            findings.append((indices[0], f"the server has gone: {e!r}"))
+        results.put((len(indices), findings, statuses))
+
+
+# ---- the run ----
+
+
+class Fuzz:
+    def __init__(self, seed, first=0, jobs=2):
+        self.seed, self.next, self.n = seed, first, 0
+        self.findings, self.statuses = [], collections.Counter()
+        self.server = harness.Server(*FLAGS)
+        self.wanted = self.server.complete(**CANARY)["choices"]
+        context = multiprocessing.get_context("fork")
+        self.queue, self.results = context.Queue(), context.Queue()
+        self.jobs = [context.Process(target=job, args=(self.server.port, seed, self.queue, self.results), daemon=True)
+                     for _ in range(jobs)]
+        for j in self.jobs:
+            j.start()
+
+    def hand_out(self, count=BATCH):
+        self.queue.put(range(self.next, self.next + count))
+        self.next += count
+
+    def take(self):
+        n, findings, statuses = self.results.get(timeout=120)
+        self.n += n
+        self.findings += findings
+        self.statuses += statuses
+        self.check()
+
+    def check(self):
+        if self.server.process.poll() is not None:
+            raise AssertionError("the server has ended:\n" + "\n".join(self.server.log[-60:]))
+        n = len(self.server.log)
+        for line in self.server.log[:n]:
+            json.loads(line)
+        del self.server.log[:n]
+        got = self.server.complete(**CANARY)["choices"]
+        assert got == self.wanted, f"near input {self.next}: {got}, not {self.wanted}"
+
+    def run(self, seconds=None, count=None):
+        """For so long, or so many inputs."""
+        end, left = time.monotonic() + (seconds or 1e9), count if count is not None else 1 << 60
+        pending = 0
+        while left > 0 and time.monotonic() < end or pending:
+            while pending < len(self.jobs) + 1 and left > 0 and time.monotonic() < end:
+                self.hand_out(min(BATCH, left))
+                left -= BATCH
+                pending += 1
+            self.take()
+            pending -= 1
+
+    def finish(self):
+        """Everything comes back, and the server ends well."""
+        for _ in self.jobs:
+            self.queue.put(None)
+        for j in self.jobs:
+            j.join()
+        self.server.wait_idle(60)
+        state = {}
+
+        def gone():
+            state.update(self.server.get("/debug/state").json())
+            return state["connections"] <= 1 and state["exchanges"] <= 1
+        harness.wait_until(gone, 20, "every connection has ended")
+        files = os.listdir(f"/proc/{self.server.process.pid}/fd")
+        figures = {"rss": self.server.rss_bytes(), "files": len(files)}
+        self.server.check_stopped()
+        return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--server", default=harness.SERVER)
+    parser.add_argument("--model", default=harness.MODEL)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a sanitizer build: more patience")
+    arguments = parser.parse_args()
+    harness.SERVER, harness.MODEL = os.path.abspath(arguments.server), os.path.abspath(arguments.model)
+    harness.QUICK = arguments.quick
+    if arguments.count == 1:
+        case = Input(arguments.seed, arguments.first)
+        print(case.end, *case.pieces, sep="\n")
+    fuzz = Fuzz(arguments.seed, arguments.first, arguments.jobs)
+    began = time.monotonic()
+    print(f"at first: {fuzz.server.rss_bytes() >> 10} KiB, {len(os.listdir(f'/proc/{fuzz.server.process.pid}/fd'))} files")
+    fuzz.run(arguments.seconds or (60 if arguments.count is None else None), arguments.count)
+    took = time.monotonic() - began
+    figures = fuzz.finish()
+    print(f"seed {arguments.seed}: {fuzz.n} inputs from {arguments.first} on, {fuzz.n / took:.0f} a second; first answers "
+          f"{dict(sorted(fuzz.statuses.items()))}; in the end {figures['rss'] >> 10} KiB, {figures['files']} files")
+    for index, wrong in fuzz.findings[:40]:
+        print(f"input {index}: {wrong}")
+    print(f"{len(fuzz.findings)} findings")
+    return 1 if fuzz.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
