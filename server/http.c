@@ -360,15 +360,17 @@ static int check_request_line(const struct connection *c, const char *method, co
     bool plain = http_method_is_plain(method) && c->target_is_plain;
     if (!strcmp(MHD_get_version(), "0.9.75"))
         plain = plain && c->target == method + strlen(method) + 1 && version == c->target + c->target_length + 1;
-    return plain ? 0 : http_error_set(e, 400, NULL, NULL, "a request line that is not three words with a space between them");
+    return plain ? 0 : http_error_set(e, 400, NULL, NULL, "a request line that is not three words of plain text");
 }
 
 // What the parser hides. It cuts lines at their ends by writing NULs over them, so that a request's headers lie one
 // after another as they came; a bare line feed, a folded line or a NUL within a value leave another picture. This is
 // how 0.9.75 works, and it is looked at there alone: later ones refuse these themselves when told to (http_start).
-static int check_layout(const struct http_headers *h, const char *version, struct http_error *e)
+static int check_layout(const struct exchange *x, const struct http_headers *h, const char *method, const char *version,
+                        struct http_error *e)
 {
     if (strcmp(MHD_get_version(), "0.9.75")) return 0;
+    size_t size = MHD_get_connection_info(x->connection->mhd, MHD_CONNECTION_INFO_REQUEST_HEADER_SIZE)->header_size;
     const char *expected = version + strlen(version) + 2; // over CR and LF
     bool plain = true;
     for (size_t i = 0; i < h->n && plain; i++) {
@@ -376,8 +378,8 @@ static int check_layout(const struct http_headers *h, const char *version, struc
         plain = header->name == expected && header->value > header->name + header->name_length;
         expected = header->value + header->value_length + 2;
     }
-    // The empty line's CR and LF were cut too.
-    plain = plain && (h->n == 0 || (!expected[-2] && !expected[-1] && !expected[0] && !expected[1]));
+    // The empty line's CR and LF were cut too. A line that begins with NUL is taken for the empty one.
+    plain = plain && !expected[-2] && !expected[-1] && !expected[0] && !expected[1] && expected + 2 == method + size;
     return plain ? 0 : http_error_set(e, 400, NULL, NULL, "a header line that is not plain text ended by CR and LF");
 }
 
@@ -392,7 +394,7 @@ static void admit(struct exchange *x, const char *method, const char *version)
     set_id(x, &headers);
     http_trace_id(&headers, x->trace_id);
     if (http_check(&headers, version, &framing, &x->error) || check_request_line(x->connection, method, version, &x->error) ||
-        check_layout(&headers, version, &x->error) || check_room(x)) {
+        check_layout(x, &headers, method, version, &x->error) || check_room(x)) {
         x->refused = x->close = true;
         return;
     }

@@ -49,7 +49,12 @@ static bool has_control(const char *s, size_t n)
 
 bool http_method_is_plain(const char *method) { return is_token(method, strlen(method)); }
 
-bool http_target_is_plain(const char *target) { return !has_control(target, strlen(target)) && !strpbrk(target, " \t"); }
+bool http_target_is_plain(const char *target)
+{
+    for (; *target; target++)
+        if (*target <= ' ' || *target > '~') return false;
+    return true;
+}
 
 static bool parse_length(const struct http_header *h, size_t *out)
 {

@@ -17,7 +17,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import random
+import re
 import selectors
 import socket
 import sys
@@ -32,11 +34,11 @@ import wire  # noqa: E402
 from test_http import reset  # noqa: E402
 
 AT_ONCE = 160      # connections of a job
-BATCH = 400        # inputs of a job between two looks at the server
+BATCH = 250        # inputs of a job between two looks at the server
 QUIET = 0.15       # seconds without a byte, after which a client ends its side
 HANGING = 10.0     # and how long the server may then take; its own timeouts are below that
 FLAGS = ("--deterministic", "--header-timeout", "2", "--body-timeout", "2", "--idle-timeout", "2", "--slow-client-timeout", "2",
-         "--request-timeout", "4", "--max-model-len", "256", "--max-body-bytes", "65536", "--max-num-seqs", "64",
+         "--request-timeout", "4", "--max-model-len", "64", "--max-body-bytes", "65536", "--max-num-seqs", "64",
          "--kv-cache-memory-bytes", "64M")
 CANARY = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "logprobs": 1}
 SALT = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b": ", b"\r\n\r\n", b"\r\n ", b"0\r\n\r\n", b"Content-Length: 0\r\n",
@@ -172,38 +174,33 @@ class Input:
 # ---- what a strict parser makes of it ----
 
 
-def strict_requests(data):
-    """([(name, method)] of the whole requests that h11 sees, whether it found nothing wrong; None: it looks no further)."""
-    requests = []
+def strict_request(data):
+    """(name, method, what follows) of the whole request that data begins with; None: it has none yet. h11's errors are raised."""
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
     connection.receive_data(data)
+    while True:
+        event = connection.next_event()
+        if isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.EndOfMessage):
+            names = [value.decode("latin-1") for name, value in request.headers if name == b"x-request-id"]
+            last = connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE
+            kept = b"keep-alive" in dict(request.headers).get(b"connection", b"").lower()  # of HTTP/1.0: nothing that h11 knows
+            follows = connection.trailing_data[0] if not last or (request.http_version == b"1.0" and kept) else b""
+            return (names or [""])[0], request.method.decode("latin-1"), follows
+        elif not isinstance(event, h11.Data):  # NEED_DATA
+            return None
+
+
+def strict_requests(data):
+    """([(name, method)] of the whole requests that h11 sees, whether it found nothing wrong)."""
+    requests = []
     try:
-        while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                return requests, True
-            if event is h11.PAUSED:
-                if connection.their_state is h11.MIGHT_SWITCH_PROTOCOL:  # CONNECT and Upgrade: refused
-                    connection.send(h11.Response(status_code=404, headers=[("content-length", "0")]))
-                    connection.send(h11.EndOfMessage())
-                elif h11.DONE is connection.their_state and connection.our_state is h11.DONE:
-                    connection.start_next_cycle()
-                else:
-                    return requests, True  # it said that it is the last one
-            elif isinstance(event, h11.Request):
-                named = [value.decode("latin-1") for name, value in event.headers if name == b"x-request-id"]
-                head = ((named or [""])[0], event.method.decode("latin-1"))
-                if event.http_version == b"1.0" and b"keep-alive" in dict(event.headers).get(b"connection", b"").lower():
-                    return [*requests, head], None  # h11 ends there
-            elif isinstance(event, h11.EndOfMessage):
-                requests.append(head)
-                if connection.our_state is h11.SEND_RESPONSE:
-                    connection.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
-                    connection.send(h11.EndOfMessage())
-                if connection.our_state is h11.MUST_CLOSE:
-                    return requests, True
-            else:
-                assert isinstance(event, (h11.Data, h11.ConnectionClosed)), event
+        # Empty lines before a request are to be ignored. libmicrohttpd 0.9.75 takes a line that begins with NUL for one.
+        while found := strict_request(re.sub(rb"^(\r|(\0[^\n]*)?\n)*", b"", data)):
+            *head, data = found
+            requests.append(head)
+        return requests, True
     except h11.RemoteProtocolError:
         return requests, False
 
@@ -211,7 +208,7 @@ def strict_requests(data):
 def judge(case, got, whole):
     """None, or what is wrong with the answers. whole: the server has closed the connection by itself."""
     seen, strict = strict_requests(case.data)
-    methods = [method for _, method, _ in seen]
+    methods = [method for _, method in seen]
     try:
         answers, rest = wire.split_answers(got, methods)
     except Exception as e:  # noqa: BLE001: http.client has many
@@ -219,19 +216,16 @@ def judge(case, got, whole):
             return None  # libmicrohttpd's own answer with its head twice
         return f"not an answer: {e!r}"
     names = [headers["x-request-id"] for _, headers, _ in answers]
-    if strict is None:
-        del answers[len(seen):]
-        rest = b""
     if b"HEAD" in case.data and len(answers) >= len(seen):  # refused, with a method that h11 did not see
         rest = b""
-    if rest and whole and None not in names and b"text/event-stream" not in rest.split(b"\r\n\r\n")[0]:
+    if rest and whole and not rest.startswith(b"HTTP/1.1 100") and None not in names and b"text/event-stream" not in rest.split(b"\r\n\r\n")[0]:
         return f"half of an answer: {rest[-200:]}"
     for k, (status, headers, _) in enumerate(answers):
         last = headers["Connection"] == "close" or (names[k] is None and status >= 400)
         if k >= len(seen):  # a refusal of what it takes for malformed is fine, too
             if status < 400 or not last:
                 return f"answer {k} ({status} to {names[k]}), where there are {len(seen)} requests, the rest {'' if strict else 'in'}complete"
-        elif names[k] is not None and not names[k].startswith("req-") and names[k].encode("latin-1") != seen[k][0].encode("latin-1"):
+        elif names[k] is not None and not names[k].startswith("req-") and names[k].strip() != seen[k][0]:
             return f"answer {k} is to {names[k]}, not to {seen[k][0]!r}"
         if last:
             return None if k + 1 == len(answers) else "an answer after the last one"
@@ -314,58 +308,80 @@ class Client:
         return True
 
 
-def run_inputs(port, seed, indices, findings):
-    """Sends the inputs, AT_ONCE at a time; how many were sent, and the answers' statuses."""
-    selector, clients, todo = selectors.EpollSelector(), set(), collections.deque(indices)
-    statuses = collections.Counter()
+class Job:
+    """The clients of one process. Takes ranges of inputs from a queue, until it gets None; tells what came of BATCH at a time."""
 
-    def over(client):
-        clients.discard(client)
-        if client.ended or client.case.end == "wait":
-            wrong = judge(client.case, client.got, client.ended)
-            if wrong:
-                findings.append((client.case.index, wrong))
-        statuses[client.got[9:12].decode("latin-1")] += 1
+    def __init__(self, port, seed, queue, results):
+        self.port, self.seed, self.queue, self.results = port, seed, queue, results
+        self.selector, self.clients, self.todo = selectors.EpollSelector(), set(), collections.deque()
+        self.feeding = True
+        self.begin_report()
 
-    while todo or clients:
-        while todo and len(clients) < AT_ONCE:
-            client = Client(port, Input(seed, todo.popleft()))
-            clients.add(client)
-            selector.register(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
-        for key, events in selector.select(0.05):
-            client, going = key.data, True
-            if events & selectors.EVENT_WRITE and client.pieces:
-                descriptor = client.socket.fileno()
-                going = client.send()
-                if going and not client.pieces:
-                    selector.modify(client.socket, 0 if client.case.end == "deaf" else selectors.EVENT_READ, client)
-            if going and events & selectors.EVENT_READ and client.case.end != "deaf":
-                going = client.receive()
-            if not going:
-                selector.unregister(key.fd)
-                over(client)
+    def begin_report(self):
+        self.n, self.findings, self.statuses = 0, [], collections.Counter()
+
+    def report(self):
+        self.results.put((self.n, self.findings, self.statuses))
+        self.begin_report()
+
+    def fill(self):
+        while len(self.clients) < AT_ONCE and (self.todo or self.feeding):
+            if not self.todo:
+                try:
+                    indices = self.queue.get(block=not self.clients)
+                except queue.Empty:
+                    return
+                self.feeding = indices is not None
+                self.todo.extend(indices or ())
+                continue
+            client = Client(self.port, Input(self.seed, self.todo.popleft()))
+            self.clients.add(client)
+            self.selector.register(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
+
+    def over(self, client, descriptor):
+        self.selector.unregister(descriptor)
+        self.clients.discard(client)
+        wrong = judge(client.case, client.got, client.ended) if client.ended else None
+        if wrong:
+            self.findings.append((client.case.index, wrong))
+        self.statuses[client.got[9:12].decode("latin-1")] += 1
+        self.n += 1
+        if self.n == BATCH:
+            self.report()
+
+    def handle(self, client, descriptor, events):
+        going = True
+        if events & selectors.EVENT_WRITE and client.pieces:
+            going = client.send()
+            if going and not client.pieces:
+                self.selector.modify(descriptor, 0 if client.case.end == "deaf" else selectors.EVENT_READ, client)
+        if going and events & selectors.EVENT_READ and client.case.end != "deaf":
+            going = client.receive()
+        if not going:
+            self.over(client, descriptor)
+
+    def look(self):
         now = time.monotonic()
-        for client in list(clients):
+        for client in list(self.clients):
             descriptor = client.socket.fileno()
             going = client.look(now)
             if going is None:
-                findings.append((client.case.index, f"it hangs ({client.case.end}): {client.got[-200:]!r}"))
+                self.findings.append((client.case.index, f"it hangs ({client.case.end}): {client.got[-200:]!r}"))
                 going = client.leave(True)
             if not going:
-                selector.unregister(descriptor)
-                over(client)
-    return statuses
+                self.over(client, descriptor)
 
-
-def job(port, seed, queue, results):
-    while (indices := queue.get()) is not None:
-        findings = []
+    def run(self):
         try:
-            statuses = run_inputs(port, seed, indices, findings)
-        except OSError as e:
-            statuses = collections.Counter()
-            findings.append((indices[0], f"the server has gone: {e!r}"))
-        results.put((len(indices), findings, statuses))
+            while self.feeding or self.todo or self.clients:
+                self.fill()
+                for key, events in self.selector.select(0.05):
+                    self.handle(key.data, key.fd, events)
+                self.look()
+        except Exception as e:  # noqa: BLE001: told by the one who waits
+            self.findings.append((self.todo[0] if self.todo else -1, f"some inputs before this one: {e!r}"))
+        self.report()
+        self.results.put(None)
 
 
 # ---- the run ----
@@ -373,23 +389,23 @@ def job(port, seed, queue, results):
 
 class Fuzz:
     def __init__(self, seed, first=0, jobs=2):
-        self.seed, self.next, self.n = seed, first, 0
+        self.seed, self.next, self.n, self.n_ended = seed, first, 0, 0
         self.findings, self.statuses = [], collections.Counter()
         self.server = harness.Server(*FLAGS)
         self.wanted = self.server.complete(**CANARY)["choices"]
         context = multiprocessing.get_context("fork")
         self.queue, self.results = context.Queue(), context.Queue()
-        self.jobs = [context.Process(target=job, args=(self.server.port, seed, self.queue, self.results), daemon=True)
+        self.jobs = [context.Process(target=Job(self.server.port, seed, self.queue, self.results).run, daemon=True)
                      for _ in range(jobs)]
         for j in self.jobs:
             j.start()
 
-    def hand_out(self, count=BATCH):
-        self.queue.put(range(self.next, self.next + count))
-        self.next += count
-
     def take(self):
-        n, findings, statuses = self.results.get(timeout=120)
+        report = self.results.get(timeout=60)
+        if report is None:
+            self.n_ended += 1
+            return
+        n, findings, statuses = report
         self.n += n
         self.findings += findings
         self.statuses += statuses
@@ -407,22 +423,22 @@ class Fuzz:
 
     def run(self, seconds=None, count=None):
         """For so long, or so many inputs."""
-        end, left = time.monotonic() + (seconds or 1e9), count if count is not None else 1 << 60
-        pending = 0
-        while left > 0 and time.monotonic() < end or pending:
-            while pending < len(self.jobs) + 1 and left > 0 and time.monotonic() < end:
-                self.hand_out(min(BATCH, left))
-                left -= BATCH
-                pending += 1
+        began, first, left = time.monotonic(), self.next, count if count is not None else 1 << 60
+        while left > 0 and (not seconds or time.monotonic() < began + seconds) and not self.findings:
+            if self.next - first - self.n > 2 * len(self.jobs) * BATCH:
+                self.take()
+                continue
+            n = min(BATCH, left)
+            self.queue.put(range(self.next, self.next + n))
+            self.next, left = self.next + n, left - n
+        for _ in self.jobs:
+            self.queue.put(None)
+        while self.n_ended < len(self.jobs):
             self.take()
-            pending -= 1
+        self.took = time.monotonic() - began
 
     def finish(self):
         """Everything comes back, and the server ends well."""
-        for _ in self.jobs:
-            self.queue.put(None)
-        for j in self.jobs:
-            j.join()
         self.server.wait_idle(60)
         state = {}
 
@@ -453,12 +469,10 @@ def main():
         case = Input(arguments.seed, arguments.first)
         print(case.end, *case.pieces, sep="\n")
     fuzz = Fuzz(arguments.seed, arguments.first, arguments.jobs)
-    began = time.monotonic()
     print(f"at first: {fuzz.server.rss_bytes() >> 10} KiB, {len(os.listdir(f'/proc/{fuzz.server.process.pid}/fd'))} files")
     fuzz.run(arguments.seconds or (60 if arguments.count is None else None), arguments.count)
-    took = time.monotonic() - began
     figures = fuzz.finish()
-    print(f"seed {arguments.seed}: {fuzz.n} inputs from {arguments.first} on, {fuzz.n / took:.0f} a second; first answers "
+    print(f"seed {arguments.seed}: {fuzz.n} inputs from {arguments.first} on, {fuzz.n / fuzz.took:.0f} a second; first answers "
           f"{dict(sorted(fuzz.statuses.items()))}; in the end {figures['rss'] >> 10} KiB, {figures['files']} files")
     for index, wrong in fuzz.findings[:40]:
         print(f"input {index}: {wrong}")

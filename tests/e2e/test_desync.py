@@ -98,6 +98,8 @@ ENDED = {
     "a bare carriage return before the end": POST + N + b"X: y\r\r\n\r\n" + BODY,
     "a NUL in a value": POST + b"X-A: a\0b\r\n" + N + b"\r\n" + BODY,
     "a NUL in a name": POST + b"X\0A: b\r\n" + N + b"\r\n" + BODY,
+    "a NUL before the end": POST + N + b"\0\r\n\r\n" + BODY,
+    "a line of NUL before the end": POST + N + b"\0: x\r\n" + SMUGGLED,
     "a NUL in a length": POST + b"Content-Length: 18\x000\r\n\r\n" + BODY,
     "a control character": POST + b"X-A: a\x01b\r\n" + N + b"\r\n" + BODY,
     "DEL": POST + b"X-A: a\x7fb\r\n" + N + b"\r\n" + BODY,

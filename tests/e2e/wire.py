@@ -37,10 +37,10 @@ def split_answers(data, methods=()):
         answer = http.client.HTTPResponse(stream, method=methods[n] if n < len(methods) else None)
         if b"\r\n\r\n" not in data[start:]:
             return answers, data[start:]
-        answer.begin()
         try:
+            answer.begin()
             body = answer.read()
-        except (http.client.IncompleteRead, ValueError):  # ValueError: within a chunk's size
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected, ValueError):  # within a body, behind a 100, in a chunk's size
             return answers, data[start:]
         answers.append((answer.status, answer.headers, body))
         n += 1
