@@ -231,7 +231,8 @@ def judge(case, got, whole):
         elif names[k] is not None and not names[k].startswith("req-") and names[k].strip() != seen[k][0]:
             return f"answer {k} is to {names[k]}, not to {seen[k][0]!r}"
         if last:
-            return None if k + 1 == len(answers) else "an answer after the last one"
+            late = [status for status, *_ in answers[k + 1:]]  # libmicrohttpd's own answer crosses with that to a deadline
+            return None if late in ([], [408]) else "an answer after the last one"
     return None
 
 
