@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 enum {
-    UNSENT = 64 << 10, // bytes that the kernel takes beyond what is under way: what a client that never reads costs there, not megabytes
+    UNSENT = 64 << 10, // bytes that the kernel takes beyond what is under way, for a client that never reads: not megabytes
     BATCH = 16,        // connections between two looks at whether to end
     RETRY_MS = 100,    // until the next try where there was no room for a connection
     HANDSHAKE_MS = 20, // at the end, for a handshake that has begun

@@ -159,9 +159,9 @@ def main():
     a = parser.parse_args()
     harness.SERVER, harness.MODEL = os.path.abspath(a.server), os.path.abspath(a.model)
     n = a.idle + a.slow + a.streams
-    if not allow_files(n + 512):
-        sys.exit(f"ulimit -Hn is below {n + 512}")
-    server = harness.Server("--max-connections", str(n + 100), *FLAGS)
+    if not allow_files(2 * n + 512):
+        sys.exit(f"ulimit -Hn is below {2 * n + 512}")
+    server = harness.Server("--max-connections", str(2 * n), *FLAGS)
     fields = requests(a.streams, a.max_tokens)
     wanted = [server.complete(**f)["choices"][0] for f in fields]
     run_streams(server, fields, wanted)

@@ -39,7 +39,7 @@ def failing():
     with tempfile.TemporaryDirectory(prefix="failing-") as directory:
         library, path = os.path.join(directory, "failing_io.so"), os.path.join(directory, "control")
         source = os.path.join(os.path.dirname(__file__), "failing_io.c")
-        subprocess.run(["gcc", "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", library, source], check=True)
+        subprocess.run(["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", library, source], check=True)
         with open(path, "w+b") as f:
             f.write(bytes(Control(before=-1)))
             f.flush()

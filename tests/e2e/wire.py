@@ -40,7 +40,7 @@ def split_answers(data, methods=()):
         try:
             answer.begin()
             body = answer.read()
-        except (http.client.IncompleteRead, http.client.RemoteDisconnected, ValueError):  # within a body, behind a 100, in a chunk's size
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected, ValueError):  # in a body, after a 100, in a chunk
             return answers, data[start:]
         answers.append((answer.status, answer.headers, body))
         n += 1
