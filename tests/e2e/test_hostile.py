@@ -62,8 +62,8 @@ class DeafClients(unittest.TestCase):
         in_threads(lambda: server.completions(**fields), [()] * (n_streams + n_whole))  # the KV cache is touched for the first time
         event = len(server.completions(stream=True, **fields).body) // (n * tokens)
         # A choice holds its tokens until they are taken: 16 bytes each, 16 for each alternative. A stream: an event for each of the
-        # 32 tokens of a choice that are taken at once. An answer sent whole: its parts, then all of it. Both in buffers that double.
-        # A connection: 32 KiB of libmicrohttpd's, 8 of ours. The kernel holds 64 KiB more of each.
+        # 32 tokens of a choice that are taken at once. An answer sent whole: its parts, then all of it. Both in buffers that
+        # double. A connection: 32 KiB of libmicrohttpd's, 8 of ours. The kernel holds 64 KiB more of each.
         choice = tokens * (16 + 16 * k)
         connection = (32 + 8) << 10
         bound = n_streams * (connection + n * (choice + 2 * 32 * event)) + n_whole * (connection + n * choice + 4 * whole)
@@ -83,7 +83,7 @@ class DeafClients(unittest.TestCase):
             return peak, server.rss_bytes(), len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
         before = server.rss_bytes()
-        rounds = [one_round() for _ in range(2)]
+        rounds = [one_round() for _ in range(scale(2, 1))]
         most = max(r[0] for r in rounds) - before
         print(f"\n{n_streams} streams, {n_whole} answers of {whole} bytes: {most / 2**20:.1f} MiB at most, the bound is "
               f"{bound / 2**20:.1f}; after each round {[f'{(r[1] - before) / 2**20:.1f}' for r in rounds]} MiB")
@@ -97,7 +97,7 @@ class DeafClients(unittest.TestCase):
 class Fuzzed(unittest.TestCase):
     def test_whole_server(self):
         fuzz = fuzz_http.Fuzz(seed=1)
-        fuzz.run(seconds=6)
+        fuzz.run(seconds=scale(6, 3))
         self.assertEqual(fuzz.findings, [])
         figures = fuzz.finish()
         print(f"\n{fuzz.n} inputs: {dict(sorted(fuzz.statuses.items()))}, {figures}")
