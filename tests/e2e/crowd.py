@@ -175,17 +175,23 @@ def main():
     print(f"CPU meanwhile: {100 * (server.cpu_seconds() - cpu) / (time.monotonic() - began):.1f} % of a core")
     crowd.end()
 
+    def measured():
+        """(seconds, seconds of the server's CPU time: others on this machine do not count there)"""
+        began = server.cpu_seconds()
+        return run_streams(server, fields, wanted), server.cpu_seconds() - began
+
     without, with_them = [], []
     for _ in range(a.rounds):
-        without.append(run_streams(server, fields, wanted))
+        without.append(measured())
         crowd = Crowd(server.port, a.idle, a.slow)
-        with_them.append(run_streams(server, fields, wanted))
+        with_them.append(measured())
         left = crowd.end()
         assert set(left["statuses"]) <= {"408", ""} and left["kept"] == a.idle // 2, left
-        print(f"{without[-1]:.2f} s without, {with_them[-1]:.2f} s with them; {json.dumps(left)}")
-    m, w = statistics.median(without), statistics.median(with_them)
-    print(f"{a.streams} streams of {a.max_tokens} tokens: {m:.2f} s without, {w:.2f} s with {a.idle} idle and {a.slow} slow ones, "
-          f"{w / m:.2f} times; every answer as alone")
+        print(f"{without[-1][0]:.2f} s without, {with_them[-1][0]:.2f} s with them; {json.dumps(left)}")
+    print(f"{a.streams} streams of {a.max_tokens} tokens, without and with {a.idle} idle and {a.slow} slow ones; each answer as alone")
+    for what, i in (("all of them", 0), ("CPU time of the server", 1)):
+        m, w = (statistics.median(run[i] for run in runs) for runs in (without, with_them))
+        print(f"{what}: {m:.2f} s, {w:.2f} s: {w / m:.2f} times (medians of {a.rounds})")
     server.check_stopped()
 
 
