@@ -188,7 +188,7 @@ def main():
         left = crowd.end()
         assert set(left["statuses"]) <= {"408", ""} and left["kept"] == a.idle // 2, left
         print(f"{without[-1][0]:.2f} s without, {with_them[-1][0]:.2f} s with them; {json.dumps(left)}")
-    print(f"{a.streams} streams of {a.max_tokens} tokens, without and with {a.idle} idle and {a.slow} slow ones; each answer as alone")
+    print(f"{a.streams} streams of {a.max_tokens} tokens without and with {a.idle} idle and {a.slow} slow ones; all answers right")
     for what, i in (("all of them", 0), ("CPU time of the server", 1)):
         m, w = (statistics.median(run[i] for run in runs) for runs in (without, with_them))
         print(f"{what}: {m:.2f} s, {w:.2f} s: {w / m:.2f} times (medians of {a.rounds})")

@@ -200,9 +200,9 @@ def strict_requests(data):
     """([(name, method)] of the whole requests that h11 sees, whether it found nothing wrong)."""
     requests = []
     try:
-        # Empty lines before a request are to be ignored. libmicrohttpd 0.9.75 takes a line that begins with NUL for one, and these
-        # two bytes for those of the empty line that ends the headers, of which nothing is left to see.
-        data = re.sub(rb"\n[:\0]\n", b"\n\r\n", data)
+        # Empty lines before a request are to be ignored. libmicrohttpd 0.9.75 takes a line that begins with NUL for one. What ends
+        # the headers there in four bytes, a bare line feed among them, leaves nothing to tell it from the right ones.
+        data = re.sub(rb"\r\n[:\0]\n|(?<!\r)\n[:\0]\r\n", b"\r\n\r\n", data)
         while found := strict_request(re.sub(rb"^(\r|(\0[^\n]*)?\n)*", b"", data)):
             *head, data = found
             requests.append(head)
@@ -227,6 +227,8 @@ def judge(case, got, whole):
     may_end = rest.startswith(b"HTTP/1.1 100") or None in names or b"text/event-stream" in rest.split(b"\r\n\r\n")[0]
     if rest and whole and not may_end:
         return f"half of an answer: {rest[-200:]}"
+    if any(status >= 400 and re.search(rb"0x[0-9a-f]{6}", body) for status, _, body in answers) and b"0x" not in case.data:
+        return f"an address in an error: {answers}"
     chunked = re.search(rb"(?i)transfer-encoding: *chunked", case.data)
     for k, (status, headers, _) in enumerate(answers):
         last = headers["Connection"] == "close" or (names[k] is None and status >= 400)
