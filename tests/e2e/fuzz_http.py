@@ -232,9 +232,10 @@ def judge(case, got, whole):
     chunked = re.search(rb"(?i)transfer-encoding: *chunked", case.data)
     for k, (status, headers, _) in enumerate(answers):
         last = headers["Connection"] == "close" or (names[k] is None and status >= 400)
-        if k >= len(seen):  # a refusal of what it takes for malformed is fine, too
-            if not last or (status < 400 and not chunked):  # trailers are not looked at, and the last thing on a connection
-                return f"answer {k} ({status} to {names[k]}), where there are {len(seen)} requests; nothing wrong: {strict}"
+        if last and (status >= 400 or (chunked and k >= len(seen))):
+            pass  # refused for malformed; or answered whatever its trailers were, which are the last thing on a connection
+        elif k >= len(seen):
+            return f"answer {k} ({status} to {names[k]}), where there are {len(seen)} requests; nothing wrong: {strict}"
         elif names[k] is not None and not names[k].startswith("req-") and names[k].strip() != seen[k][0]:
             return f"answer {k} is to {names[k]}, not to {seen[k][0]!r}"
         if last:
