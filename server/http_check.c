@@ -47,6 +47,15 @@ static bool has_control(const char *s, size_t n)
     return false;
 }
 
+bool http_method_is_plain(const char *method) { return is_token(method, strlen(method)); }
+
+bool http_target_is_plain(const char *target)
+{
+    for (; *target; target++)
+        if (*target <= ' ' || *target > '~') return false;
+    return true;
+}
+
 static bool parse_length(const struct http_header *h, size_t *out)
 {
     size_t value = 0;

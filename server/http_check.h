@@ -38,6 +38,9 @@ bool http_header_is(const struct http_header *h, const char *text);
 // The trace that the client's `traceparent` makes this request part of, 32 hexadecimal digits; "" where there is none, or two,
 // or it is malformed. https://www.w3.org/TR/trace-context/
 void http_trace_id(const struct http_headers *h, char id[33]);
+// Whether method is a token, and target, as it came, of visible ASCII characters.
+bool http_method_is_plain(const char *method);
+bool http_target_is_plain(const char *target);
 // Checks version ("HTTP/1.1"), the spelling of every header, Host, Content-Length and Transfer-Encoding.
 int http_check(const struct http_headers *h, const char *version, struct http_framing *framing, struct http_error *e);
 

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 enum {
+    UNSENT = 64 << 10, // bytes that the kernel takes beyond what is under way, for a client that never reads: not megabytes
     BATCH = 16,        // connections between two looks at whether to end
     RETRY_MS = 100,    // until the next try where there was no room for a connection
     HANDSHAKE_MS = 20, // at the end, for a handshake that has begun
@@ -108,6 +109,7 @@ static bool accept_waiting(struct listener *l)
         }
         l->warned = false;
         if (fd < 0) return true;
+        setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &(int){UNSENT}, sizeof(int));
         l->accepted(l->context, fd, (struct sockaddr *)&address, length);
     }
     return true;

@@ -337,6 +337,8 @@ int main(int argc, char **argv)
     set_keys(options.server.api_keys);
     if (signals_init()) {
         fputs("gptd: cannot start a thread\n", stderr);
+        set_keys(NULL);
+        options_deinit(&options);
         return EXIT_OPTIONS;
     }
     if (service_socket(&options.server.listen_fd, &e)) {

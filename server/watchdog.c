@@ -27,9 +27,9 @@ double watchdog_now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static bool client_gone(int fd)
+bool watch_gone(const struct watch *w)
 {
-    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
+    struct pollfd p = {.fd = w->fd, .events = POLLRDHUP};
     return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR));
 }
 
@@ -41,7 +41,7 @@ static bool look(struct watchdog *d)
     for (struct watch *w = d->first; w; w = w->next) {
         if (w->phase == WATCH_RUNNING) {
             running = true;
-            if (client_gone(w->fd)) d->event(w, WATCH_GONE);
+            if (watch_gone(w)) d->event(w, WATCH_GONE);
         }
         if (now < w->deadline) continue;
         d->event(w, WATCH_DUE);

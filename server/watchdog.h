@@ -34,6 +34,8 @@ struct watch {
 
 // Monotonic time in seconds.
 double watchdog_now(void);
+// Whether the client has closed or half-closed its side.
+bool watch_gone(const struct watch *w);
 
 // event is called on the watchdog's thread with its lock held, so that no watch goes away meanwhile: it must not call
 // the watchdog. A watch stays due (gone) until its phase or deadline changes: it is told about again, each second

@@ -69,6 +69,17 @@ START_TEST(refused)
 }
 END_TEST
 
+START_TEST(request_lines)
+{
+    static const char *const methods[] = {"", "G T", "GET\r", "G\xe4T", "GET:", "\x7f"};
+    static const char *const targets[] = {"/a b", "/a\t", "/a\r", "/\x01", "/\x7f", "/\xe4"};
+    ck_assert(http_method_is_plain("GET") && http_method_is_plain("M-SEARCH"));
+    for (size_t i = 0; i < sizeof methods / sizeof *methods; i++) ck_assert(!http_method_is_plain(methods[i]));
+    ck_assert(http_target_is_plain("/v1/models/a%20b?c=d&e=~!") && http_target_is_plain("http://x/") && http_target_is_plain("*"));
+    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) ck_assert(!http_target_is_plain(targets[i]));
+}
+END_TEST
+
 // Examples of https://www.w3.org/TR/trace-context/ and what is nearly one.
 START_TEST(trace_ids)
 {
@@ -117,6 +128,7 @@ int main(void)
     TCase *tc = tcase_create("framing");
     tcase_add_test(tc, taken);
     tcase_add_test(tc, refused);
+    tcase_add_test(tc, request_lines);
     tcase_add_test(tc, trace_ids);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);

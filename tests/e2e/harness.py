@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -105,9 +106,9 @@ os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 class Server:
-    """A gptd process on a free port, or on a socket that it is given."""
+    """A gptd process on a free port, or on a socket that it is given. files: its RLIMIT_NOFILE, soft and hard."""
 
-    def __init__(self, *flags, model=None, env=None, wait=True, program=None, listener=None):
+    def __init__(self, *flags, model=None, env=None, wait=True, program=None, listener=None, files=None):
         self.model = model or MODEL
         self.name = os.path.basename(os.path.normpath(self.model))
         self.started = time.monotonic()
@@ -116,7 +117,8 @@ class Server:
             [*passed, program or SERVER, "--model", self.model, *([] if program else ["--backend", BACKEND]),
              "--host", "127.0.0.1", "--port", "0", "--drain-delay", "0", "--log-format", "json", *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env={**NOT_VARIABLES, **(env or {})}, pass_fds=[listener.fileno()] if listener else ())
+            env={**NOT_VARIABLES, **(env or {})}, pass_fds=[listener.fileno()] if listener else (),
+            preexec_fn=files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, files)))
         self.log, self.port, self.ready_after = [], None, None
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read_log, daemon=True)

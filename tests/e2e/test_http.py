@@ -238,6 +238,22 @@ class SlowAndGone(ServerTest):
             wait_until(lambda: self.aborts() > before, 5, "it counts as aborted")
             s.close()
 
+    def test_leaving_beside_an_older_connection(self):
+        # libmicrohttpd forgets a connection that it gave up after it was suspended, until all that are older have gone.
+        server = Server("--http-threads", "1")
+        with server.socket() as older:
+            older.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            read_until(older, b"}")
+            for leave in (socket.socket.close, reset, lambda s: s.shutdown(socket.SHUT_WR)) * 3:
+                for version in (b"1.1", b"1.0"):
+                    data = server.completion_bytes(prompt="Once", max_tokens=1800, n=32, ignore_eos=True, stream=True)
+                    s = server.socket()
+                    s.sendall(data.replace(b"1.1", version, 1))
+                    read_until(s, b"data: ")
+                    leave(s)
+            wait_until(lambda: server.get("/debug/state").json()["connections"] <= 2, 5, "none of them is left")
+        server.check_stopped()
+
     def test_leaving_unstreamed(self):
         for leave in (socket.socket.close, reset):
             before = self.aborts()
