@@ -10,6 +10,8 @@ packages="$packages libpcre2-dev libutf8proc-dev"
 if [ "${1:-run}" = check ]; then
     # Sanitizers and fuzzing need clang's runtime; the end-to-end tests are Python.
     packages="$packages check clang libclang-rt-dev python3 python3-venv"
+    # The Dockerfile is tried in a fresh Debian, TLS with a certificate made for it.
+    packages="$packages mmdebstrap openssl"
     # The page's tests run in Chromium. Ubuntu has it as a snap alone: without one they are skipped there.
     ! grep -qs '^ID=debian$' /etc/os-release || packages="$packages chromium"
 fi
