@@ -367,8 +367,8 @@ def main():
     check_running(image)
     if arguments.target == "cuda":
         print(f"check-docker: without a GPU: {check_cuda(image)}")
-    print(f"check-docker: the {arguments.target} image ({size}) serves as {image.user}, read-only, without capabilities, and drains: "
-          f"{time.monotonic() - began:.0f} s")
+    print(f"check-docker: the {arguments.target} image ({size}) serves as {image.user}, read-only, without capabilities, and "
+          f"drains: {time.monotonic() - began:.0f} s")
     return 0
 
 
