@@ -13,11 +13,13 @@ COPY . .
 RUN make -j"$(nproc)" dist
 
 # The tarball's content is /opt/gptd. Beside it only what it takes from any Linux: the loader, the C library, and a user's name.
-RUN mkdir -p /image/opt/gptd /image/etc /image/models && \
+# What nobody says otherwise: variables and flags win over this file, another one can be mounted in its place.
+RUN mkdir -p /image/opt/gptd /image/etc/gptd && \
     tar -C /image/opt/gptd --strip-components=1 -xzf build/gptd-*.tar.gz && \
     for file in $(ldd /image/opt/gptd/gptd | grep -o '[[:blank:]]/lib[^ ]*'); do install -D "$file" "/image$file"; done && \
     echo 'gptd:x:10001:10001::/:/sbin/nologin' >/image/etc/passwd && \
-    echo 'gptd:x:10001:' >/image/etc/group
+    echo 'gptd:x:10001:' >/image/etc/group && \
+    echo '{"model": "/opt/gptd/models/demo", "host": "0.0.0.0"}' >/image/etc/gptd/config.json
 
 # ---- for GPUs: the same with the CUDA library ----
 
@@ -35,9 +37,9 @@ RUN rm build/gptd-*.tar.gz && make -j"$(nproc)" dist && \
 # has the loader's cache made anew.
 FROM debian:bookworm-slim AS cuda
 COPY --from=build-cuda /image/opt /opt
-COPY --from=build-cuda /image/etc/passwd /image/etc/group /etc/
+COPY --from=build-cuda /image/etc/gptd /etc/gptd
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-ENV GPTD_HOST=0.0.0.0 GPTD_MODEL=/opt/gptd/models/demo
+ENV GPTD_CONFIG=/etc/gptd/config.json
 EXPOSE 8000
 USER 10001:10001
 STOPSIGNAL SIGTERM
@@ -48,8 +50,8 @@ ENTRYPOINT ["/opt/gptd/gptd"]
 
 FROM scratch AS cpu
 COPY --from=build /image /
-# Whoever runs it says more in the same way (GPTD_PORT=9000: then the health check asks there, too) or with flags.
-ENV GPTD_HOST=0.0.0.0 GPTD_MODEL=/opt/gptd/models/demo
+# Another port is best said as GPTD_PORT=9000 or in the file: a flag is not known to the health check.
+ENV GPTD_CONFIG=/etc/gptd/config.json
 EXPOSE 8000
 USER 10001:10001
 STOPSIGNAL SIGTERM
