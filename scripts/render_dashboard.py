@@ -12,7 +12,8 @@ import time
 import urllib.parse
 import urllib.request
 
-DASHBOARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "grafana", "dashboards", "gptd.json")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DASHBOARD = os.path.join(ROOT, "configs", "grafana", "dashboards", "gptd.json")
 
 
 def panels(rate_interval, path=DASHBOARD):
@@ -80,7 +81,7 @@ def main():
     span = (end - arguments.seconds, end)
     height = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in shown)
     figure = pyplot.figure(figsize=(14, height * 0.22))
-    figure.suptitle(f"{os.path.basename(DASHBOARD)}, {arguments.seconds} s, drawn by scripts/render_dashboard.py", fontsize=9, y=0.998)
+    figure.suptitle(f"gptd.json, {arguments.seconds} s, drawn by scripts/render_dashboard.py", fontsize=9, y=0.998)
     for panel in shown:
         at = panel["gridPos"]
         top = 0.99 * (1 - at["y"] / height)

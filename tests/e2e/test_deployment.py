@@ -1,7 +1,6 @@
 """The files for Docker, Kubernetes, Prometheus and Grafana against the program they are for; the server without any right."""
 
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -27,6 +26,10 @@ try:
     import yaml
 except ImportError:
     yaml = None
+try:
+    import kubernetes_validate
+except ImportError:
+    kubernetes_validate = None
 
 PROBES = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
 WITH_YAML = unittest.skipUnless(yaml, "PyYAML is not installed")
@@ -90,7 +93,8 @@ class Probe(unittest.TestCase):
             asking.join()
 
     def test_no_answer(self):
-        for answer, expected in ((None, "Resource temporarily unavailable"), (b"", "/health: "), (b"SSH-2.0\r\n", "/health: SSH-2.0")):
+        for answer, expected in ((None, "Resource temporarily unavailable"), (b"", "/health: "),
+                                 (b"SSH-2.0\r\n", "/health: SSH-2.0")):
             with self.subTest(answer), socket.create_server(("127.0.0.1", 0)) as s:
                 answered = threading.Event()
 
@@ -118,7 +122,8 @@ UNPRIVILEGED = """#!/bin/sh
 exec unshare --mount /bin/sh -c '
     mount --make-rprivate /
     for place in $(cut -d " " -f 2 /proc/self/mounts); do mount -o remount,bind,ro "$place" 2>/dev/null; done
-    exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"' gptd {gptd} "$@"
+    exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"
+    ' gptd {gptd} "$@"
 """
 
 
@@ -265,16 +270,19 @@ class Files(unittest.TestCase):
             keys.flush()
             for name in ("base", "gpu"):
                 with self.subTest(name):
-                    self.check_options("--config", os.path.join(CONFIGS, "kubernetes", name, "config.json"), "--api-key-file", keys.name)
+                    config = os.path.join(CONFIGS, "kubernetes", name, "config.json")
+                    self.check_options("--config", config, "--api-key-file", keys.name)
 
     @WITH_YAML
     @unittest.skipUnless(shutil.which("kubectl"), "kubectl is not installed")
     def test_kustomize(self):
         for name, image in (("base", "gptd:cpu"), ("gpu", "gptd:cuda")):
             with self.subTest(name):
-                done = subprocess.run(["kubectl", "kustomize", os.path.join(CONFIGS, "kubernetes", name)], capture_output=True, text=True)
+                done = subprocess.run(["kubectl", "kustomize", os.path.join(CONFIGS, "kubernetes", name)],
+                                      capture_output=True, text=True)
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
                 built = {d["kind"]: d for d in documents(done.stdout)}
+                self.check_schemas(built.values())
                 self.assertEqual(set(built), {"ConfigMap", "Deployment", "Service", "PodDisruptionBudget"})
                 pod = built["Deployment"]["spec"]["template"]["spec"]
                 container, = pod["containers"]
@@ -285,20 +293,25 @@ class Files(unittest.TestCase):
                 self.assertTrue(name == "base" or [m for m in container["volumeMounts"] if model.startswith(m["mountPath"])])
                 self.assertEqual(container["resources"]["limits"].get("nvidia.com/gpu"), 1 if name == "gpu" else None)
 
+    def check_schemas(self, resources):
+        for r in resources if kubernetes_validate else []:
+            if r["kind"] != "Kustomization":
+                kubernetes_validate.validate(r, kubernetes_validate.latest_version(), strict=True)
+
     @WITH_YAML
-    @unittest.skipUnless(importlib.util.find_spec("kubernetes_validate"), "kubernetes-validate is not installed")
+    @unittest.skipUnless(kubernetes_validate, "kubernetes-validate is not installed")
     def test_kubernetes_schemas(self):
-        import kubernetes_validate
-        for path in glob.glob(os.path.join(CONFIGS, "kubernetes", "*", "*.yaml")):
-            for d in documents(read(path)):
-                if d["kind"] not in ("Kustomization", "ServiceMonitor") and "kubernetes/gpu/" not in path:
-                    kubernetes_validate.validate(d, kubernetes_validate.latest_version(), strict=True)
+        paths = glob.glob(os.path.join(CONFIGS, "kubernetes", "base", "*.yaml"))
+        self.assertGreaterEqual(len(paths), 4)
+        for path in paths:
+            self.check_schemas(documents(read(path)))
 
 
 @unittest.skipUnless(program("promtool"), "promtool is not installed")
 class Rules(unittest.TestCase):
     def test_promtool(self):
-        for arguments in (("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")):
+        for arguments in (("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"),
+                          ("test", "rules", "alerts_test.yml")):
             done = subprocess.run([program("promtool"), *arguments], cwd=os.path.join(CONFIGS, "prometheus"), capture_output=True,
                                   text=True, timeout=60, env=tool_environment())
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
@@ -327,7 +340,8 @@ class Dashboard(unittest.TestCase):
                 f.write(text)
         process = subprocess.Popen(
             [program("prometheus"), f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
-             f"--web.listen-address=127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tool_environment())
+             f"--web.listen-address=127.0.0.1:{port}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tool_environment())
         self.addCleanup(lambda: (process.kill(), process.wait()))
         return f"http://127.0.0.1:{port}"
 
@@ -355,7 +369,8 @@ class Dashboard(unittest.TestCase):
         return threads
 
     def test_every_query_has_data(self):
-        replicas = [Server("--max-num-seqs", "2", "--max-queue-requests", "1", "--drain-delay", str(scale(20, 60))) for _ in range(2)]
+        flags = ("--max-num-seqs", "2", "--max-queue-requests", "1", "--drain-delay", str(scale(20, 60)))
+        replicas = [Server(*flags) for _ in range(2)]
         for r in replicas:
             self.addCleanup(lambda r=r: r.process.poll() is None and r.kill())
         directory = tempfile.TemporaryDirectory()
@@ -384,7 +399,8 @@ class Dashboard(unittest.TestCase):
             for t in threads:
                 t.join()
         draining.kill()
-        wait_until(lambda: self.ask("query", query='ALERTS{alertname="GptdDown", alertstate="pending"}'), 10, "the alert is on its way")
+        down = 'ALERTS{alertname="GptdDown", alertstate="pending"}'
+        wait_until(lambda: self.ask("query", query=down), 10, "the alert is on its way")
         broken = self.ask("query", query="prometheus_rule_evaluation_failures_total > 0")
         self.assertEqual(broken, [])
 

@@ -99,6 +99,28 @@ class Recorder:
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
 
+class Names:
+    """A name server at an address of its own that knows one name: a dictionary's."""
+
+    def __init__(self, addresses):
+        self.addresses, self.socket = addresses, socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.address = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        self.socket.bind((self.address, 53))
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                query, client = self.socket.recvfrom(4096)
+                end = query.index(b"\0", 12)
+                name = query[13:end].decode()  # one part, after its length
+                question, kind = query[12:end + 5], query[end + 1:end + 3]
+                found = self.addresses.get(name) if kind == b"\0\1" else None  # A
+                answer = b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(found) if found else b""
+                flags = b"\x81\x80" if name in self.addresses else b"\x81\x83"  # no such name
+                self.socket.sendto(query[:2] + flags + b"\0\1\0" + bytes([bool(found)]) + bytes(4) + question + answer, client)
+
+
 class Proxies:
     """What each of them must do. A subclass says how to start one: start_proxy(directory, port, replicas' ports)."""
 
@@ -347,6 +369,36 @@ class HAProxy(Proxies, unittest.TestCase):
         command = [program("haproxy"), "-f", os.path.join(CONFIGS, "haproxy", "haproxy.cfg")]
         subprocess.run([*command, "-c"], check=True, capture_output=True, env=env)
         return subprocess.Popen([*command, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+
+    @unittest.skipIf(os.geteuid() or subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode,
+                     "needs root that may have mounts of its own, for another resolv.conf")
+    def test_names(self):
+        """Replicas by name, as with Docker: one that comes back at another address is found, one whose name has gone is left."""
+        names = Names({"gptd-a": "127.0.0.1"})
+        self.addCleanup(names.socket.close)
+        replica, port = self.replica(), free_port()
+        with tempfile.NamedTemporaryFile("w") as resolv:
+            resolv.write(f"nameserver {names.address}\n")
+            resolv.flush()
+            env = {**tool_environment(), "GPTD_A": f"gptd-a:{replica.port}", "GPTD_B": f"gptd-b:{replica.port}",
+                   "GPTD_BIND": f"127.0.0.1:{port}"}
+            haproxy = subprocess.Popen(
+                ["unshare", "--mount", "/bin/sh", "-c", 'mount --bind "$1" /etc/resolv.conf && exec "$2" -f "$3" -db', "sh",
+                 resolv.name, program("haproxy"), os.path.join(CONFIGS, "haproxy", "haproxy.cfg")],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+            self.addCleanup(lambda: (haproxy.kill(), haproxy.wait()))
+
+            def ready():
+                with contextlib.suppress(OSError):
+                    return self.ask(port, "GET", "/ready")[0] == 200
+            wait_until(ready, 10, "HAProxy finds gptd-a, though there is no gptd-b")
+            self.assertEqual(replica.stop(), 0)
+            wait_until(lambda: not ready(), 10, "HAProxy misses it")
+            moved = self.replica("--host", "127.0.0.2", "--port", str(replica.port))
+            self.assertFalse(ready())
+            names.addresses["gptd-a"] = "127.0.0.2"
+            wait_until(ready, 10, "HAProxy finds where it has gone")
+            moved.kill()
 
 
 @unittest.skipUnless(program("nginx"), "nginx is not installed")
