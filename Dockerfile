@@ -27,11 +27,11 @@ RUN mkdir -p /image/opt/gptd /image/etc/gptd && \
 FROM nvidia/cuda:13.0.2-devel-ubuntu22.04 AS toolkit
 
 FROM build AS build-cuda
-COPY --from=toolkit /usr/local/cuda-13.0 /usr/local/cuda-13.0
-ENV PATH=/usr/local/cuda-13.0/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+COPY --from=toolkit /usr/local/cuda-13.0 /usr/local/cuda
+ENV PATH=/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 RUN rm build/gptd-*.tar.gz && make -j"$(nproc)" dist && \
     tar -C /image/opt/gptd --strip-components=1 -xzf build/gptd-*.tar.gz && \
-    install /usr/local/cuda-13.0/lib64/libcublasLt.so.13 /image/opt/gptd/lib/
+    install /usr/local/cuda/lib64/libcublasLt.so.13 /image/opt/gptd/lib/
 
 # Debian's smallest rather than nothing: NVIDIA's container toolkit puts the driver's libraries where a distribution has them and
 # has the loader's cache made anew.

@@ -96,7 +96,7 @@ def main():
                 if values:
                     series.append((label(target, result["metric"]), *zip(*values)))
         draw_panel(axes, panel, series, span)
-    figure.savefig(arguments.out, dpi=90)
+    figure.savefig(arguments.out, dpi=85, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":
