@@ -17,6 +17,8 @@ RUN make -j"$(nproc)" dist
 RUN mkdir -p /image/opt/gptd /image/etc/gptd && \
     tar -C /image/opt/gptd --strip-components=1 -xzf build/gptd-*.tar.gz && \
     for file in $(ldd /image/opt/gptd/gptd | grep -o '[[:blank:]]/lib[^ ]*'); do install -D "$file" "/image$file"; done && \
+    install -m 644 /usr/share/doc/libc6/copyright /image/opt/gptd/licenses/libc6 && \
+    dpkg-query -W -f '${source:Package} ${source:Version} (${binary:Package})\n' libc6 >>/image/opt/gptd/licenses/packages.txt && \
     echo 'gptd:x:10001:10001::/:/sbin/nologin' >/image/etc/passwd && \
     echo 'gptd:x:10001:' >/image/etc/group && \
     echo '{"model": "/opt/gptd/models/demo", "host": "0.0.0.0"}' >/image/etc/gptd/config.json
@@ -33,6 +35,7 @@ RUN rm build/gptd-*.tar.gz && make -j"$(nproc)" dist && \
     tar -C /image/opt/gptd --strip-components=1 -xzf build/gptd-*.tar.gz && \
     install /usr/local/cuda/lib64/libcublasLt.so.13 /image/opt/gptd/lib/
 
+# cuBLASLt is NVIDIA's, under the terms of its toolkit: whoever gives the image away gives that away, too.
 # Debian's smallest rather than nothing: NVIDIA's container toolkit puts the driver's libraries where a distribution has them and
 # has the loader's cache made anew.
 FROM debian:bookworm-slim AS cuda

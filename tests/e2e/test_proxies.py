@@ -227,6 +227,7 @@ class Proxies:
             self.assertEqual(replica.metrics()["gptd_request_success_total{finished_reason=\"stop\"}"], before)
         self.assertEqual(self.ask(port, "GET", "/metrics", tls=True)[0], 404)
 
+    @harness.not_quick
     def test_what_is_passed_on(self):
         """What gptd's own parser would not refuse (a bare LF, a header over two lines) and what smuggles a second request: a
         replica gets one clean request, or none."""
@@ -370,6 +371,7 @@ class HAProxy(Proxies, unittest.TestCase):
         subprocess.run([*command, "-c"], check=True, capture_output=True, env=env)
         return subprocess.Popen([*command, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
 
+    @harness.not_quick
     @unittest.skipIf(os.geteuid() or subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode,
                      "needs root that may have mounts of its own, for another resolv.conf")
     def test_names(self):
