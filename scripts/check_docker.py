@@ -126,7 +126,7 @@ class Builder:
             sources = next(f for f in ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list") if os.path.exists(f))
             run("mmdebstrap", "--quiet", "--variant=minbase", "bookworm", DEBIAN, sources)
             # apt in there goes where apt goes here.
-            for name in ("apt.conf.d", "auth.conf.d", "keyrings", "trusted.gpg.d"):
+            for name in ("apt.conf.d", "keyrings", "trusted.gpg.d"):
                 if os.path.isdir(os.path.join("/etc/apt", name)):
                     shutil.copytree(os.path.join("/etc/apt", name), os.path.join(DEBIAN, "etc/apt", name), dirs_exist_ok=True)
             shutil.copy("/etc/resolv.conf", os.path.join(DEBIAN, "etc"))
