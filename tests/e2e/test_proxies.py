@@ -229,8 +229,8 @@ class Proxies:
 
     @harness.not_quick
     def test_what_is_passed_on(self):
-        """What gptd refuses (a bare LF, a header over two lines, two lengths) and what smuggles a second request: a replica gets one
-        clean request, or none."""
+        """What gptd refuses (a bare LF, a header over two lines, two lengths) and what smuggles a second request: a replica gets
+        one clean request, or none."""
         begin = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         hidden = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
         cases = {
