@@ -169,7 +169,7 @@ $(BUILD)/tests/test_backend: $(FAULTY)
 
 # Everything a change must pass. Each step can be run alone once `scripts/setup.sh check` has been.
 .PHONY: tests check-all check-unit check-asan check-tsan check-fuzz check-e2e check-convert check-dist lint
-.PHONY: check-tokenizer check-jinja
+.PHONY: check-tokenizer check-jinja check-docker
 check:
 	@./scripts/setup.sh check
 	@$(MAKE) --no-print-directory check-all
@@ -184,6 +184,7 @@ check-all:
 	@$(MAKE) --no-print-directory check-fuzz
 	@$(MAKE) --no-print-directory check-e2e
 	@$(MAKE) --no-print-directory check-dist
+	@$(MAKE) --no-print-directory check-docker
 	@$(MAKE) --no-print-directory check-convert
 
 lint:
@@ -315,6 +316,10 @@ $(DIST): $(BUILD)/gptd $(if $(NVCC),$(CUDA_LIB)) README.md LICENSE THIRD_PARTY.m
 	@scripts/dist.sh $@ $(BUILD)/gptd $(if $(NVCC),$(CUDA_LIB))
 check-dist: $(DIST)
 	@scripts/check_dist.sh $<
+
+# The Dockerfile's image, built in a fresh Debian and run, without Docker.
+check-docker:
+	@python3 scripts/check_docker.py
 
 clean:
 	rm -rf build

@@ -10,6 +10,8 @@ packages="$packages libpcre2-dev libutf8proc-dev"
 if [ "${1:-run}" = check ]; then
     # Sanitizers and fuzzing need clang's runtime; the end-to-end tests are Python.
     packages="$packages check clang libclang-rt-dev python3 python3-venv"
+    # The Dockerfile is tried in a fresh Debian, TLS with a certificate made for it.
+    packages="$packages mmdebstrap openssl"
     # The page's tests run in Chromium. Ubuntu has it as a snap alone: without one they are skipped there.
     ! grep -qs '^ID=debian$' /etc/os-release || packages="$packages chromium"
 fi
@@ -61,18 +63,19 @@ install_python_packages() {
 }
 
 # What the tests hold ours against: the official OpenAI client, LangChain's, schemathesis, Hugging Face's tokenizers,
-# Python's Jinja2, and chat templates of models (files of trl, of which nothing is imported).
+# Python's Jinja2, Kubernetes' schemas, and chat templates of models (files of trl, of which nothing is imported).
 if [ "${1:-run}" = check ]; then
     failed=""
     install_python_packages build/venv "openai tokenizers jinja2" "openai, tokenizers, jinja2" || failed=1
     install_python_packages build/venv "langchain-openai schemathesis" "langchain_openai, schemathesis" || failed=1
+    install_python_packages build/venv "pyyaml kubernetes-validate" "yaml, kubernetes_validate" || failed=1
     install_python_packages build/venv "--no-deps trl" "importlib.util as i; assert i.find_spec('trl')" || failed=1
     [ -z "$failed" ] || [ -z "${CI:-}" ] # elsewhere they are skipped, and counted as such
 fi
 
-# Proxies and Prometheus's checker, of the distribution, for tests: unpacked, not installed, so that nothing of them is started.
+# Proxies and Prometheus, of the distribution, for tests: unpacked, not installed, so that nothing of them is started.
 if [ "${1:-run}" = check ] && [ ! -e build/tools/complete ] && command -v apt-get >/dev/null 2>&1; then
-    echo "setup: unpacking haproxy, nginx and promtool into build/tools"
+    echo "setup: unpacking haproxy, nginx and prometheus into build/tools"
     rm -rf build/tools && mkdir -p build/tools/packages
     programs="haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1 nginx prometheus"
     if (cd build/tools/packages && apt-get download -q $programs) >build/tools/log 2>&1; then

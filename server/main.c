@@ -21,6 +21,7 @@
 #include "server/log.h"
 #include "server/options.h"
 #include "server/plan.h"
+#include "server/probe.h"
 #include "server/server.h"
 #include "server/service.h"
 #include "tokenizer/chat_template.h"
@@ -331,6 +332,12 @@ int main(int argc, char **argv)
             puts("gptd " GPTD_VERSION);
         options_deinit(&options);
         return EXIT_DONE;
+    }
+    if (options.probe) {
+        int failed = probe(options.server.host, options.server.port, &e);
+        if (failed) fprintf(stderr, "gptd: %s\n", e.message);
+        options_deinit(&options);
+        return failed ? EXIT_OPTIONS : EXIT_DONE; // 1: what Docker calls unhealthy
     }
     log_is_json = options.log_format == LOG_FORMAT_JSON;
     log_init(STDERR_FILENO, options.log_format, options.log_level);

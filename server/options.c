@@ -132,6 +132,7 @@ static const struct option options_table[] = {
     GROUP("Other"),
     {"config", OPTION_STRING, AT(config), "FILE", NULL, 0, 0, "JSON file of these options, without the dashes"},
     {"dry-run", OPTION_ACTION, AT(dry_run), NULL, NULL, 0, 0, "print the memory plan and end"},
+    {"probe", OPTION_ACTION, AT(probe), NULL, NULL, 0, 0, "ask the server at --host and --port for its /health and end: 0 or 1"},
     {"version", OPTION_ACTION, AT(version), NULL, NULL, 0, 0, "print the version and end"},
     {"help", OPTION_ACTION, AT(help), NULL, NULL, 0, 0, "print this and end"},
 };
@@ -519,7 +520,7 @@ int options_init(struct options *o, int argc, char **argv, char **environment, s
     if (o->help || o->version) return 0;
     if ((result = variables_read(&l, environment))) goto fail;
     if (o->config && (result = config_read(&l, o->config))) goto fail;
-    if ((result = options_finish(o, e))) goto fail;
+    if (!o->probe && (result = options_finish(o, e))) goto fail;
     return 0;
 fail:
     options_deinit(o);

@@ -26,14 +26,15 @@ struct options {
     enum log_format log_format;
     enum log_level log_level;
 
-    bool dry_run, help, version;
+    bool dry_run, help, probe, version;
 
     // What was said, behind the fields above.
     char *model, *served_model_name, *api_key, *api_key_file, *config;
 };
 
 // Fills o from argv, environ and the file. 0, or ERR_INVALID (a flag, variable or key), ERR_IO (a file cannot be read),
-// ERR_FORMAT (the file is not JSON), ERR_NOMEM. With --help or --version nothing else is required or checked.
+// ERR_FORMAT (the file is not JSON), ERR_NOMEM. With --help or --version nothing else is required or checked; with --probe a
+// model is not required and no key is read.
 // On failure o is empty; otherwise options_deinit frees it.
 int options_init(struct options *o, int argc, char **argv, char **environment, struct error *e);
 void options_deinit(struct options *o);

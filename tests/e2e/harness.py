@@ -36,6 +36,10 @@ def not_on_a_gpu(reason):
     return unittest.skipIf(BACKEND == "cuda", reason)
 
 
+def not_quick(test):
+    return unittest.skipIf(QUICK, "it is no other with sanitizers")(test)
+
+
 def wait_until(condition, seconds, what):
     deadline = time.monotonic() + seconds * scale(1, 4)
     while not condition():

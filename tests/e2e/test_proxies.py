@@ -1,5 +1,8 @@
-"""Two replicas behind HAProxy and nginx, the distribution's own, with the configurations of configs/."""
+"""Two replicas behind HAProxy and nginx, the distribution's own, with the configurations of configs/, in plain and with TLS."""
 
+import atexit
+import contextlib
+import functools
 import http.client
 import json
 import os
@@ -7,16 +10,20 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
+import warnings
 
 import harness
 import test_device
-from harness import Server, in_threads, scale, wait_until
+from harness import Server, in_threads, read_to_end, scale, wait_until
 from test_service import Load
 
+CONFIGS = os.path.join(harness.ROOT, "configs")
 TOOLS = os.path.join(harness.ROOT, "build", "tools")  # scripts/setup.sh check
 
 
@@ -38,13 +45,80 @@ def free_port():
         return s.getsockname()[1]
 
 
-def config_of(path, port, replicas):
-    with open(os.path.join(harness.ROOT, "configs", path)) as f:
-        text = f.read()
-    for old, new in ((":8080", f"127.0.0.1:{port}"), ("listen 8080", f"listen 127.0.0.1:{port}"),
-                     ("127.0.0.1:8000", f"127.0.0.1:{replicas[0]}"), ("127.0.0.1:8001", f"127.0.0.1:{replicas[1]}")):
-        text = text.replace(old, new)
-    return text
+@functools.lru_cache
+def certificate():
+    """A directory with tls.crt and tls.key for localhost, and tls.pem, both in one, as HAProxy wants them."""
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    crt, key, both = (os.path.join(directory.name, "tls." + end) for end in ("crt", "key", "pem"))
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", crt],
+                   check=True, capture_output=True)
+    with open(both, "w") as out:
+        for path in (crt, key):
+            with open(path) as f:
+                out.write(f.read())
+    return directory.name
+
+
+def tls_context(newest=None):
+    context = ssl.create_default_context(cafile=os.path.join(certificate(), "tls.crt"))
+    context.set_alpn_protocols(["http/1.1"])
+    if newest:
+        context.set_ciphers("ALL:@SECLEVEL=0")  # else the client itself refuses old versions
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = newest
+    return context
+
+
+class Recorder:
+    """A replica that takes every request, answers it with 200 and keeps its bytes."""
+
+    def __init__(self):
+        self.requests, self.listening = [], socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=self.serve, args=(self.listening.accept()[0],), daemon=True).start()
+
+    def serve(self, connection):
+        """One read is one request: the proxies send these small ones in one piece, and what hides behind one comes with it."""
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(20)
+            while data := connection.recv(65536):
+                if not data.startswith(b"GET /ready "):
+                    time.sleep(0.05)  # the rest of a body
+                    connection.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        data += connection.recv(65536)
+                    connection.settimeout(20)
+                    self.requests.append(data)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+class Names:
+    """A name server at an address of its own that knows one name: a dictionary's."""
+
+    def __init__(self, addresses):
+        self.addresses, self.socket = addresses, socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.address = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        self.socket.bind((self.address, 53))
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                query, client = self.socket.recvfrom(4096)
+                end = query.index(b"\0", 12)
+                name = query[13:end].decode()  # one part, after its length
+                question, kind = query[12:end + 5], query[end + 1:end + 3]
+                found = self.addresses.get(name) if kind == b"\0\1" else None  # A
+                answer = b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(found) if found else b""
+                flags = b"\x81\x80" if name in self.addresses else b"\x81\x83"  # no such name
+                self.socket.sendto(query[:2] + flags + b"\0\1\0" + bytes([bool(found)]) + bytes(4) + question + answer, client)
 
 
 class Proxies:
@@ -56,51 +130,141 @@ class Proxies:
         return server
 
     def front(self, replicas):
+        return self.fronts(replicas, False)[0]
+
+    def fronts(self, replicas, tls):
+        """The proxy's ports: for plain HTTP, and for TLS if that is asked for."""
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
-        port = free_port()
-        process = self.start_proxy(directory.name, port, [r.port for r in replicas])
+        ports = (free_port(), free_port())
+        process = self.start_proxy(directory.name, ports, [r.port for r in replicas], tls)
         self.addCleanup(lambda: (process.kill(), process.wait()))
 
         def answers():
             try:
-                return self.ask(port, "GET", "/ready")[0] == 200
+                return self.ask(ports[tls], "GET", "/ready", tls=tls)[0] == 200
             except OSError:
                 return False
         wait_until(answers, 20, f"{self.name} answers")
-        return port
+        return ports
 
     @staticmethod
-    def ask(port, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        try:
+    def connection(port, tls):
+        if tls:
+            return http.client.HTTPSConnection("localhost", port, timeout=60, context=tls_context())
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def ask(self, port, method, path, body=None, tls=False, **headers):
+        with contextlib.closing(self.connection(port, tls)) as connection:
             connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json", **headers})
             answer = connection.getresponse()
             return answer.status, answer.read()
-        finally:
-            connection.close()
 
     @harness.not_on_a_gpu("a library stands in for the GPU's")
     def test_token_by_token(self):
         """Of a replica that makes a token a millisecond: what comes at once is a few tokens, not a buffer full of them."""
         with test_device.faulty() as (gptd, _):
             replicas = [self.replica("--backend", "cuda", program=gptd) for _ in range(2)]
-            port, n = self.front(replicas), scale(400, 100)
-            body = json.dumps({"model": replicas[0].name, "prompt": "x", "max_tokens": n, "ignore_eos": True, "stream": True})
-            with socket.create_connection(("127.0.0.1", port), 20) as s:
-                s.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                          f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
-                data, times = b"", []
-                while b"[DONE]" not in data:
-                    got = s.recv(65536)
-                    self.assertTrue(got, data[-500:])
-                    data += got
-                    times.append((time.monotonic(), data.count(b"data: ")))
-            self.assertGreater(times[-1][1], n * 0.9)
-            self.assertGreater(len(times), n / 5)  # pieces
-            half = next(t for t, events in times if events >= times[-1][1] / 2)
-            share = (half - times[0][0]) / (times[-1][0] - times[0][0])
-            self.assertTrue(0.25 < share < 0.75, share)
+            body = json.dumps({"model": replicas[0].name, "prompt": "x", "max_tokens": scale(400, 100), "ignore_eos": True,
+                               "stream": True})
+            ports = [self.fronts(replicas, tls)[tls] for tls in (False, True)]
+            for tls, port in enumerate(ports):
+                with self.subTest(tls=tls):
+                    connection = self.connection(port, tls)
+                    connection.connect()
+                    with connection.sock as s:
+                        s.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                                  f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+                        self.check_token_by_token(s.recv)
+            with self.subTest("HTTP/2, as a browser speaks it"), self.curl("-N", ports[1], body) as curl:
+                self.check_token_by_token(lambda n: os.read(curl.stdout.fileno(), n))
+
+    @staticmethod
+    def curl(flags, port, body):
+        return subprocess.Popen(["curl", "-sS", flags, "--http2", "--max-time", "20", f"https://localhost:{port}/v1/completions",
+                                 "--cacert", os.path.join(certificate(), "tls.crt"), "--json", body], stdout=subprocess.PIPE)
+
+    def check_token_by_token(self, read):
+        n = scale(400, 100)
+        data, times = b"", []
+        while b"[DONE]" not in data:
+            got = read(65536)
+            self.assertTrue(got, data[-500:])
+            data += got
+            times.append((time.monotonic(), data.count(b"data: ")))
+        self.assertGreater(times[-1][1], n * 0.9)
+        self.assertGreater(len(times), n / 5)  # pieces
+        half = next(t for t, events in times if events >= times[-1][1] / 2)
+        share = (half - times[0][0]) / (times[-1][0] - times[0][0])
+        self.assertTrue(0.25 < share < 0.75, share)
+
+    def test_tls(self):
+        replica = self.replica()
+        plain, port = self.fronts([replica, replica], True)
+        body = {"model": replica.name, "prompt": "12+30=", "max_tokens": 4, "temperature": 0, "stop": "\n"}
+        with self.subTest("HTTP/2, as curl speaks it"):
+            with self.curl("-i", port, json.dumps(body)) as curl:
+                answer = curl.stdout.read().decode()
+            self.assertRegex(answer, r"^HTTP/2 200")
+            self.assertIn('"text":"42"', answer)
+            self.assertRegex(answer, r"(?i)\nstrict-transport-security: max-age=31536000\r?\n")
+        for version, name in ((ssl.TLSVersion.TLSv1_2, "TLSv1.2"), (ssl.TLSVersion.TLSv1_3, "TLSv1.3")):
+            with self.subTest(name), socket.create_connection(("127.0.0.1", port), 20) as s, \
+                    tls_context(version).wrap_socket(s, server_hostname="localhost") as wrapped:
+                self.assertEqual(wrapped.version(), name)
+        with self.subTest("TLS 1.1"), socket.create_connection(("127.0.0.1", port), 20) as s, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is old
+            with self.assertRaisesRegex(ssl.SSLError, "(?i)protocol.version"):
+                tls_context(ssl.TLSVersion.TLSv1_1).wrap_socket(s, server_hostname="localhost")
+        with self.subTest("plain HTTP"):
+            before = replica.metrics()["gptd_request_success_total{finished_reason=\"stop\"}"]
+            self.assertEqual(self.ask(plain, "POST", "/v1/completions", body, Authorization="Bearer sk-x")[0], 403)
+            self.assertEqual(self.ask(plain, "GET", "/v1/models")[0], 403)
+            with contextlib.closing(self.connection(plain, False)) as connection:
+                connection.request("GET", "/?a=b")
+                answer = connection.getresponse()
+                self.assertEqual((answer.status, answer.headers["Location"]), (308, "https://127.0.0.1/?a=b"))
+            self.assertEqual(replica.metrics()["gptd_request_success_total{finished_reason=\"stop\"}"], before)
+        self.assertEqual(self.ask(port, "GET", "/metrics", tls=True)[0], 404)
+
+    @harness.not_quick
+    def test_what_is_passed_on(self):
+        """What gptd refuses (a bare LF, a header over two lines, two lengths) and what smuggles a second request: a replica gets
+        one clean request, or none."""
+        begin = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        hidden = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+        cases = {
+            "clean": begin + b"Content-Length: 2\r\n\r\n{}",
+            "bare LF": (begin + b"Content-Length: 2\r\n\r\n{}").replace(b"\r\n", b"\n"),
+            "one bare LF": begin + b"X-A: 1\nContent-Length: 2\r\n\r\n{}",
+            "bare LF in chunks": begin + b"Transfer-Encoding: chunked\r\n\r\n2\n{}\n0\n\n",
+            "obs-fold": begin + b"X-A: 1\r\n  2\r\nContent-Length: 2\r\n\r\n{}",
+            "obs-fold in Transfer-Encoding": begin + b"Transfer-Encoding:\r\n chunked\r\nContent-Length: 2\r\n\r\n{}",
+            "both lengths": begin + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n0\r\n\r\n",
+            "two Content-Lengths": begin + b"Content-Length: 2\r\nContent-Length: %d\r\n\r\n{}" % (2 + len(hidden)) + hidden,
+            "a space before the colon": begin + b"Content-Length : %d\r\n\r\n" % len(hidden) + hidden,
+            "a CR alone": begin + b"X-A: 1\rTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}",
+            "not chunked": begin + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        }
+        recorder = Recorder()
+        self.addCleanup(recorder.listening.close)
+        port, passed = self.front([recorder, recorder]), set()
+        for name, request in cases.items():
+            with self.subTest(name):
+                recorder.requests.clear()
+                with socket.create_connection(("127.0.0.1", port), 20) as s:
+                    s.sendall(request)
+                    status = read_to_end(s)[0]
+                self.assertIn(status, (200, 400, 501))
+                self.assertEqual(len(recorder.requests), status == 200)
+                if status == 200:
+                    passed.add(name)
+                    head, _, body = recorder.requests[0].partition(b"\r\n\r\n")
+                    self.assertNotRegex(head, rb"[^\r]\n|\r[^\n]|\n[ \t]")
+                    self.assertEqual(len(re.findall(rb"(?im)^(?:content-length|transfer-encoding):", head)), 1, head)
+                    self.assertIn(body, (b"{}", b"2\r\n{}\r\n0\r\n\r\n", b"0\r\n\r\n"))
+        self.assertLessEqual(passed, {"clean", "bare LF", "one bare LF", "bare LF in chunks", "obs-fold", "both lengths"})
+        self.assertIn("clean", passed)
 
     def test_kill(self):
         """SIGKILL under load: lost is at most what each client has on its way, and all go on with the other replica."""
@@ -199,25 +363,63 @@ class Proxies:
 class HAProxy(Proxies, unittest.TestCase):
     name = "haproxy"
 
-    def start_proxy(self, directory, port, replicas):
-        path = os.path.join(directory, "haproxy.cfg")
-        with open(path, "w") as f:
-            f.write(config_of("haproxy/haproxy.cfg", port, replicas))
-        command = [program("haproxy"), "-f", path]
-        subprocess.run([*command, "-c"], check=True, capture_output=True, env=tool_environment())
-        return subprocess.Popen([*command, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tool_environment())
+    def start_proxy(self, directory, ports, replicas, tls):
+        env = {**tool_environment(), "GPTD_A": f"127.0.0.1:{replicas[0]}", "GPTD_B": f"127.0.0.1:{replicas[1]}",
+               "GPTD_BIND": f"127.0.0.1:{ports[0]}", "GPTD_TLS_BIND": f"127.0.0.1:{ports[1]}",
+               **({"GPTD_CERT": os.path.join(certificate(), "tls.pem")} if tls else {})}
+        command = [program("haproxy"), "-f", os.path.join(CONFIGS, "haproxy", "haproxy.cfg")]
+        subprocess.run([*command, "-c"], check=True, capture_output=True, env=env)
+        return subprocess.Popen([*command, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+
+    @harness.not_quick
+    @unittest.skipIf(os.geteuid() or subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode,
+                     "needs root that may have mounts of its own, for another resolv.conf")
+    def test_names(self):
+        """Replicas by name, as with Docker: one that comes back at another address is found, one whose name has gone is left."""
+        names = Names({"gptd-a": "127.0.0.1"})
+        self.addCleanup(names.socket.close)
+        replica, port = self.replica(), free_port()
+        with tempfile.NamedTemporaryFile("w") as resolv:
+            resolv.write(f"nameserver {names.address}\n")
+            resolv.flush()
+            env = {**tool_environment(), "GPTD_A": f"gptd-a:{replica.port}", "GPTD_B": f"gptd-b:{replica.port}",
+                   "GPTD_BIND": f"127.0.0.1:{port}"}
+            haproxy = subprocess.Popen(
+                ["unshare", "--mount", "/bin/sh", "-c", 'mount --bind "$1" /etc/resolv.conf && exec "$2" -f "$3" -db', "sh",
+                 resolv.name, program("haproxy"), os.path.join(CONFIGS, "haproxy", "haproxy.cfg")],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+            self.addCleanup(lambda: (haproxy.kill(), haproxy.wait()))
+
+            def ready():
+                with contextlib.suppress(OSError):
+                    return self.ask(port, "GET", "/ready")[0] == 200
+            wait_until(ready, 10, "HAProxy finds gptd-a, though there is no gptd-b")
+            self.assertEqual(replica.stop(), 0)
+            wait_until(lambda: not ready(), 10, "HAProxy misses it")
+            moved = self.replica("--host", "127.0.0.2", "--port", str(replica.port))
+            self.assertFalse(ready())
+            names.addresses["gptd-a"] = "127.0.0.2"
+            wait_until(ready, 10, "HAProxy finds where it has gone")
+            moved.kill()
 
 
 @unittest.skipUnless(program("nginx"), "nginx is not installed")
 class Nginx(Proxies, unittest.TestCase):
     name = "nginx"
 
-    def start_proxy(self, directory, port, replicas):
-        path = os.path.join(directory, "nginx.conf")
+    def start_proxy(self, directory, ports, replicas, tls):
         paths = "".join(f"{name}_temp_path {directory}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        text = re.sub(r"^http \{", f"http {{ access_log off; {paths}", config_of("nginx/nginx.conf", port, replicas), flags=re.M)
-        with open(path, "w") as f:
-            f.write(text.replace("worker_processes auto", "worker_processes 2"))
+        for name in os.listdir(os.path.join(CONFIGS, "nginx")):
+            with open(os.path.join(CONFIGS, "nginx", name)) as f:
+                text = f.read()
+            for old, new in (("worker_processes auto", "worker_processes 2"), ("\nhttp {", f"\nhttp {{ access_log off; {paths}"),
+                             ("listen 8080", f"listen 127.0.0.1:{ports[0]}"), ("listen 8443", f"listen 127.0.0.1:{ports[1]}"),
+                             ("127.0.0.1:8000", f"127.0.0.1:{replicas[0]}"), ("127.0.0.1:8001", f"127.0.0.1:{replicas[1]}"),
+                             ("/etc/gptd/tls", certificate())):
+                text = text.replace(old, new)
+            with open(os.path.join(directory, name), "w") as f:
+                f.write(text)
+        path = os.path.join(directory, "nginx-tls.conf" if tls else "nginx.conf")
         own = f"daemon off; pid {directory}/pid; error_log {directory}/error.log;" + (" user root;" if os.geteuid() == 0 else "")
         command = [program("nginx"), "-p", directory, "-c", path, "-e", f"{directory}/error.log", "-g", own]
         subprocess.run([*command, "-t"], check=True, capture_output=True, env=tool_environment())
