@@ -47,6 +47,16 @@ def config_of(path, port, replicas):
     return text
 
 
+def start_haproxy(directory, port, replicas, *flags, haproxy=program("haproxy")):
+    path = os.path.join(directory, "haproxy.cfg")
+    with open(path, "w") as f:
+        f.write(config_of("haproxy/haproxy.cfg", port, replicas))
+    command = [haproxy, "-f", path]
+    subprocess.run([*command, "-c"], check=True, capture_output=True, env=tool_environment())
+    return subprocess.Popen([*command, "-db", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env=tool_environment())
+
+
 class Proxies:
     """What each of them must do. A subclass says how to start one: start_proxy(directory, port, replicas' ports)."""
 
@@ -199,13 +209,7 @@ class Proxies:
 class HAProxy(Proxies, unittest.TestCase):
     name = "haproxy"
 
-    def start_proxy(self, directory, port, replicas):
-        path = os.path.join(directory, "haproxy.cfg")
-        with open(path, "w") as f:
-            f.write(config_of("haproxy/haproxy.cfg", port, replicas))
-        command = [program("haproxy"), "-f", path]
-        subprocess.run([*command, "-c"], check=True, capture_output=True, env=tool_environment())
-        return subprocess.Popen([*command, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tool_environment())
+    start_proxy = staticmethod(start_haproxy)
 
 
 @unittest.skipUnless(program("nginx"), "nginx is not installed")
