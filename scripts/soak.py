@@ -42,7 +42,7 @@ COMMON = ("--max-model-len", "1024", "--max-body-bytes", "65536", "--block-size"
 SLOW_CLIENT_SECONDS = 3
 # 2,048 tokens of KV each, of which one request may take half. The clients want some ten times as much.
 REPLICA = (*COMMON, "--kv-cache-memory-bytes", "4M", "--max-queue-requests", "16", "--drain-delay", "2",
-           "--slow-client-timeout", str(SLOW_CLIENT_SECONDS), "--idle-timeout", "2", "--header-timeout", "3", "--body-timeout", "3",
+           "--slow-client-timeout", str(SLOW_CLIENT_SECONDS), "--idle-timeout", "15", "--header-timeout", "3", "--body-timeout", "3",
            "--keep-alive-interval", "1")
 # In different pieces, and still the same answers.
 SHAPES = {"a": (), "b": ("--max-num-seqs", "32", "--max-num-batched-tokens", "64", "--threads", "1")}
@@ -68,8 +68,8 @@ def free_port():
 class Replica:
     """A server that is replaced now and then, with what all its processes counted."""
 
-    def __init__(self, name, key_file):
-        self.name, self.port = name, free_port()
+    def __init__(self, name, key_file, logs):
+        self.name, self.port, self.logs = name, free_port(), logs
         self.flags = (*REPLICA, *SHAPES[name], "--api-key-file", key_file, "--port", str(self.port))
         self.counters, self.samples, self.rests, self.errors = collections.Counter(), [], [], collections.Counter()
         self.start()
@@ -100,11 +100,18 @@ class Replica:
         """Counts what it complained of; of the rest only the end is kept."""
         lines = self.server.log[:-50]
         del self.server.log[:len(lines)]
+        self.keep(lines)
         self.errors.update(json.loads(line)["message"] for line in lines if '"level":"error"' in line and WRONG_FILE not in line)
+
+    def keep(self, lines):
+        if self.logs:
+            with open(os.path.join(self.logs, self.name + ".log"), "a") as f:
+                f.writelines(line + "\n" for line in lines)
 
     def count(self):
         self.counters.update(self.last)
         self.last = {}
+        self.keep(self.server.log)
 
     def total(self, name):
         return int(self.counters[name] + self.last.get(name, 0))
@@ -149,7 +156,7 @@ class Soak:
         self.key_file, self.generation = os.path.join(directory, "keys"), 0
         self.faults, self.n_faults, self.failures = soak_load.Faults(), collections.Counter(), []
         self.write_keys()
-        self.replicas = [Replica(name, self.key_file) for name in SHAPES]
+        self.replicas = [Replica(name, self.key_file, options.logs) for name in SHAPES]
         self.proxy = None
 
     def fail(self, text):
@@ -245,7 +252,8 @@ class Soak:
         if self.options.direct:
             return ports, ports
         port = free_port()
-        self.proxy = start_haproxy(self.directory, port, ports, "-W", haproxy=self.options.haproxy)
+        with open(os.path.join(self.options.logs, "haproxy.log") if self.options.logs else os.devnull, "w") as log:
+            self.proxy = start_haproxy(self.directory, port, ports, "-W", haproxy=self.options.haproxy, log=log)
 
         def answers():
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -298,6 +306,8 @@ class Soak:
                 time.sleep(0.1)
             load.pause()
             self.loaded += time.monotonic() - began
+            if self.proxy:
+                self.proxy.send_signal(signal.SIGUSR2)  # lets go of connections that it keeps
             for replica in self.replicas:
                 for wrong in replica.rest():
                     self.fail(wrong)
@@ -391,11 +401,14 @@ def parse():
     parser.add_argument("--direct", action="store_true", help="without a proxy")
     parser.add_argument("--quick", action="store_true", help="for sanitizer builds")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100000)
+    parser.add_argument("--logs", metavar="DIR", help="where to keep the replicas' and the proxy's logs")
     parser.add_argument("--out", metavar="FILE.md")
     o = parser.parse_args()
     o.requests = o.requests or int(min(400, 40 + 3 * o.seconds))
     if not o.direct and not o.haproxy:
         parser.error("haproxy is not installed (scripts/setup.sh check); or --direct")
+    if o.logs:
+        os.makedirs(o.logs, exist_ok=True)
     harness.SERVER, harness.QUICK = os.path.abspath(o.server), o.quick
     return o
 

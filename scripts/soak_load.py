@@ -233,7 +233,7 @@ class Client:
 
     def __init__(self, load, number):
         self.load, self.draw = load, random.Random(f"{load.seed} client {number}")
-        self.connection, self.used = None, 0.0
+        self.number, self.n, self.connection, self.used, self.port = number, 0, None, 0.0, None
 
     # ---- sending ----
 
@@ -241,10 +241,10 @@ class Client:
         body = json.dumps({"model": "demo", **fields}).encode()
         return self.post(path, body, key or self.draw.choice(KEYS))
 
-    @staticmethod
-    def post(path, body, key):
+    def post(self, path, body, key):
+        self.n += 1
         return (f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer {key}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+                f"X-Request-Id: {self.number}-{self.n}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
 
     def pick(self, stream):
         """(one of the requests, its bytes). What cannot change the answer differs from time to time."""
@@ -269,6 +269,7 @@ class Client:
         loop = asyncio.get_running_loop()
         try:
             await loop.sock_connect(s, ("127.0.0.1", self.draw.choice(ports or self.load.ports)))
+            self.port = s.getsockname()[1]
             return (await loop.create_connection(Connection, sock=s))[1]
         except OSError as e:
             s.close()
@@ -301,6 +302,7 @@ class Client:
         finally:
             if beside:
                 beside.cancel()
+                connection.transport.resume_reading()
 
     async def ask(self, data, during=None):
         """The answer to a request, asked for as long as a client would: None where it is lost to a fault."""
@@ -582,7 +584,7 @@ class Load:
             except EXPLAINED as e:
                 outcome = "failed"
                 told = e.args if isinstance(e, Failure) else (repr(e), "".join(traceback.format_exception(e)[-3:]))
-                self.fail(f"{kind}: {told[0]}", told[1])
+                self.fail(f"{kind} {client.number}-{client.n} from port {client.port}: {told[0]}", told[1])
             finally:
                 self.running -= 1
             self.counts[kind, outcome] += 1

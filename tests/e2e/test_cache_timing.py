@@ -3,6 +3,7 @@
 No time is asserted, but whether two sets of them, measured in turn, can be told apart.
 """
 
+import collections
 import random
 import tempfile
 import time
@@ -28,7 +29,7 @@ class CacheTiming(unittest.TestCase):
         with tempfile.NamedTemporaryFile("w") as f:
             f.write("sk-one\nsk-two\n")
             f.flush()
-            self.server = Server("--api-key-file", f.name, "--max-model-len", "1100")
+            self.server = Server("--api-key-file", f.name, "--max-model-len", "1100", "--threads", "1")
         self.addCleanup(lambda: self.server.process.poll() is None and self.server.kill())
         self.connection, self.draw = self.server.connect(), random.Random(1)
         self.addCleanup(self.connection.close)
@@ -45,8 +46,9 @@ class CacheTiming(unittest.TestCase):
         self.assertEqual(answer.status, 200, answer)
         return seconds, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-    def test_prompts_of_others_look_new(self):
-        times, cached = {}, {}
+    def measure(self):
+        """By who asks, and for prompts that are new: (seconds, cached tokens), lists in order of time."""
+        times, cached = collections.defaultdict(list), collections.defaultdict(list)
         for _ in range(REPETITIONS):
             prompts = {asker: self.prompt() for asker in (OWNER, *OTHERS)}  # one each: the first to ask leaves it behind
             for prompt in prompts.values():
@@ -55,14 +57,21 @@ class CacheTiming(unittest.TestCase):
             self.draw.shuffle(asked)
             for who, prompt, asker in asked:
                 seconds, n = self.ask(prompt, *asker)
-                times.setdefault(who, []).append(seconds)
-                cached.setdefault(who, []).append(n)
-        shares = {asker: quicker(times[asker], times["new"]) for asker in (OWNER, *OTHERS)}
-        shares["all others"] = quicker([t for asker in OTHERS for t in times[asker]], times["new"])
-        self.assertGreater(shares[OWNER], 0.9, "else a leak could not be seen")
+                times[who].append(seconds)
+                cached[who].append(n)
+        return times, cached
+
+    def test_prompts_of_others_look_new(self):
+        for _ in range(3):  # a machine that is too busy to see anything is asked again
+            times, cached = self.measure()
+            owner = quicker(times[OWNER], times["new"])
+            if owner > 0.9:
+                break
+        self.assertGreater(owner, 0.9, "else a leak could not be seen")
         # Of times that differ by chance alone a share has a standard deviation of 0.09 here, that of all others 0.075.
-        for asker in (*OTHERS, "all others"):
-            self.assertLess(abs(shares[asker] - 0.5), 0.4 if asker in OTHERS else 0.3, (shares, times))
+        shares = {asker: quicker(times[asker], times["new"]) for asker in OTHERS}
+        all_others = quicker([t for asker in OTHERS for t in times[asker]], times["new"])
+        self.assertTrue(all(abs(share - 0.5) < 0.4 for share in shares.values()) and abs(all_others - 0.5) < 0.3, (shares, all_others))
         self.assertGreater(min(cached[OWNER]), TOKENS / 2)
         self.assertEqual({n for who in (*OTHERS, "new") for n in cached[who]}, {0})
         self.server.check_stopped()

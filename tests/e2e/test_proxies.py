@@ -47,14 +47,13 @@ def config_of(path, port, replicas):
     return text
 
 
-def start_haproxy(directory, port, replicas, *flags, haproxy=program("haproxy")):
+def start_haproxy(directory, port, replicas, *flags, haproxy=program("haproxy"), log=subprocess.DEVNULL):
     path = os.path.join(directory, "haproxy.cfg")
     with open(path, "w") as f:
         f.write(config_of("haproxy/haproxy.cfg", port, replicas))
     command = [haproxy, "-f", path]
     subprocess.run([*command, "-c"], check=True, capture_output=True, env=tool_environment())
-    return subprocess.Popen([*command, "-db", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            env=tool_environment())
+    return subprocess.Popen([*command, "-db", *flags], stdout=log, stderr=log, env=tool_environment())
 
 
 class Proxies:
