@@ -42,8 +42,8 @@ COMMON = ("--max-model-len", "1024", "--max-body-bytes", "65536", "--block-size"
 SLOW_CLIENT_SECONDS = 3
 # 2,048 tokens of KV each, of which one request may take half. The clients want some ten times as much.
 REPLICA = (*COMMON, "--kv-cache-memory-bytes", "4M", "--max-queue-requests", "16", "--drain-delay", "2",
-           "--slow-client-timeout", str(SLOW_CLIENT_SECONDS), "--idle-timeout", "15", "--header-timeout", "3", "--body-timeout", "3",
-           "--keep-alive-interval", "1")
+           "--slow-client-timeout", str(SLOW_CLIENT_SECONDS), "--idle-timeout", "15", "--header-timeout", "3",
+           "--body-timeout", "3", "--keep-alive-interval", "1")
 # In different pieces, and still the same answers.
 SHAPES = {"a": (), "b": ("--max-num-seqs", "32", "--max-num-batched-tokens", "64", "--threads", "1")}
 COUNTERS = {"preemptions": "gptd_num_preemptions_total", "prefix hits": "gptd_prefix_cache_hits_total",
@@ -291,7 +291,7 @@ class Soak:
         next_sample, next_fault = now + every, now + between / 2
         for phase in range(n_phases):
             end, began = self.began + o.seconds * (phase + 1) / n_phases, time.monotonic()
-            while (now := time.monotonic()) < end and len(load.failures) + len(self.failures) < 20:
+            while (now := time.monotonic()) < end and len(load.failures) + len(self.failures) < 60:
                 self.later = now - self.began > o.seconds / 3
                 if now >= next_fault:
                     order = order or self.draw.sample(self.kinds(), len(self.kinds()))
@@ -346,10 +346,8 @@ class Soak:
 
 # ---- the report ----
 
-def by_outcome(load, kinds):
-    for kind in kinds:
-        outcomes = {outcome: n for (k, outcome), n in load.counts.items() if k == kind}
-        yield kind.replace("_", " "), sum(outcomes.values()), ", ".join(f"{k} {v:,}" for k, v in sorted(outcomes.items()))
+def outcomes(load, kind):
+    return ", ".join(f"{outcome} {n:,}" for (k, outcome), n in sorted(load.counts.items()) if k == kind) or "0"
 
 
 def commit():
@@ -373,12 +371,12 @@ def report(soak, load, command):
             ("prompt tokens from the prefix cache", f"{total['prefix hits']:,} of {total['prefix queries']:,}"),
             ("faults survived", f"{sum(soak.n_faults.values())}: "
              + ", ".join(f"{kind.replace('_', ' ')} {n}" for kind, n in sorted(soak.n_faults.items()))),
-            ("lost to a fault, as they may", ", ".join(f"{o} {n:,}" for (k, o), n in sorted(load.counts.items()) if k == "lost") or "0"),
-            ("asked again, as they may", ", ".join(f"{o} {n:,}" for (k, o), n in sorted(load.counts.items()) if k == "refused") or "0")]
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "| kind | sent | became |", "|---|---|---|"]
-    lines += [f"| {kind} | {n:,} | {outcomes} |" for kind, n, outcomes in by_outcome(load, soak_load.KINDS)]
-    lines += ["", "| replica | RSS at rest, first / last / max MiB | slope KiB/min | RSS under load, max MiB | fds at rest / most | "
-              "KV blocks free at rest / least | most waiting |", "|---|---|---|---|---|---|---|"]
+            ("lost to a fault, as they may", outcomes(load, "lost")), ("asked again, as they may", outcomes(load, "refused"))]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "| kind | sent | became |",
+             "|---|---|---|"]
+    lines += [f"| {kind.replace('_', ' ')} | {load.sum(kind):,} | {outcomes(load, kind)} |" for kind in soak_load.KINDS]
+    lines += ["", "| replica | RSS at rest, first / last / max MiB | slope KiB/min | RSS under load, max MiB | "
+              "fds at rest / most | KV blocks free at rest / least | most waiting |", "|---|---|---|---|---|---|---|"]
     for r in soak.replicas:
         rss, growth, samples = [x["rss"] / 1024 for x in r.rests], r.growth(), r.samples or r.rests
         lines.append(f"| {r.name}, its last process | {rss[0]:.1f} / {rss[-1]:.1f} / {max(rss):.1f} | "

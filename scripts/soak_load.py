@@ -23,8 +23,8 @@ KEYS = ("sk-one", "sk-two")  # each has a prefix cache of its own
 ATTEMPTS = 60
 EXPLAINED = (Failure, StreamError, AssertionError, ValueError, LookupError, TypeError, OSError, asyncio.TimeoutError)
 # Megabytes, as a stream; the sockets take some of them. In the KV cache more than there is.
-BIG = {"messages": [{"role": "user", "content": "Once"}], "max_completion_tokens": 900, "n": 6, "logprobs": True, "top_logprobs": 20,
-       "ignore_eos": True, "stream": True}
+BIG = {"messages": [{"role": "user", "content": "Once"}], "max_completion_tokens": 900, "n": 6, "logprobs": True,
+       "top_logprobs": 20, "ignore_eos": True, "stream": True}
 
 
 # ---- requests and their answers ----
