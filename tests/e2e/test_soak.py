@@ -13,7 +13,8 @@ from test_proxies import program
 class Soak(unittest.TestCase):
     def test_briefly(self):
         command = [sys.executable, f"{harness.ROOT}/scripts/soak.py", "--server", harness.SERVER, "--seconds", "15"]
-        done = subprocess.run([*command, *([] if program("haproxy") else ["--direct"])], capture_output=True, text=True, timeout=300)
+        command += [] if program("haproxy") else ["--direct"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         self.assertEqual(done.returncode, 0, done.stdout[-6000:] + done.stderr[-2000:])
 
 
