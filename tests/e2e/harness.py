@@ -243,10 +243,10 @@ class Server:
         assert answer.status == 200, answer
         return answer.json()["tokens"]
 
-    def metrics(self):
+    def metrics(self, **keywords):
         """{name with labels other than model_name: value}"""
         values = {}
-        for line in self.get("/metrics").body.decode().splitlines():
+        for line in self.get("/metrics", **keywords).body.decode().splitlines():
             if line.startswith("#"):
                 continue
             series, value = line.rsplit(" ", 1)
@@ -254,10 +254,10 @@ class Server:
             values[series] = float(value)
         return values
 
-    def wait_idle(self, seconds=20):
+    def wait_idle(self, seconds=20, **keywords):
         """Until nothing runs, nothing waits and every KV block is free."""
         def idle():
-            m = self.metrics()
+            m = self.metrics(**keywords)
             names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
             return not any(m["gptd_" + name] for name in names)
         wait_until(idle, seconds, "nothing runs, every block is free")

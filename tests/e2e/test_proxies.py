@@ -121,6 +121,15 @@ class Names:
                 self.socket.sendto(query[:2] + flags + b"\0\1\0" + bytes([bool(found)]) + bytes(4) + question + answer, client)
 
 
+def start_haproxy(ports, replicas, *flags, haproxy=program("haproxy"), pem=None, log=subprocess.DEVNULL):
+    """As configured, in plain at the first port; with pem in TLS at the second."""
+    env = {**tool_environment(), "GPTD_A": f"127.0.0.1:{replicas[0]}", "GPTD_B": f"127.0.0.1:{replicas[1]}",
+           "GPTD_BIND": f"127.0.0.1:{ports[0]}", "GPTD_TLS_BIND": f"127.0.0.1:{ports[-1]}", **({"GPTD_CERT": pem} if pem else {})}
+    command = [haproxy, "-f", os.path.join(CONFIGS, "haproxy", "haproxy.cfg")]
+    subprocess.run([*command, "-c"], check=True, capture_output=True, env=env)
+    return subprocess.Popen([*command, "-db", *flags], stdout=log, stderr=log, env=env)
+
+
 class Proxies:
     """What each of them must do. A subclass says how to start one: start_proxy(directory, port, replicas' ports)."""
 
@@ -364,12 +373,7 @@ class HAProxy(Proxies, unittest.TestCase):
     name = "haproxy"
 
     def start_proxy(self, directory, ports, replicas, tls):
-        env = {**tool_environment(), "GPTD_A": f"127.0.0.1:{replicas[0]}", "GPTD_B": f"127.0.0.1:{replicas[1]}",
-               "GPTD_BIND": f"127.0.0.1:{ports[0]}", "GPTD_TLS_BIND": f"127.0.0.1:{ports[1]}",
-               **({"GPTD_CERT": os.path.join(certificate(), "tls.pem")} if tls else {})}
-        command = [program("haproxy"), "-f", os.path.join(CONFIGS, "haproxy", "haproxy.cfg")]
-        subprocess.run([*command, "-c"], check=True, capture_output=True, env=env)
-        return subprocess.Popen([*command, "-db"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+        return start_haproxy(ports, replicas, pem=os.path.join(certificate(), "tls.pem") if tls else None)
 
     @harness.not_quick
     @unittest.skipIf(os.geteuid() or subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode,
