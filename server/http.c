@@ -233,7 +233,12 @@ static ssize_t on_stream(void *cls, uint64_t position, char *buffer, size_t max)
         text_clear(&x->out);
         x->n_sent = 0;
         enum exchange_next next = x->route->stream(x);
-        if (x->out.failed || next == EXCHANGE_ABORT) return MHD_CONTENT_READER_END_WITH_ERROR;
+        if (x->out.failed || next == EXCHANGE_ABORT) {
+            // Not END_WITH_ERROR: libmicrohttpd 0.9.75 marks the connection closed, and forgets it, socket and all, where it
+            // has just been resumed. This way its write fails, which it never forgets, and the client sees no last chunk.
+            shutdown(x->connection->watch.fd, SHUT_RDWR);
+            return MHD_CONTENT_READER_END_OF_STREAM;
+        }
         x->end = next == EXCHANGE_END;
         if (next == EXCHANGE_WAIT && x->out.length == 0 && exchange_sleep(x)) return 0;
     }
