@@ -50,7 +50,7 @@ COUNTERS = {"preemptions": "gptd_num_preemptions_total", "prefix hits": "gptd_pr
             "prefix queries": "gptd_prefix_cache_queries_total", "generated": "gptd_generation_tokens_total",
             "aborted": 'gptd_request_success_total{finished_reason="abort"}'}
 WRONG_FILE = "the API keys stay as they were"  # an error in the log that a fault below is meant to make
-# What an hour of fragmentation may come to, measured: see RSS in the report.
+# What fragmentation may come to. Both must be exceeded.
 MAX_RSS_SLOPE, MAX_RSS_GROWTH = 64, 6 << 10  # KiB a minute; KiB from the first rest of the process to the last
 
 
