@@ -200,9 +200,9 @@ def strict_requests(data):
     """([(name, method)] of the whole requests that h11 sees, whether it found nothing wrong)."""
     requests = []
     try:
-        # Empty lines before a request are to be ignored. libmicrohttpd 0.9.75 takes a line that begins with NUL for one. What ends
-        # the headers there in four bytes, a bare line feed among them, leaves nothing to tell it from the right ones.
-        data = re.sub(rb"\r\n[:\0]\n|(?<!\r)\n[:\0]\r\n", b"\r\n\r\n", data)
+        # Empty lines before a request are to be ignored. libmicrohttpd 0.9.75 takes a line that begins with NUL for one. What it
+        # takes for line ends in as many bytes, a bare line feed among them, leaves nothing to tell it from the right ones.
+        data = re.sub(rb"\r\n[:\0]\n|(?<!\r)\n[:\0]\r\n", b"\r\n\r\n", data).replace(b"\0\n", b"\r\n")
         while found := strict_request(re.sub(rb"^(\r|(\0[^\n]*)?\n)*", b"", data)):
             *head, data = found
             requests.append(head)

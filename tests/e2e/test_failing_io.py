@@ -130,7 +130,7 @@ class WhileItRuns(unittest.TestCase):
                 "connections": state["connections"], "exchanges": state["exchanges"]}
 
     def fail_each(self, errors, unseen):
-        self.server.get("/version")
+        wait_until(lambda: self.state()["connections"] == 1, 5, "those who asked first have gone")
         before, n = self.state(), 0
         for call, numbers in errors.items():
             for number in numbers:
