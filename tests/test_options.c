@@ -285,6 +285,10 @@ START_TEST(help_and_version)
     expect_ok(&o, "--version", "");
     ck_assert(o.version);
     options_deinit(&o);
+    // It needs to know where the server is, no more.
+    expect_ok(&o, "--probe --api-key-file /nowhere", "GPTD_PORT=9");
+    ck_assert(o.probe && o.server.port == 9 && !o.server.api_keys);
+    options_deinit(&o);
 
     char *text;
     size_t n;
