@@ -92,7 +92,7 @@ static struct promise *find_promise(struct admission *a, uint64_t key, int64_t o
 int32_t admission_promise(struct admission *a, uint64_t prompt, double seconds, double hold, bool ahead, double now)
 {
     double first = now + seconds, at = ahead ? first : fmax(first, a->next_place);
-    a->next_place = fmin(fmax(a->next_place, at) + hold, now + 2 * ADMISSION_MAX_RETRY);
+    a->next_place = fmin(fmax(a->next_place, at) + hold, now + ADMISSION_MAX_RETRY);
     int32_t wait = (int32_t)fmin(fmax(ceil(at - now), 1), ADMISSION_MAX_RETRY);
     int64_t second = (int64_t)now + wait;
     if (a->due[second % N_DUE].second != second) {
@@ -105,6 +105,11 @@ int32_t admission_promise(struct admission *a, uint64_t prompt, double seconds, 
         *p = (struct promise){.key = key_of(prompt, second), .second = second};
     p->n++;
     return wait;
+}
+
+void admission_shorten(struct admission *a, double hold)
+{
+    a->next_place -= hold;
 }
 
 bool admission_redeem(struct admission *a, uint64_t prompt, double now)

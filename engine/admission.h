@@ -55,6 +55,9 @@ struct admission_rate admission_rate_get(const struct admission *a, int64_t n_to
 // Promises a place that will be free in that many seconds and is taken for `hold` seconds, after those promised before,
 // or, to whom a promise was broken, ahead of them. Returns the whole seconds to tell, 1 to ADMISSION_MAX_RETRY.
 int32_t admission_promise(struct admission *a, uint64_t prompt, double seconds, double hold, bool ahead, double now);
+// A place was taken that was promised to nobody, for `hold` seconds; or nobody waits any more (INFINITY). Those who come from now
+// on are told an earlier time: of those who were promised the ones before it, so many do not come.
+void admission_shorten(struct admission *a, double hold);
 // Whether a place was promised to the prompt for now; it no longer is.
 bool admission_redeem(struct admission *a, uint64_t prompt, double now);
 // Places that are kept now for those they were promised to.

@@ -128,7 +128,8 @@ struct sampling_params *request_params(struct request *r);
 // Gives r the params of a submitted request: their arrays are one copy, freed with the last that shares them.
 void request_share_params(struct request *r, struct request *of);
 // Checks (ERR_INVALID, "field: why": empty prompt, ids outside the vocabulary, more than the context or cache holds,
-// no token allowed to begin with), then queues (ERR_BUSY: full; ERR_SHUTDOWN). On failure the caller still owns r.
+// no token allowed to begin with), then queues (ERR_BUSY: full, or it would wait too long, see request_retry_after;
+// ERR_SHUTDOWN). On failure the caller still owns r.
 int engine_submit(struct engine *engine, struct request *r, struct error *e);
 // Whole seconds, at least 1, after which there is likely to be a place for r, which engine_submit refused (ERR_BUSY) or which
 // expired: the place is promised, to whoever then comes with the same prompt.

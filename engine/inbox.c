@@ -158,6 +158,8 @@ int inbox_submit(struct inbox *inbox, struct request *r, double now, struct erro
         r->retry_after = admission_promise(&inbox->admission, r->fingerprint, s.seconds, s.hold, promised, now);
         atomic_fetch_add(s.too_long ? &inbox->n_too_long : &inbox->n_full, 1);
     } else if (s.why.code == 0) {
+        if (!promised && r->params_of == NULL)
+            admission_shorten(&inbox->admission, atomic_load(&inbox->n_waiting) > 0 ? s.hold : INFINITY);
         append(inbox, r, now);
     }
     pthread_mutex_unlock(&inbox->mutex);

@@ -272,6 +272,8 @@ def main():
         capacity = bench.run(a.seconds / 2, streams=a.max_num_seqs + a.max_num_seqs // 4 + 1)
         print(f"{bench.model}: {capacity['good']:.2f} requests/s, {capacity['tokens']:.0f} tokens/s in a closed loop, "
               f"seed {a.seed}")
+        if capacity["good"] == 0:
+            sys.exit("bench_overload: no request ended: give more --seconds, or a smaller model")
         rows = []
         for obey in (True, False):
             mode = "obey Retry-After" if obey else "leave"

@@ -84,6 +84,11 @@ START_TEST(test_promises)
     // At most a minute, however many come.
     for (int32_t i = 0; i < 100000; i++)
         ck_assert_int_le(admission_promise(a, (uint64_t)i, 1, 1, false, 400), ADMISSION_MAX_RETRY);
+    ck_assert_int_eq(admission_promise(a, 1, 1, 1, false, 410), 50); // they are not forgotten
+    admission_shorten(a, 30); // but did not come
+    ck_assert_int_le(admission_promise(a, 1, 1, 1, false, 411), 30);
+    admission_shorten(a, INFINITY);
+    ck_assert_int_eq(admission_promise(a, 1, 2, 1, false, 411), 2);
     free(a);
 }
 END_TEST
@@ -241,7 +246,7 @@ START_TEST(test_obeying_pays)
     double told = simulate(0, &tries), each_second = simulate(1, &tries_of_one);
     printf("at three times the rate (seed %u): as told %.0f %% within two tries, %.1f on average; each second %.0f %%, %.1f\n",
            seed, 100 * told, tries, 100 * each_second, tries_of_one);
-    ck_assert(told > 0.85 && tries < 2.5 && tries < tries_of_one / 4);
+    ck_assert(told > 0.8 && tries < 2.5 && tries < tries_of_one / 4);
 }
 END_TEST
 
