@@ -224,7 +224,7 @@ static size_t send_out(struct exchange *x, char *buffer, size_t max)
     if (n > max) n = max;
     memcpy(buffer, x->out.data + x->n_sent, n);
     x->n_sent += n;
-    watchdog_set(x->http->watchdog, &x->connection->watch, WATCH_SENDING,
+    watchdog_set(x->http->watchdog, &x->connection->watch, x->end ? WATCH_SENDING : WATCH_STREAMING,
                  watchdog_now() + x->http->options->send_timeout);
     return n;
 }

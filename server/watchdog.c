@@ -39,7 +39,7 @@ static bool look(struct watchdog *d)
     double now = watchdog_now();
     bool running = false;
     for (struct watch *w = d->first; w; w = w->next) {
-        if (w->phase == WATCH_RUNNING) {
+        if (w->phase == WATCH_RUNNING || w->phase == WATCH_STREAMING) {
             running = true;
             if (watch_gone(w)) d->event(w, WATCH_GONE);
         }

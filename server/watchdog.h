@@ -20,7 +20,8 @@ enum watch_phase {
     WATCH_HEADERS, // reading headers
     WATCH_BODY,    // reading the body
     WATCH_RUNNING, // the request is worked on: a client that goes away is noticed
-    WATCH_SENDING, // there is something for the client to take
+    WATCH_STREAMING, // the client is to take a part of what is still worked on: that he goes away is noticed, too
+    WATCH_SENDING, // there is something for the client to take, and that is all
 };
 
 enum watch_event { WATCH_DUE, WATCH_GONE };

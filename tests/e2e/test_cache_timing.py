@@ -24,6 +24,7 @@ def quicker(some, than):
 
 
 @unittest.skipIf(harness.QUICK, "a sanitizer's times")
+@harness.not_on_a_gpu("a prompt is computed as quickly as it is found")
 class CacheTiming(unittest.TestCase):
     def setUp(self):
         with tempfile.NamedTemporaryFile("w") as f:

@@ -130,6 +130,7 @@ exec unshare --mount /bin/sh -c '
 @unittest.skipIf(os.geteuid() or subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode,
                  "needs root that may have mounts of its own")
 @harness.not_quick
+@harness.not_on_a_gpu("whose device files the machine may keep for some")
 class Unprivileged(unittest.TestCase):
     def test_nobody_and_nothing_to_write_to(self):
         with tempfile.TemporaryDirectory(prefix="gptd-nobody-") as directory:

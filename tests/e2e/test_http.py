@@ -238,6 +238,17 @@ class SlowAndGone(ServerTest):
             wait_until(lambda: self.aborts() > before, 5, "it counts as aborted")
             s.close()
 
+    def test_half_closed_without_reading(self):
+        """A client who takes nothing more is noticed to have gone as well as one who waits."""
+        before = self.aborts()
+        with self.server.socket(receive_buffer=4096) as s:
+            s.sendall(self.server.completion_bytes(prompt="Once", max_tokens=1800, n=32, ignore_eos=True, stream=True, logprobs=5))
+            read_until(s, b"data: ")
+            time.sleep(1)  # long enough for all buffers on the way to be full
+            s.shutdown(socket.SHUT_WR)
+            wait_until(lambda: self.aborts() > before, 5, "it counts as aborted")
+        self.server.wait_idle()
+
     def test_leaving_beside_an_older_connection(self):
         # libmicrohttpd forgets a connection that it gave up after it was suspended, until all that are older have gone.
         server = Server("--http-threads", "1")
