@@ -125,7 +125,7 @@ START_TEST(test_priorities_and_arrival)
     static const int32_t order[] = {4, 2, 3, 0, 1}; // by first come within a priority; 0 is displaced while running
     struct request *r[5];
     for (int32_t i = 0; i < 5; i++) {
-        r[i] = request_of(20, 30);
+        r[i] = request_of(20, i == 0 ? 300 : 30); // long enough to be seen running on a busy machine
         request_params(r[i])->priority = priority[i];
         submit(engine, r[i]);
         if (i == 0)

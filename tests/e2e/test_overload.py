@@ -5,7 +5,7 @@ import time
 import unittest
 
 import harness
-from harness import Server, StreamError, in_threads, parse_events, read_until, scale, wait_until
+from harness import StreamError, in_threads, parse_events, read_until, scale, wait_until
 
 REASONS = ("queue_full", "queue_wait", "queue_timeout")
 
@@ -23,7 +23,14 @@ def occupy(server):
     return s
 
 
-class Overload(unittest.TestCase):
+class OwnServer(unittest.TestCase):
+    def start(self, *flags):
+        server = harness.same_server(*flags)
+        self.addCleanup(lambda: server.process.poll() is None and server.kill())
+        return server
+
+
+class Overload(OwnServer):
     def check_refusal(self, answer):
         self.assertIn(answer.status, (429, 503), answer)
         self.assertRegex(answer.headers["Retry-After"], r"^[1-9][0-9]?$")
@@ -34,8 +41,8 @@ class Overload(unittest.TestCase):
 
     def test_exact_or_refused(self):
         """Some ten times as many requests at once as the queue takes, with a deadline that some will miss."""
-        server = harness.same_server("--max-num-seqs", "3", "--max-queue-requests", "8", "--queue-timeout", "0.3",
-                                     "--kv-cache-memory-bytes", "2M")
+        server = self.start("--max-num-seqs", "3", "--max-queue-requests", "8", "--queue-timeout", "0.3",
+                            "--kv-cache-memory-bytes", "2M")
         fields = [{"prompt": [1, 1500 + i, *[1505 + (i + k) % 40 for k in range(i * 7 % 90)]], "max_tokens": 20 + i * 11 % 100,
                    "temperature": 0, "ignore_eos": True, "return_token_ids": True} for i in range(scale(40, 12))]
         alone = [server.complete(**f)["choices"][0]["token_ids"] for f in fields]
@@ -77,7 +84,7 @@ class Overload(unittest.TestCase):
 
     def test_obeying_retry_after(self):
         """A crowd three times as large as slots and queue: all get in, most at the first or second try."""
-        server = Server("--max-num-seqs", "2", "--max-queue-requests", "6")
+        server = self.start("--max-num-seqs", "2", "--max-queue-requests", "6")
         n = scale(24, 12)
 
         def client(i):
@@ -96,9 +103,9 @@ class Overload(unittest.TestCase):
         server.check_stopped()
 
 
-class QueueTimeout(unittest.TestCase):
+class QueueTimeout(OwnServer):
     def held(self, *flags):
-        server = Server("--max-num-seqs", "1", "--queue-timeout", "0.5", *flags)
+        server = self.start("--max-num-seqs", "1", "--queue-timeout", "0.5", *flags)
         holder = occupy(server)
         self.addCleanup(holder.close)
         return server, holder
@@ -131,14 +138,14 @@ class QueueTimeout(unittest.TestCase):
 
     def test_further_prompts_of_a_call(self):
         """A call that has begun is not given up because its prompts wait for one another."""
-        server = Server("--max-num-seqs", "1", "--queue-timeout", "0.1")
+        server = self.start("--max-num-seqs", "1", "--queue-timeout", "0.1")
         answer = server.complete(prompt=["Once"] * 3, max_tokens=scale(600, 150), ignore_eos=True)
         self.assertEqual(answer["usage"]["completion_tokens"], 3 * scale(600, 150))
         self.assertEqual(sum(refused(server).values()), 0)
         server.check_stopped()
 
     def test_none(self):
-        server = Server("--max-num-seqs", "1", "--queue-timeout", "0")
+        server = self.start("--max-num-seqs", "1", "--queue-timeout", "0")
         holder = occupy(server)
         waiting = server.socket(timeout=60)
         waiting.sendall(server.completion_bytes(prompt="Twice", max_tokens=3))
