@@ -218,11 +218,11 @@ check-asan:
 
 # Thread sanitizer over what has threads.
 THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,\
-  thread_pool load engine engine_life engine_requests listener notifier workers log api_keys tokenizer)
+  thread_pool load engine engine_life engine_requests listener notifier workers log api_keys tokenizer admission)
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded
-	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick Sameness Crowd SlowAndGone End Framing KeyFile Passed
+	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick Sameness Crowd SlowAndGone End Framing KeyFile Passed QueueTimeout
 .PHONY: check-threaded threaded-tests
 threaded-tests: $(THREADED_TESTS)
 check-threaded: $(THREADED_TESTS)
