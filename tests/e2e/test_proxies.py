@@ -202,7 +202,7 @@ class Proxies:
             data += got
             times.append((time.monotonic(), data.count(b"data: ")))
         self.assertGreater(times[-1][1], n * 0.9)
-        self.assertGreater(len(times), n / 5)  # pieces
+        self.assertGreater(len(times), n / 20)  # pieces; of a proxy that fills buffers three
         half = next(t for t, events in times if events >= times[-1][1] / 2)
         share = (half - times[0][0]) / (times[-1][0] - times[0][0])
         self.assertTrue(0.25 < share < 0.75, share)
