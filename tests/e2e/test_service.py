@@ -119,8 +119,9 @@ def listener():
 class Load:
     """Clients that ask one request after the other, over connections that are kept as long as the server keeps them."""
 
-    def __init__(self, port, model, n):
+    def __init__(self, port, model, n, headers=None):
         self.port, self.model = port, model
+        self.headers = {"Content-Type": "application/json", **(headers or {})}
         self.ended, self.answers, self.failures = threading.Event(), [0] * n, []
         self.threads = [threading.Thread(target=self.client, args=(i,)) for i in range(n)]
         for t in self.threads:
@@ -133,7 +134,7 @@ class Load:
             body = {"model": self.model, "prompt": "Once upon a time", "max_tokens": n, "ignore_eos": True, "stream": stream}
             try:
                 connection = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-                connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+                connection.request("POST", "/v1/completions", json.dumps(body), self.headers)
                 answer = connection.getresponse()
                 text = answer.read()
                 finish = parse_events(text)[-1] if stream else json.loads(text)
