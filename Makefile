@@ -222,7 +222,8 @@ THREADED_TESTS = $(addprefix $(BUILD)/tests/test_,\
 check-tsan:
 	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=build/tsan SAN=thread all threaded-tests
 	@$(MAKE) --no-print-directory BUILD=build/tsan SAN=thread check-threaded
-	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick Sameness Crowd SlowAndGone End Framing KeyFile Passed QueueTimeout
+	@build/venv/bin/python tests/e2e/run.py --server build/tsan/gptd --quick \
+	  Sameness Crowd SlowAndGone End Framing KeyFile Passed QueueTimeout
 .PHONY: check-threaded threaded-tests
 threaded-tests: $(THREADED_TESTS)
 check-threaded: $(THREADED_TESTS)

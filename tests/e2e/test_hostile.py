@@ -11,7 +11,7 @@ import fuzz_http
 from harness import Server, in_threads, scale, wait_until
 
 
-class Crowd(unittest.TestCase):
+class IdleAndSlow(unittest.TestCase):
     def test_the_others_lose_nothing(self):
         """1,000 idle connections and 40 slow ones, which are cut and come back, while 20 clients are served again and again."""
         n_idle, n_slow, n_streams = scale(1000, 200), scale(40, 20), scale(20, 8)

@@ -67,7 +67,8 @@ class Systemd(unittest.TestCase):
             with open(os.path.join(units, f"gptd.{kind}"), "w") as f:
                 f.write(unit)
             with open(os.path.join(units, f"gptd.{kind}.d", "test.conf"), "w") as f:
-                f.write(more.format(gptd=harness.SERVER, model=harness.MODEL, backend=harness.BACKEND, keys=self.keys, port=self.port))
+                f.write(more.format(gptd=harness.SERVER, model=harness.MODEL, backend=harness.BACKEND, keys=self.keys,
+                                    port=self.port))
         self.env = {**harness.NOT_VARIABLES, "HOME": directory.name, "XDG_RUNTIME_DIR": "/run/user/0"}
         self.log = open(os.path.join(directory.name, "log"), "w+")
         self.addCleanup(self.log.close)
@@ -145,7 +146,7 @@ class Systemd(unittest.TestCase):
         self.assertEqual(self.ask(), "42")
 
         self.systemctl("stop", "gptd.socket", "gptd.service")
-        self.assertEqual((self.shown("ActiveState"), self.shown("Result"), self.shown("ExecMainStatus")), ("inactive", "success", "0"))
+        self.assertEqual([self.shown(name) for name in ("ActiveState", "Result", "ExecMainStatus")], ["inactive", "success", "0"])
         self.assertFalse(re.search(r"gptd\.(service|socket).*(ignoring|Unknown|Failed to parse)", self.said()), self.said())
 
 
