@@ -30,8 +30,10 @@ class Demo(unittest.TestCase):
         self.measure()
 
     def test_small_blocks_small_chunks(self):
-        self.measure("--block-size", "16", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")
+        cache = ("--kv-cache-memory-bytes", "8M") if harness.QUICK else ()
+        self.measure("--block-size", "16", "--max-num-batched-tokens", "64", "--max-num-seqs", "8", *cache)
 
+    @unittest.skipIf(harness.QUICK, "the one before has it")
     def test_cache_too_small(self):
         self.measure("--kv-cache-memory-bytes", "8M", "--max-num-seqs", "16")
 

@@ -351,6 +351,7 @@ class Proxies:
                 total += usage["prompt_tokens"]
         return cached / total
 
+    @harness.not_quick
     def test_conversations(self):
         replicas = [self.replica() for _ in range(2)]
         port = self.front(replicas)
