@@ -318,8 +318,8 @@ $(DIST): $(BUILD)/gptd $(if $(NVCC),$(CUDA_LIB)) README.md LICENSE THIRD_PARTY.m
 check-dist: $(DIST)
 	@scripts/check_dist.sh $<
 
-# The Dockerfile's image, built in a fresh Debian and run, without Docker. Of what is compiled already only what is newer is compiled
-# there: scripts/check_docker.py alone begins with nothing.
+# The Dockerfile's image, built in a fresh Debian and run, without Docker. What is compiled already is not compiled again there:
+# scripts/check_docker.py alone begins with nothing.
 check-docker:
 	@python3 scripts/check_docker.py --compiled
 
