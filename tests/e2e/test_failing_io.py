@@ -130,8 +130,12 @@ class WhileItRuns(unittest.TestCase):
                 "connections": state["connections"], "exchanges": state["exchanges"]}
 
     def fail_each(self, errors, unseen):
-        wait_until(lambda: self.state()["connections"] == 1, 5, "those who asked first have gone")
-        before, n = self.state(), 0
+        n, before = 0, {}
+
+        def alone():
+            before.update(self.state())
+            return before["connections"] == 1
+        wait_until(alone, 5, "those who asked first have gone")
         for call, numbers in errors.items():
             for number in numbers:
                 for kind in self.requests if call != "accept4" else ["streamed"]:
