@@ -230,7 +230,7 @@ check-threaded: $(THREADED_TESTS)
 	@set -e; for t in $^; do $$t; done
 
 # Each fuzz target for FUZZ_SECONDS, with clang's libFuzzer, on from what earlier runs have found (corpus.tar.gz).
-FUZZ_SECONDS ?= 10
+FUZZ_SECONDS ?= 7
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/tests/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 .PHONY: check-fuzz fuzz-targets fuzz-corpus
 check-fuzz:

@@ -81,7 +81,7 @@ class Probe(unittest.TestCase):
     @harness.not_on_a_gpu("a library stands in for the GPU's")
     def test_stuck(self):
         with test_device.faulty() as (path, fail):
-            server = Server("--backend", "cuda", "--stall-timeout", "1", program=path)
+            server = Server("--backend", "cuda", "--stall-timeout", "0.4", program=path)
             self.assertEqual(self.probe("--port", str(server.port))[0], 0)
             fail("hang")
             asking = threading.Thread(target=lambda: server.completions(prompt="Once", max_tokens=50))

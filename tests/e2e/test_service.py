@@ -92,7 +92,7 @@ class Told(unittest.TestCase):
     def test_watchdog_of_a_stuck_engine(self):
         manager = Manager(self)
         with test_device.faulty() as (program, fail):
-            server = Server("--backend", "cuda", "--stall-timeout", "1", program=program,
+            server = Server("--backend", "cuda", "--stall-timeout", "0.4", program=program,
                             env={**manager.env, "WATCHDOG_USEC": "900000"})
             self.assertEqual(manager.next()["READY"], "1")
             fail("hang")

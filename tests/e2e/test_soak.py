@@ -12,7 +12,7 @@ from test_proxies import program
 @harness.not_on_a_gpu("two replicas and the reference share it, and the last digits may differ")
 class Soak(unittest.TestCase):
     def test_briefly(self):
-        command = [sys.executable, f"{harness.ROOT}/scripts/soak.py", "--server", harness.SERVER, "--seconds", "15"]
+        command = [sys.executable, f"{harness.ROOT}/scripts/soak.py", "--server", harness.SERVER, "--seconds", "10"]
         command += [] if program("haproxy") else ["--direct"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         self.assertEqual(done.returncode, 0, done.stdout[-6000:] + done.stderr[-2000:])
