@@ -67,9 +67,8 @@ class Client:
             self.rest, self.next = self.rest[1:], now + self.interval
 
 
-def be_there(port, n_idle, n_slow, interval, nice, pipe):
+def be_there(port, n_idle, n_slow, interval, pipe):
     """Says ("there", None) when all are connected; told to leave, (n cut, statuses of the slow ones, longest life of one)."""
-    os.nice(nice)
     selector, cut, longest = selectors.EpollSelector(), 0, 0
     statuses = collections.Counter()
     kinds = ["silent", "kept"] * (n_idle // 2) + [i % len(SLOW) for i in range(n_slow)]
@@ -107,10 +106,10 @@ def be_there(port, n_idle, n_slow, interval, nice, pipe):
 class Crowd:
     """The clients, in a process of their own, until end()."""
 
-    def __init__(self, port, n_idle, n_slow, interval=2, nice=0):
+    def __init__(self, port, n_idle, n_slow, interval=2):
         self.pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=be_there, args=(port, n_idle, n_slow, interval, nice, theirs), daemon=True)
+        self.process = context.Process(target=be_there, args=(port, n_idle, n_slow, interval, theirs), daemon=True)
         self.process.start()
         theirs.close()
         if not self.pipe.poll(60) or self.pipe.recv() != "there":
@@ -184,7 +183,7 @@ def main():
     without, with_them = [], []
     for _ in range(a.rounds):
         without.append(measured())
-        crowd = Crowd(server.port, a.idle, a.slow, nice=19)  # in truth it has machines of its own
+        crowd = Crowd(server.port, a.idle, a.slow)
         with_them.append(measured())
         left = crowd.end()
         assert set(left["statuses"]) <= {"408", ""} and left["kept"] == a.idle // 2, left
