@@ -229,7 +229,7 @@ enum exchange_next completion_stream(struct exchange *x)
     struct completion *c = &call->completion;
     double interval = x->server->options.keep_alive_interval, now = watchdog_now();
     if (atomic_load(&x->gone)) return EXCHANGE_ABORT;
-    int failed = completion_collect(c, &call->error);
+    bool failed = call->error.status || completion_collect(c, &call->error); // begin_stream may have met it already
     write_chunks(&x->out, call);
     if (failed) return write_error(x, call);
     if (completion_done(c)) return write_end(x, call);
