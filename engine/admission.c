@@ -28,21 +28,14 @@ static void decay_and_add(_Atomic double *x, double share, double more)
 void admission_measure(struct admission *a, bool waiting, double now)
 {
     bool waited = atomic_load_explicit(&a->waiting, memory_order_relaxed);
-    if (waited) {
-        double passed = now - load(&a->at), share = exp(-passed / ADMISSION_MEMORY);
-        decay_and_add(&a->requests, share, a->n_begun);
-        decay_and_add(&a->tokens, share, (double)a->n_begun_tokens);
-        decay_and_add(&a->bytes, share, (double)a->n_begun_bytes);
-        decay_and_add(&a->seconds, share, ADMISSION_MEMORY * (1 - share));
-    } else if (waiting) {
+    if (waited || waiting) {
         double share = exp(-(now - load(&a->at)) / ADMISSION_MEMORY);
-        decay_and_add(&a->requests, share, 0);
-        decay_and_add(&a->tokens, share, 0);
-        decay_and_add(&a->bytes, share, 0);
-        decay_and_add(&a->seconds, share, 0);
-    }
-    if (waited || waiting)
+        decay_and_add(&a->requests, share, waited ? a->n_begun : 0);
+        decay_and_add(&a->tokens, share, waited ? (double)a->n_begun_tokens : 0);
+        decay_and_add(&a->bytes, share, waited ? (double)a->n_begun_bytes : 0);
+        decay_and_add(&a->seconds, share, waited ? ADMISSION_MEMORY * (1 - share) : 0);
         atomic_store_explicit(&a->at, now, memory_order_relaxed);
+    }
     if (waited != waiting)
         atomic_store_explicit(&a->waiting, waiting, memory_order_relaxed);
     a->n_begun = 0;

@@ -364,11 +364,14 @@ static int check_quiesced(struct exchange *x)
     return http_error_set(&x->error, 503, NULL, NULL, "the server is shutting down");
 }
 
+// How 0.9.75 lays a request out in memory is known; what shows there alone is looked at there alone.
+static bool layout_is_known(void) { return !strcmp(MHD_get_version(), "0.9.75"); }
+
 // The parser takes spaces within a target and several before it, and shows what comes before a NUL. See check_layout.
 static int check_request_line(const struct connection *c, const char *method, const char *version, struct http_error *e)
 {
     bool plain = http_method_is_plain(method) && c->target_is_plain;
-    if (!strcmp(MHD_get_version(), "0.9.75"))
+    if (layout_is_known())
         plain = plain && c->target == method + strlen(method) + 1 && version == c->target + c->target_length + 1;
     return plain ? 0 : http_error_set(e, 400, NULL, NULL, "a request line that is not three words of plain text");
 }
@@ -379,7 +382,7 @@ static int check_request_line(const struct connection *c, const char *method, co
 static int check_layout(const struct exchange *x, const struct http_headers *h, const char *method, const char *version,
                         struct http_error *e)
 {
-    if (strcmp(MHD_get_version(), "0.9.75")) return 0;
+    if (!layout_is_known()) return 0;
     size_t size = MHD_get_connection_info(x->connection->mhd, MHD_CONNECTION_INFO_REQUEST_HEADER_SIZE)->header_size;
     const char *expected = version + strlen(version) + 2; // over CR and LF
     bool plain = true;
